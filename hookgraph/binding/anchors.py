@@ -1,0 +1,56 @@
+"""How one location is reached in a model, as data: printable and comparable."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final
+
+from hookgraph.binding.tracing import Slot
+from hookgraph.binding.views import View
+from hookgraph.ontology.locations import Location
+
+Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "norm scale", "head result"]
+"""How the tensor is read and replaced:
+
+* `output`: what a module returns, replaced in what it returns.
+* `input`: what a module is given, replaced in what it is given.
+* `sum`: what a module is given, changed in place, because others hold the same tensor.
+* `interior`: inside the attention function.
+* `norm scale`: computed from a norm's input; an edit rescales its output.
+* `head result`: computed from the input of the output projection; an edit adds the difference.
+"""
+
+Role: TypeAlias = Literal["", "query", "key", "value", "scores", "pattern", "out"]
+"""Which tensor of an attention function."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """How one location is reached.
+
+    Args:
+        location: what is reached.
+        mechanism: see `Mechanism`.
+        module: path of the module.
+        slot: which element of the module's arguments or outputs.
+        view: how the value lies in that tensor.
+        role: for `interior`: which tensor of the attention function.
+        eager: for `interior`: the model's own eager function, as `module:name`.
+        centred: for `norm scale`: whether the norm subtracts the mean.
+        epsilon: for `norm scale`: what the norm adds to the mean square.
+    """
+
+    location: Location
+    mechanism: Mechanism
+    module: str
+    slot: Slot = None
+    view: View = None
+    role: Role = ""
+    eager: str = ""
+    centred: bool = False
+    epsilon: float = 0.0
+
+    def __str__(self) -> str:
+        slot = "" if self.slot is None else f"[{self.slot!r}]"
+        role = f" {self.role}" if self.role else ""
+        view = "" if self.view is None else f" as {self.view}"
+        return f"{self.mechanism}{role} of {self.module or 'the model'}{slot}{view}"

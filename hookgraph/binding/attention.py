@@ -1,0 +1,151 @@
+"""The inside of attention: queries, keys, values, scores, pattern and z of the layers that ask for it.
+
+A hooked attention module is given a copy of its configuration that names the attention function below;
+it calls what the model itself would have called. Only where scores or pattern are asked for is that the
+model's own eager function, with its softmax intercepted; every other layer keeps its fused kernel.
+Nothing outside the hooked modules changes, so other models, in other threads too, are not affected.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from hookgraph.binding.anchors import Role
+from hookgraph.errors import BindingError
+from hookgraph.hooks.taps import Tap
+
+NAME: Final = "hookgraph"
+_INTERIOR: Final = "_hookgraph_interior"
+_SOFTMAX: Final = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
+
+
+@final
+class Interior:
+    """The taps inside one attention module, while a graph is attached."""
+
+    def __init__(self, module: nn.Module, taps: Mapping[Role, Tap], eager: str) -> None:
+        self._module = module
+        self._taps = taps
+        self._original = module.__dict__["config"]
+        self._implementation: str = self._original._attn_implementation
+        self._eager = _function(eager)
+        replaced = copy.copy(self._original)
+        replaced.__dict__["_attn_implementation_internal"] = NAME
+        replaced.__dict__[_INTERIOR] = self
+        module.__dict__["config"] = replaced
+
+    def remove(self) -> None:
+        """Give the module its own configuration back."""
+        self._module.__dict__["config"] = self._original
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "batch head pos d_head"],
+        key: Float[Tensor, "batch kv_head key_pos d_head"],
+        value: Float[Tensor, "batch kv_head key_pos d_value"],
+        mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What the model's attention function returns, with every tap called on the way."""
+        taps = self._taps
+        query = _tap_heads(taps.get("query"), query)
+        key = _tap_heads(taps.get("key"), key)
+        value = _tap_heads(taps.get("value"), value)
+        if "scores" in taps or "pattern" in taps:
+            additive = _additive_mask(module, query, key, mask, kwargs)
+            with _SoftmaxTaps(taps.get("scores"), taps.get("pattern")) as softmax:
+                output = self._eager(module, query, key, value, additive, *args, **kwargs)
+            softmax.check(module)
+        else:
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, self._eager)
+            output = function(module, query, key, value, mask, *args, **kwargs)
+        tap = taps.get("out")
+        if tap is None:
+            return output
+        if isinstance(output, tuple):
+            return (tap(output[0]), *output[1:])
+        return tap(output)
+
+
+def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The attention function of hooked modules: finds the module's interior and calls it."""
+    return module.config.__dict__[_INTERIOR](module, *args, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _tap_heads(tap: Tap | None, raw: Tensor) -> Tensor:
+    """Call a tap on heads that lie before positions."""
+    if tap is None:
+        return raw
+    value = raw.transpose(1, 2)
+    new = tap(value)
+    return raw if new is value and not tap.tracks_gradient else new.transpose(1, 2)
+
+
+@final
+class _SoftmaxTaps(TorchFunctionMode):
+    """Calls the taps on what the first softmax inside reads and returns."""
+
+    def __init__(self, scores: Tap | None, pattern: Tap | None) -> None:
+        super().__init__()
+        self._scores, self._pattern, self._count = scores, pattern, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _SOFTMAX:
+            return func(*args, **kwargs)
+        self._count += 1
+        scores = args[0] if args else kwargs.pop("input")
+        if self._scores is not None:
+            new = self._scores(scores)
+            scores = _keep_masked(scores, new) if self._scores.edits else new
+        pattern = func(scores, *args[1:], **kwargs)
+        return pattern if self._pattern is None else self._pattern(pattern)
+
+    def check(self, module: nn.Module) -> None:
+        """Raise unless there was exactly one softmax."""
+        if self._count != 1:
+            raise BindingError(
+                f"the eager attention of {type(module).__name__} computed {self._count} softmaxes where one "
+                "was expected; its scores and pattern cannot be hooked"
+            )
+
+
+def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
+    """Edited scores with masked cells as they were: a softmax over freed cells would see the future."""
+    if after is before:
+        return after
+    masked: Bool[Tensor, "batch head pos key_pos"] = before <= torch.finfo(before.dtype).min / 2
+    return torch.where(masked, before, after)
+
+
+def _additive_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> Float[Tensor, "batch one pos key_pos"] | None:
+    """The mask as eager attention adds it: fused kernels are given none for causal, or a boolean one."""
+    lowest = torch.finfo(query.dtype).min
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if not causal or query.shape[2] == 1:
+            return None
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)

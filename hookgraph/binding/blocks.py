@@ -1,0 +1,217 @@
+"""Find the layers of a model in a trace, and in each the residual path and what is added to it.
+
+A layer is a module of a list whose output feeds the next one. Its residual path leads from its input
+to its output through additions, scalings, casts and norms; the other operands of the additions are
+the updates. What an update is follows from how it was computed: attention if its computation
+contains a softmax over positions, otherwise an MLP.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+from torch import nn
+
+from hookgraph.binding.norms import Norm, find_norm
+from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation of the residual path: `add` of an update, `scale`, `norm` or `cast`."""
+
+    kind: str
+    value: Value
+    base: Value
+    update: Value | None = None
+    sign: float = 1.0
+    norm: Norm | None = None
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Update:
+    """A term added to the stream: `coefficient · value`, computed by `call` if a module owns it."""
+
+    value: Value
+    coefficient: float
+    call: Call | None
+    step: Step
+    cone: frozenset[Value]
+    """Everything inside the block that it was computed from, the stream itself excluded."""
+    attention: AttentionCall | None = None
+    mixes_positions: bool = False
+    """Whether its computation contains a softmax over positions."""
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Block:
+    """One layer: its input and output, the path between them, the updates along it."""
+
+    call: Call
+    entering: Value
+    leaving: Value
+    steps: list[Step]
+    updates: list[Update] = field(default_factory=list[Update])
+
+    @property
+    def adds(self) -> list[Step]:
+        """The additions of the residual path, in order."""
+        return [s for s in self.steps if s.kind == "add"]
+
+
+def find_chains(trace: Trace) -> dict[str, list[Block]]:
+    """The layers of every stack of the model, by the path of the list that holds them."""
+    members: dict[nn.Module, str] = {}
+    for path, module in trace.root.module.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            members.update({child: path for child in module})
+    calls: dict[str, list[Call]] = {}
+    for call in trace.calls:
+        if call.module in members and call.outputs:
+            calls.setdefault(members[call.module], []).append(call)
+    linked = {path: found for path, found in calls.items() if _is_chain(found)}
+    inner = {c for found in linked.values() for c in found}
+    outermost = {path: f for path, f in linked.items() if not inner & set(f[0].parents)}
+    chains: dict[str, list[Block]] = {}
+    for path, found in outermost.items():
+        blocks = [block for call in found if (block := _resolve(trace, call)) is not None]
+        if blocks:
+            chains[path] = blocks
+    return chains
+
+
+def _is_chain(calls: list[Call]) -> bool:
+    """Whether the output of each call feeds the next."""
+    return all(
+        any(alias_root(v, before.outputs.values()) in set(before.outputs.values()) for v in call.inputs.values())
+        for before, call in zip(calls, calls[1:], strict=False)
+    )
+
+
+def _resolve(trace: Trace, call: Call) -> Block | None:
+    """The residual path of one call of a layer, or None if no path leads through it."""
+    for entering in (v for v in call.inputs.values() if v.is_activation):
+        finder = _PathFinder(trace, call, entering)
+        for leaving in (v for v in call.outputs.values() if v.is_activation):
+            steps = finder.path(leaving)
+            if steps and any(s.kind == "add" for s in steps):
+                block = Block(call, entering, leaving, steps)
+                block.updates = _updates(trace, block)
+                return block
+    return None
+
+
+@final
+class _PathFinder:
+    """Follows the residual stream backwards from a value to the block's input."""
+
+    def __init__(self, trace: Trace, call: Call, entering: Value) -> None:
+        self._trace, self._call, self._entering = trace, call, entering
+        self._found: dict[Value, list[Step] | None] = {}
+
+    def path(self, value: Value) -> list[Step] | None:
+        """The steps from the block's input to `value`, or None if the stream does not reach it."""
+        if value is self._entering:
+            return []
+        if value.number < self._call.first or value.is_source:
+            return None
+        if value not in self._found:
+            self._found[value] = None
+            self._found[value] = self._through_norm(value) or self._through_operation(value)
+        return self._found[value]
+
+    def _through_norm(self, value: Value) -> list[Step] | None:
+        for call in self._trace.producers.get(value, ()):
+            norm = find_norm(call)
+            before = self.path(norm.input) if norm is not None else None
+            if norm is not None and before is not None:
+                return [*before, Step("norm", value, norm.input, norm=norm)]
+        return None
+
+    def _through_operation(self, value: Value) -> list[Step] | None:
+        operands = value.inputs
+        if value.op in ALIASES and operands:
+            if operands[0].tensor.numel() != value.tensor.numel():
+                return None
+            before = self.path(operands[0])
+            if before is None or operands[0].tensor.dtype == value.tensor.dtype:
+                return before
+            return [*before, Step("cast", value, operands[0])]
+        if value.op in ("add", "sub") and len(operands) == 2:
+            return self._through_addition(value)
+        if value.op in ("mul", "div") and operands:
+            scaled = operands[0]
+            constant = len(operands) == 1 or operands[1].op == "parameter"
+            before = self.path(scaled) if constant else None
+            return None if before is None else [*before, Step("scale", value, scaled)]
+        return None
+
+    def _through_addition(self, value: Value) -> list[Step] | None:
+        left, right = value.inputs
+        sign = -1.0 if value.op == "sub" else value.alpha
+        by_left, by_right = self.path(left), self.path(right)
+        # Both operands may come from the stream, as when a norm of it is added: the longer path wins.
+        if by_left is not None and (by_right is None or len(by_left) >= len(by_right)):
+            return [*by_left, Step("add", value, left, right, sign)]
+        if by_right is not None:
+            return [*by_right, Step("add", value, right, left, 1.0)]
+        return None
+
+
+def _updates(trace: Trace, block: Block) -> list[Update]:
+    stream = {block.entering, *(s.value for s in block.steps)}
+    attention = {a.out: a for a in trace.attention_calls}
+    updates: list[Update] = []
+    for step in block.adds:
+        for value, coefficient, call in _terms(trace, block, step.update, step.sign):
+            cone = frozenset(_cone(value, stream, block.call.first))
+            found = [attention[v] for v in cone if v in attention]
+            mixes = bool(found) or any(_is_softmax_over_positions(v) for v in cone)
+            updates.append(Update(value, coefficient, call, step, cone, found[-1] if found else None, mixes))
+    return updates
+
+
+def _terms(
+    trace: Trace, block: Block, value: Value | None, coefficient: float
+) -> Iterator[tuple[Value, float, Call | None]]:
+    """An update as a sum of terms, each owned by a module as far as one does."""
+    if value is None:
+        return
+    owners = [c for c in trace.producers.get(value, ()) if block.call in c.parents and not c.is_identity]
+    operands = value.inputs
+    if owners:
+        yield value, coefficient, min(owners, key=lambda c: len(c.parents))
+    elif value.op in ALIASES and operands and operands[0].tensor.numel() == value.tensor.numel():
+        yield from _terms(trace, block, operands[0], coefficient)
+    elif value.op in ("mul", "div") and len(operands) == 1 and value.scalars:
+        factor = value.scalars[0] if value.op == "mul" else 1 / value.scalars[0]
+        yield from _terms(trace, block, operands[0], coefficient * factor)
+    elif value.op == "add" and len(operands) == 2 and all(o.tensor.shape == value.tensor.shape for o in operands):
+        yield from _terms(trace, block, operands[0], coefficient)
+        yield from _terms(trace, block, operands[1], coefficient * value.alpha)
+    else:
+        yield value, coefficient, None
+
+
+def _cone(value: Value, stream: set[Value], first: int) -> Iterator[Value]:
+    seen: set[Value] = set()
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here in seen or here in stream or here.is_source or here.number < first:
+            continue
+        seen.add(here)
+        yield here
+        waiting.extend(here.inputs)
+
+
+def _is_softmax_over_positions(value: Value) -> bool:
+    return value.op in ("_softmax", "_safe_softmax") and value.tensor.ndim >= 4
+
+
+def reads(update: Update, values: Mapping[Value, object] | set[Value]) -> bool:
+    """Whether an update was computed directly from one of these values of the stream."""
+    return any(i in values for v in update.cone for i in v.inputs)

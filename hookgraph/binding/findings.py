@@ -1,0 +1,64 @@
+"""What discovery found in a model: anchors, reasons for what is absent, layers, weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, final
+
+from hookgraph.binding.anchors import Anchor
+from hookgraph.binding.tracing import Slot
+from hookgraph.binding.views import View
+from hookgraph.ontology.locations import Location, LocationType
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a stack, as a binding needs it to skip it."""
+
+    module: str
+    input_slot: Slot
+    output_slot: Slot
+    output_size: int
+    """How many elements its output has, if it is a tuple; 0 if it is a tensor."""
+
+
+Side: TypeAlias = Literal["output", "input", "table"]
+"""Which side of a projection the view is of; `table` for an embedding."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Where a weight lies: a projection, and which of its inputs or outputs belong to it."""
+
+    module: str
+    side: Side
+    view: View = None
+
+
+@final
+@dataclass(slots=True)
+class Findings:
+    """Everything known of a model after discovery, as data."""
+
+    anchors: dict[Location, Anchor] = field(default_factory=dict[Location, Anchor])
+    reasons: dict[Location, str] = field(default_factory=dict[Location, str])
+    layers: dict[str, list[Layer]] = field(default_factory=dict[str, list[Layer]])
+    weights: dict[tuple[str, int | None], WeightSource] = field(
+        default_factory=dict[tuple[str, int | None], WeightSource]
+    )
+
+    def add(self, anchor: Anchor) -> None:
+        """Keep an anchor."""
+        self.anchors[anchor.location] = anchor
+
+    def absent(self, reason: str, *locations: Location | LocationType, layer: int | None = None) -> None:
+        """Keep the reason for which locations are absent, unless one is known."""
+        for location in locations:
+            place = location if isinstance(location, Location) else Location(location, layer)
+            self.reasons.setdefault(place, reason)
+
+    def without(self, failed: Mapping[Location, str]) -> "Findings":
+        """The same without some locations, for these reasons."""
+        anchors = {k: v for k, v in self.anchors.items() if k not in failed}
+        return Findings(anchors, {**self.reasons, **failed}, self.layers, self.weights)

@@ -1,0 +1,171 @@
+"""A HuggingFace model seen as locations."""
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hookgraph.binding.anchors import Anchor, Role
+from hookgraph.binding.attention import Interior
+from hookgraph.binding.findings import Findings
+from hookgraph.binding.inputs import prepare
+from hookgraph.binding.mechanisms import install
+from hookgraph.binding.skipping import entering
+from hookgraph.binding.weights import normal_form
+from hookgraph.errors import AlreadyAttachedError, LocationError, UnknownLocationError, nearest
+from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
+from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.hooks.handles import Handle, installed
+from hookgraph.hooks.taps import Tap, Taps
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.weights import WeightType
+
+_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_attaching = threading.Lock()
+
+
+@final
+class HuggingFaceBinding(AbstractBinding):
+    """Reaches each location of a model by its anchor."""
+
+    def __init__(
+        self, model: PreTrainedModel, findings: Findings, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.model = model
+        self.findings = findings
+        self.tokenizer = tokenizer
+        self._report = ConformanceReport()
+        self._modules = dict(model.named_modules())
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Every location of the model, in causal order."""
+        return self._locations
+
+    @property
+    def report(self) -> ConformanceReport:
+        """What was proven when the model was bound."""
+        return self._report
+
+    def proven(self, report: ConformanceReport) -> "HuggingFaceBinding":
+        """This binding with what failed in `report` taken out, each with its reason."""
+        findings = self.findings.without({p.location: f"{p.invariant} fails: {p.note}" for p in report.failures})
+        binding = HuggingFaceBinding(self.model, findings, self.tokenizer)
+        binding._report = replace(report, absent=findings.reasons, mechanisms={k: v for k, v in report.mechanisms.items() if k in findings.anchors})
+        return binding
+
+    def layers(self, stack: str) -> int:
+        """How many layers a stack has."""
+        return len(self.findings.layers.get(stack, ()))
+
+    def why_absent(self, location: Location) -> str:
+        """The reason found when the model was bound, or the nearest names."""
+        reason = self.findings.reasons.get(location)
+        if reason is not None:
+            return reason
+        layers = self.layers(location.type.stack)
+        if location.layer is not None and location.layer >= layers > 0:
+            return f"its {location.type.stack} has {layers} layers, 0 to {layers - 1}"
+        return nearest(str(location), map(str, self._locations))
+
+    def prepare(self, inputs: Inputs, *, copies: int = 1) -> Prepared:
+        """Inputs as keyword arguments of the model, on its device."""
+        return prepare(self.model, self.tokenizer, self._accepted, inputs, copies)
+
+    def forward(self, inputs: Prepared) -> Float[Tensor, "batch pos vocab"]:
+        """One forward pass of the model; its logits, or its first output if it has none."""
+        output = self.model(**inputs)
+        logits = getattr(output, "logits", None)
+        return output[0] if logits is None else logits
+
+    @contextmanager
+    def attached(self, taps: Taps, start: Start | None = None) -> Iterator[None]:
+        """Within this context every forward pass of the model calls the taps."""
+        with _attaching:
+            if self.model in _attached:
+                raise AlreadyAttachedError(
+                    f"this {type(self.model).__name__} is attached already: leave the other `with` first, or "
+                    "put all hooks into one graph"
+                )
+            _attached.add(self.model)
+        try:
+            with ExitStack() as stack:
+                if start is not None:
+                    layers = self.findings.layers[start.stack]
+                    stack.enter_context(entering(self._modules, layers, start))
+                stack.enter_context(installed(*self._installers(taps)))
+                yield
+        finally:
+            _attached.discard(self.model)
+
+    def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
+        """What to install, the last location first: each new hook goes before those on its module."""
+        installers: list[Callable[[], Handle]] = []
+        interiors: dict[str, dict[Role, Tap]] = {}
+        eager: dict[str, str] = {}
+        native = [(k, v) for k, v in taps.items() if k.site is None]
+        for location, tap in sorted(native, key=lambda pair: pair[0].order, reverse=True):
+            anchor = self.findings.anchors[location]
+            if anchor.mechanism == "interior":
+                interiors.setdefault(anchor.module, {})[anchor.role] = tap
+                eager[anchor.module] = anchor.eager
+            else:
+                installers.append(self._installer(anchor, tap))
+        for path, inside in interiors.items():
+            installers.append(self._interior(path, inside, eager[path]))
+        return installers
+
+    def _installer(self, anchor: Anchor, tap: Tap) -> Callable[[], Handle]:
+        return lambda: install(self._modules[anchor.module], anchor, tap)
+
+    def _interior(self, path: str, taps: Mapping[Role, Tap], eager: str) -> Callable[[], Handle]:
+        return lambda: Interior(self._modules[path], taps, eager)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within this context no parameter asks for a gradient: none is computed that nobody reads."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def weight(self, kind: WeightType, layer: int | None = None) -> Float[Tensor, "..."]:
+        """A weight, or a bias, in the normal form that `WeightType` states.
+
+        Raises:
+            UnknownLocationError: the model has no such weight, or stores it in no single projection.
+        """
+        bias = kind.value.startswith("b_")
+        name = f"W_{kind.value[2:]}"
+        source = self.findings.weights.get((name, layer))
+        if source is None:
+            known = {f"{n}[{i}]" if i is not None else n for n, i in self.findings.weights}
+            wanted = name if layer is None else f"{name}[{layer}]"
+            raise UnknownLocationError(f"this model has no weight {wanted}: {nearest(wanted, known)}")
+        with torch.no_grad():
+            return normal_form(self._modules[source.module], source, bias=bias)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name, revision, class and dtype of the model."""
+        config: Any = self.model.config
+        return {
+            "model": str(getattr(config, "_name_or_path", "") or config.model_type),
+            "revision": str(getattr(config, "_commit_hash", None) or ""),
+            "class": type(self.model).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }

@@ -1,0 +1,97 @@
+"""Recognise a norm by what it does: norm(x) = gain · (x - centre) · s + bias, s = 1/sqrt(mean square + ε).
+
+Neither the name nor the class of a module is looked at: it is called on made-up inputs. The epsilon is
+the one of its numbers that explains what it returns.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hookgraph.binding.tracing import Call, Slot, Value
+
+_SCALES = (1e-3, 1.0, 30.0)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A call of a module that normalises its input."""
+
+    call: Call
+    input: Value
+    slot: Slot
+    centred: bool
+    epsilon: float
+
+
+def scale_of(x: Float[Tensor, "... d_model"], *, centred: bool, epsilon: float) -> Float[Tensor, "... one"]:
+    """s = 1 / sqrt(mean over the last axis of (x - centre)² + ε), in at least single precision."""
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+def find_norm(call: Call) -> Norm | None:
+    """The norm that a module call is, or None."""
+    shaped = [(s, v) for s, v in call.inputs.items() if v.is_activation]
+    if len(shaped) != 1 or set(call.outputs) != {None} or any(True for _ in call.module.children()):
+        return None
+    slot, value = shaped[0]
+    out = call.outputs[None]
+    if out is value or out.tensor.shape != value.tensor.shape or not out.is_activation:
+        return None
+    found = _recognise(call.module, value)
+    return None if found is None else Norm(call, value, slot, *found)
+
+
+def _recognise(module: nn.Module, value: Value) -> tuple[bool, float] | None:
+    """(centred, epsilon) of a module that behaves like a norm, or None."""
+    width, like = value.tensor.shape[-1], value.tensor
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 4, width, generator=generator).to(like.device, like.dtype)
+    try:
+        with torch.no_grad():
+            bias = module.forward(torch.zeros_like(rows[:, :1]))
+            responses = {scale: module.forward(rows * scale) for scale in _SCALES}
+            shifted = module.forward(rows + 3.0)
+    except Exception:  # noqa: BLE001 (a module that cannot be called on one tensor is no norm)
+        return None
+    tolerance = 2e-2 if like.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if any(not isinstance(r, Tensor) or r.shape != rows.shape for r in (*responses.values(), shifted)):
+        return None
+    if not torch.isfinite(bias).all() or _differ(responses[30.0], responses[1.0]) > 0.05:
+        return None
+    centred = _differ(shifted, responses[1.0]) < tolerance
+    candidates = {float(v) for v in vars(module).values() if isinstance(v, float) and 0 <= v < 0.1}
+    best: tuple[float, float] | None = None
+    for epsilon in sorted({*candidates, 1e-5, 1e-6, 1e-12, 0.0}, key=lambda e: e not in candidates):
+        error = _unexplained(responses, rows, bias, centred, epsilon)
+        if best is None or error < best[0] * 0.5:
+            best = (error, epsilon)
+    return (centred, best[1]) if best is not None and best[0] < tolerance else None
+
+
+def _unexplained(
+    responses: dict[float, Tensor], rows: Tensor, bias: Tensor, centred: bool, epsilon: float
+) -> float:
+    """How much the gain implied by each response differs between inputs of different size."""
+    moved = rows - rows.mean(-1, keepdim=True) if centred else rows
+    worst = 0.0
+    reference: Tensor | None = None
+    for scale, response in sorted(responses.items(), key=lambda pair: -pair[0]):
+        s = scale_of(rows * scale, centred=centred, epsilon=epsilon)
+        expected = moved.to(s.dtype) * scale * s
+        got = (response - bias).to(s.dtype)
+        gain = (got * expected).sum((0, 1)) / expected.square().sum((0, 1))
+        reference = gain if reference is None else reference
+        worst = max(worst, _differ(got, expected * reference))
+    return worst
+
+
+def _differ(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))

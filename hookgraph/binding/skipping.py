@@ -1,0 +1,61 @@
+"""Enter a model between two layers: the layers before do not run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hookgraph.binding.findings import Layer
+from hookgraph.binding.mechanisms import element
+from hookgraph.graph.abstract import Start
+from hookgraph.hooks.handles import installed
+
+
+@contextmanager
+def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: Start) -> Iterator[None]:
+    """Within this context the layers before `start.block` hand their input on, and `start.value`
+    is what the last of them returns."""
+    skipped = layers[: start.block]
+    with ExitStack() as stack:
+        for layer in skipped[:-1]:
+            stack.enter_context(_forward_replaced(modules[layer.module], layer, None))
+        if skipped:
+            last = skipped[-1]
+            stack.enter_context(_forward_replaced(modules[last.module], last, start.value))
+        else:
+            stack.enter_context(_input_replaced(modules[layers[0].module], layers[0], start.value))
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = element(args, kwargs, layer.input_slot) if value is None else value
+        if layer.output_slot is None:
+            return result
+        return tuple(result if i == layer.output_slot else None for i in range(layer.output_size))
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+@contextmanager
+def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Iterator[None]:
+    slot = layer.input_slot
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(slot, str):
+            return args, {**kwargs, slot: value}
+        place = slot or 0
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+
+    with installed(lambda: module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)):
+        yield

@@ -1,0 +1,147 @@
+"""The two classes a user may subclass: a binding of some model, and a subgraph to inject."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TypeAlias, final
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from hookgraph.errors import UnknownLocationError
+from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.hooks.taps import Taps
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.weights import WeightType
+
+Inputs: TypeAlias = "Int[Tensor, 'batch pos'] | Mapping[str, object] | str | list[str]"
+"""What can be run: token ids, keyword arguments of the model, or text where there is a tokenizer."""
+
+Prepared: TypeAlias = Mapping[str, object]
+"""Inputs as keyword arguments of the model, on its device."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a replay starts: `value` enters block `block` of `stack`; earlier blocks do not run.
+
+    A block number equal to the number of blocks means what comes after the last of them.
+    """
+
+    stack: str
+    block: int
+    value: Shaped[Tensor, "batch pos ..."]
+
+
+class AbstractBinding(ABC):
+    """A model seen as locations. Everything above this class knows nothing else of a model."""
+
+    @property
+    @abstractmethod
+    def locations(self) -> tuple[Location, ...]:
+        """Every location of the model, in causal order. Each fires exactly once per forward pass."""
+
+    @abstractmethod
+    def why_absent(self, location: Location) -> str:
+        """Why the model does not have this location: a clause such as "no sum exists there"."""
+
+    @abstractmethod
+    def prepare(self, inputs: Inputs, *, copies: int = 1) -> Prepared:
+        """Inputs as the model takes them, the whole batch repeated `copies` times.
+
+        Raises:
+            InputError: the inputs cannot be run, with the reason.
+        """
+
+    @abstractmethod
+    def forward(self, inputs: Prepared) -> Float[Tensor, "batch pos vocab"]:
+        """One forward pass of the model as it is now, taps included if it is attached."""
+
+    @abstractmethod
+    def attached(self, taps: Taps, start: Start | None = None) -> AbstractContextManager[None]:
+        """Within this context every forward pass of the model calls the taps.
+
+        Raises:
+            AlreadyAttachedError: another graph holds the model.
+        """
+
+    @abstractmethod
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within this context no parameter of the model asks for a gradient."""
+
+    def weight(self, kind: WeightType, layer: int | None = None) -> Float[Tensor, "..."]:
+        """A weight, or a bias, in the normal form that `WeightType` states.
+
+        Raises:
+            UnknownLocationError: this binding has no such weight.
+        """
+        raise UnknownLocationError(f"{type(self).__name__} has no weights by name, so no {kind}")
+
+    @property
+    def report(self) -> ConformanceReport:
+        """What was proven of the locations when the model was bound; empty if nothing was."""
+        return ConformanceReport()
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What results should remember of the model: its name, revision, dtype."""
+        return {}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a subgraph sees of the pass it takes part in.
+
+    Args:
+        taps: the taps of every location, this subgraph's included.
+        memory: the subgraph's own notes, for values read at one site and written at another.
+    """
+
+    taps: Taps
+    memory: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def wanted(self, location: Location) -> bool:
+        """Whether anyone hooks, saves or splices at this location: if not, it need not be computed."""
+        return location in self.taps
+
+    def edited(self, location: Location) -> bool:
+        """Whether the value at this location may be replaced."""
+        tap = self.taps.get(location)
+        return tap is not None and tap.edits
+
+    def tap(self, location: Location, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Let everything happen that is asked for at this location; returns the value to go on with."""
+        tap = self.taps.get(location)
+        return value if tap is None else tap(value)
+
+
+class AbstractSubgraph(ABC):
+    """Something injected into a model that brings locations of its own into being."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its name, unique among the subgraphs of one site; a part of its locations' names."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> tuple[Location, ...]:
+        """The whole locations that it reads or writes, of the model or of another subgraph."""
+
+    @property
+    @abstractmethod
+    def locations(self) -> tuple[Location, ...]:
+        """The locations it brings into being, each made by `Location.within(site, self.name)`."""
+
+    @abstractmethod
+    def visit(
+        self, site: Location, value: Shaped[Tensor, "..."], frame: Frame
+    ) -> Shaped[Tensor, "..."]:
+        """Called when the pass reaches a site; returns what goes on (`value` itself if unchanged).
+
+        Call `frame.tap(location, value)` once for each own location, in causal order, and go on
+        with what it returns: that is how hooks, saves and nested subgraphs reach it.
+        """

@@ -1,0 +1,59 @@
+"""From what a graph registers to one tap per location."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from hookgraph.graph.abstract import AbstractSubgraph, Frame
+from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.taps import Observer, Splice, Tap, Taps
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.passes import PassType
+
+Registration = tuple[Location, Hook]
+
+
+def compile_taps(
+    registrations: Sequence[Registration],
+    subgraphs: Sequence[AbstractSubgraph],
+    observers: Mapping[Location, Observer] | None = None,
+    differentiated: Iterable[Location] = (),
+) -> Taps:
+    """One tap for every whole location at which anything happens, those inside subgraphs included."""
+    observers = observers or {}
+    needs_gradient = frozenset(differentiated)
+    hooks: dict[Location, list[Registration]] = {}
+    gradient_hooks: dict[Location, list[Registration]] = {}
+    for location, hook in registrations:
+        backward = location.pass_type is PassType.BACKWARD
+        (gradient_hooks if backward else hooks).setdefault(location.whole, []).append((location, hook))
+    taps: dict[Location, Tap] = {}
+    splices = _splices(subgraphs, taps)
+    for location in sorted({*hooks, *gradient_hooks, *observers, *needs_gradient, *splices}, key=lambda x: x.order):
+        observer = observers.get(location)
+        taps[location] = Tap(
+            location,
+            hooks=tuple(hooks.get(location, ())),
+            gradient_hooks=tuple(gradient_hooks.get(location, ())),
+            observers=() if observer is None else (observer,),
+            splices=tuple(splices.get(location, ())),
+            needs_gradient=location in needs_gradient,
+        )
+    return taps
+
+
+def _splices(subgraphs: Sequence[AbstractSubgraph], taps: Taps) -> Mapping[Location, list[Splice]]:
+    """What each site's subgraphs do there. `taps` is filled later: frames look into it as they run."""
+    splices: dict[Location, list[Splice]] = {}
+    for subgraph in subgraphs:
+        splice = _splice(subgraph, Frame(taps))
+        for site in subgraph.sites:
+            splices.setdefault(site, []).append(splice)
+    return splices
+
+
+def _splice(subgraph: AbstractSubgraph, frame: Frame) -> Splice:
+    def splice(site: Location, value: Tensor) -> Tensor:
+        return subgraph.visit(site, value, frame)
+
+    return splice

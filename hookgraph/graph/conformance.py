@@ -1,0 +1,92 @@
+"""`ConformanceReport`: what was proven of each location of a bound model, and why others are absent."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+from hookgraph.ontology.locations import Location
+
+if TYPE_CHECKING:
+    import pandas
+
+INVARIANTS = ("fires once", "shape", "transparent", "conserved", "edit = gradient", "removed")
+"""What is checked of every location; see the explanation page on conformance."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One invariant of one location: whether it holds, by how much it is off, within what tolerance."""
+
+    location: Location
+    invariant: str
+    holds: bool
+    error: float
+    tolerance: float
+    note: str = ""
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class ConformanceReport:
+    """Location x invariant, the mechanism that reaches each location, and reasons for what is absent."""
+
+    proofs: tuple[Proof, ...] = ()
+    mechanisms: Mapping[Location, str] = field(default_factory=dict[Location, str])
+    absent: Mapping[Location, str] = field(default_factory=dict[Location, str])
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was checked holds."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Proof, ...]:
+        """What does not hold."""
+        return tuple(p for p in self.proofs if not p.holds)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per location: mechanism, and the error of each invariant (NaN where not checked)."""
+        import pandas as pd
+
+        rows = {str(k): {"mechanism": v} for k, v in self.mechanisms.items()}
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["mechanism"])
+        for invariant in INVARIANTS:
+            errors = {str(p.location): p.error for p in self.proofs if p.invariant == invariant}
+            frame[invariant] = pd.Series(errors, dtype=float)
+        return frame
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        content = {
+            "metadata": dict(self.metadata),
+            "ok": self.ok,
+            "locations": {str(k): v for k, v in self.mechanisms.items()},
+            "absent": {str(k): v for k, v in self.absent.items()},
+            "proofs": [
+                {
+                    "location": str(p.location),
+                    "invariant": p.invariant,
+                    "holds": p.holds,
+                    "error": p.error,
+                    "tolerance": p.tolerance,
+                    "note": p.note,
+                }
+                for p in self.proofs
+            ],
+        }
+        return json.dumps(content, indent=1)
+
+    def __repr__(self) -> str:
+        name = self.metadata.get("class", "model")
+        checked = len({(p.location, p.invariant) for p in self.proofs})
+        lines = [f"{name}: {len(self.mechanisms)} locations, {checked} invariants checked, "]
+        lines[0] += "all hold" if self.ok else f"{len(self.failures)} fail"
+        lines += [f"  {p.location}: {p.invariant} off by {p.error:.2g} {p.note}" for p in self.failures]
+        lines += [f"  absent {location}: {reason}" for location, reason in self.absent.items()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(float_format=lambda x: f"{x:.1e}")

@@ -1,0 +1,284 @@
+"""`HookGraph`: a model's locations together with what is to happen at them, as a frozen value."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from hookgraph.errors import MetricError, SubgraphError, UnknownLocationError, nearest
+from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
+from hookgraph.graph.compiling import Registration, compile_taps
+from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.recording import EnoughSeen, Recorder
+from hookgraph.graph.replay import start_at, taps_from
+from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import Hook
+from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.passes import PassType
+from hookgraph.ontology.weights import WeightType
+
+Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+"""Logits -> one number per example."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HookGraph:
+    """A model's locations, and the hooks and subgraphs at them. A value: methods return new graphs.
+
+    The model is touched only inside `attached` and `run`, and is bit for bit itself afterwards.
+
+    Args:
+        binding: how the locations are reached in the model; `hookgraph.bind(model)` makes one.
+        registrations: the hooks, in order.
+        subgraphs: the injected subgraphs, in order.
+    """
+
+    binding: AbstractBinding
+    registrations: tuple[Registration, ...] = ()
+    subgraphs: tuple[AbstractSubgraph, ...] = ()
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Every location of the model and of the injected subgraphs, in causal order."""
+        own = self.binding.locations
+        if not self.subgraphs:
+            return own
+        injected = [x for subgraph in self.subgraphs for x in subgraph.locations]
+        return tuple(sorted((*own, *injected), key=lambda x: x.order))
+
+    def every(self, kind: LocationType | Location) -> tuple[Location, ...]:
+        """All locations of one type, in causal order; those of a layer that lacks it are left out.
+
+        Raises:
+            UnknownLocationError: no layer has it, with the reason.
+        """
+        wanted = kind.type if isinstance(kind, Location) else kind
+        found = tuple(x for x in self.locations if x.type == wanted)
+        if isinstance(kind, Location) and kind.site is not None:
+            found = tuple(x for x in found if x.subgraph == kind.subgraph)
+        if not found:
+            self.check(wanted[0] if wanted.layered else wanted())
+        return found
+
+    def weight(self, kind: WeightType, layer: int | None = None) -> Float[Tensor, "..."]:
+        """A weight, or a bias, of the model in its normal form: `graph.weight(W_O, layer=3)`.
+
+        Raises:
+            UnknownLocationError: the model has no such weight; near names are given.
+        """
+        return self.binding.weight(kind, layer)
+
+    @property
+    def report(self) -> ConformanceReport:
+        """What was proven of each location when the model was bound, and why others are absent."""
+        return self.binding.report
+
+    def check(self, location: Location) -> Location:
+        """`location` itself if this graph has it, its index included.
+
+        Raises:
+            UnknownLocationError: it has not, with the reason and the nearest names.
+        """
+        whole = location.whole
+        if whole in self._known:
+            return location
+        if whole.site is not None:
+            near = nearest(str(whole), map(str, self._known))
+            raise UnknownLocationError(
+                f"this graph has no location {whole}: inject its subgraph first; {near}"
+            )
+        raise UnknownLocationError(
+            f"this model has no location {whole}: {self.binding.why_absent(whole)}"
+        )
+
+    @property
+    def _known(self) -> frozenset[Location]:
+        cached = self.__dict__.get("_known_locations")
+        if cached is None:
+            cached = frozenset(self.locations)
+            object.__setattr__(self, "_known_locations", cached)
+        return cached
+
+    def hook(self, location: Location, fn: Hook) -> "HookGraph":
+        """A graph that also calls `fn` with the value at `location`, or with its gradient there.
+
+        `fn` gets the tensor (the part that the location names) and returns a replacement of the same
+        shape, dtype and device, or None to leave it.
+
+        Raises:
+            UnknownLocationError: this graph has no such location.
+        """
+        return replace(self, registrations=(*self.registrations, (self.check(location), fn)))
+
+    def stop_gradient(self, location: Location) -> "HookGraph":
+        """A graph in which `location` passes its value on, but no gradient back."""
+        if location.pass_type is PassType.BACKWARD:
+            location = replace(location, pass_type=PassType.FORWARD)
+        return self.hook(location, Tensor.detach)
+
+    def inject(self, *subgraphs: AbstractSubgraph) -> "HookGraph":
+        """A graph with `subgraphs` at their sites, after what is there already.
+
+        Raises:
+            SubgraphError: a site is unknown, a name is taken, or locations overlap.
+        """
+        graph = self
+        for subgraph in subgraphs:
+            _check_injectable(graph, subgraph)
+            graph = replace(graph, subgraphs=(*graph.subgraphs, subgraph))
+        return graph
+
+    @contextmanager
+    def attached(self) -> Iterator["HookGraph"]:
+        """Within this context the model's own calls are hooked: `model(...)`, `model.generate(...)`.
+
+        Raises:
+            AlreadyAttachedError: a graph holds the model already.
+        """
+        with self.binding.attached(compile_taps(self.registrations, self.subgraphs)):
+            yield self
+
+    def run(
+        self,
+        inputs: Inputs,
+        *,
+        save: Sequence[Location] = (),
+        metric: Metric | None = None,
+        grad: bool | None = None,
+    ) -> Run:
+        """One forward pass, and one backward pass if a gradient is asked for.
+
+        Without a metric the pass stops after the last location asked for; reading `run.logits` then
+        completes it.
+
+        Args:
+            inputs: token ids, keyword arguments of the model, or text where there is a tokenizer.
+            save: the locations to keep, parts and gradients among them.
+            metric: logits -> one number per example.
+            grad: True keeps the autograd graph of everything returned. By default there is one only
+                while gradients are asked for, without those of the model's parameters.
+
+        Raises:
+            UnknownLocationError: this graph has no such location.
+            MetricError: the metric is not one number per example, or has no gradient at a location.
+            InputError: the inputs cannot be run.
+        """
+        return self._pass(self.binding.prepare(inputs), save, metric, grad)
+
+    def replay(
+        self,
+        run: Run,
+        after: Location,
+        *,
+        value: Shaped[Tensor, "batch pos ..."] | None = None,
+        save: Sequence[Location] = (),
+        metric: Metric | None = None,
+        grad: bool | None = None,
+    ) -> Run:
+        """Like `run` on the inputs of an earlier run, executing only what lies after a location.
+
+        The value enters at `after`, where hooks, saves and subgraphs apply to it as in a full pass;
+        the blocks before it are not executed. Its batch may be several times that of the earlier run:
+        row i belongs to example i modulo the earlier batch.
+
+        Args:
+            run: the earlier run, whose inputs are used.
+            after: a whole `resid.pre` or `resid.post`.
+            value: what enters there; by default what the earlier run saved.
+
+        Raises:
+            LocationError: `after` is no boundary between blocks, or something asked for precedes it.
+            ShapeMismatchError: the batch of the value is no multiple of the earlier one.
+        """
+        entering = run[after] if value is None else value
+        start, copies = start_at(self.check(after), entering, _batch_size(run.inputs))
+        for location in save:
+            if self.check(location).root.precedes(after):
+                raise UnknownLocationError(f"{location} comes before {after}, where this replay starts")
+        inputs = self.binding.prepare(dict(run.inputs), copies=copies)
+        return self._pass(inputs, save, metric, grad, start=start, after=after)
+
+    def _pass(
+        self,
+        inputs: Prepared,
+        save: Sequence[Location],
+        metric: Metric | None,
+        grad: bool | None,
+        start: Start | None = None,
+        after: Location | None = None,
+    ) -> Run:
+        for location in save:
+            self.check(location)
+        recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad))
+        needs_graph = bool(grad) or bool(recorder.differentiated)
+        taps = compile_taps(
+            self.registrations, self.subgraphs, recorder.observers(), recorder.differentiated
+        )
+        if after is not None:
+            taps = taps_from(after, taps)[0]
+        logits: Tensor | None = None
+        with ExitStack() as stack:
+            if needs_graph and not grad:
+                stack.enter_context(self.binding.frozen())
+            stack.enter_context(torch.set_grad_enabled(needs_graph))
+            stack.enter_context(self.binding.attached(taps, start))
+            try:
+                logits = self.binding.forward(inputs)
+            except EnoughSeen:
+                pass
+        with torch.set_grad_enabled(needs_graph):
+            measured = None if metric is None or logits is None else _measure(metric, logits)
+            values = recorder.values(measured)
+        if not grad:
+            measured = None if measured is None else measured.detach()
+            logits = None if logits is None else logits.detach()
+
+        def complete() -> Tensor:
+            return self._pass(inputs, (), None, False, start, after).logits
+
+        return Run(values, measured, inputs, self.binding.metadata, complete if logits is None else logits)
+
+
+def _measure(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
+    found = metric(logits)
+    if not isinstance(found, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
+        raise MetricError(f"the metric returned {type(found).__name__}; return one number per example")
+    if found.shape != logits.shape[:1]:
+        raise MetricError(
+            f"the metric returned shape {tuple(found.shape)} for a batch of {logits.shape[0]}: "
+            "return one number per example, without averaging over the batch"
+        )
+    return found
+
+
+def _batch_size(inputs: Prepared) -> int:
+    return next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+
+
+def _check_injectable(graph: HookGraph, subgraph: AbstractSubgraph) -> None:
+    if not subgraph.sites:
+        raise SubgraphError(f"subgraph {subgraph.name!r} names no site at which to inject it")
+    for site in subgraph.sites:
+        if site != site.whole:
+            raise SubgraphError(f"subgraph {subgraph.name!r}: a site is a whole location, not {site}")
+        try:
+            graph.check(site)
+        except UnknownLocationError as error:
+            raise SubgraphError(f"subgraph {subgraph.name!r} cannot be injected: {error}") from error
+        for other in graph.subgraphs:
+            if other.name == subgraph.name and site in other.sites:
+                raise SubgraphError(f"a subgraph called {subgraph.name!r} is at {site} already")
+    for location in subgraph.locations:
+        if location.site not in subgraph.sites or location.subgraph != subgraph.name:
+            raise SubgraphError(
+                f"subgraph {subgraph.name!r} declares {location}: its locations stand at one of its "
+                f"sites and bear its name, as {location.type}.within(site, {subgraph.name!r}) makes them"
+            )
+    taken = {x for other in graph.subgraphs for x in other.locations} & set(subgraph.locations)
+    if taken:
+        raise SubgraphError(f"subgraph {subgraph.name!r}: {min(map(str, taken))} exists already")

@@ -1,0 +1,110 @@
+"""Saves: keep what was asked for, stop the pass when nothing more is asked for, be complete."""
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from hookgraph.errors import HookGraphError, MetricError
+from hookgraph.hooks.slicing import read
+from hookgraph.hooks.taps import Observer
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.passes import PassType
+
+
+class EnoughSeen(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside a pass when every location asked for has fired."""
+
+
+@final
+class Recorder:
+    """Keeps the values of one pass at the locations asked for.
+
+    Args:
+        asked: the locations to save, parts and gradients among them.
+        stop: raise `EnoughSeen` once all activations have fired.
+        keep_graph: leave the values in the autograd graph, and the graph intact.
+    """
+
+    def __init__(self, asked: Sequence[Location], *, stop: bool, keep_graph: bool) -> None:
+        self.asked = tuple(dict.fromkeys(asked))
+        self._stop = stop
+        self._keep_graph = keep_graph
+        self._wholes: dict[Location, list[Location]] = {}
+        for location in self.asked:
+            self._wholes.setdefault(location.whole, []).append(location)
+        self._missing = len(self._wholes)
+        self._seen: dict[Location, Tensor] = {}
+        self._parts: dict[Location, Tensor] = {}
+
+    @property
+    def differentiated(self) -> frozenset[Location]:
+        """The whole locations whose gradient is asked for."""
+        return frozenset(x.whole for x in self.asked if x.pass_type is PassType.BACKWARD)
+
+    def observers(self) -> Mapping[Location, Observer]:
+        """What to call with the value at each whole location."""
+        return {whole: self._observer(whole, parts) for whole, parts in self._wholes.items()}
+
+    def _observer(self, whole: Location, parts: list[Location]) -> Observer:
+        # A part is copied so that the whole tensor need not be kept alive for it.
+        copy = not self._keep_graph and all(p.index and p.pass_type is PassType.FORWARD for p in parts)
+
+        def observe(value: Tensor) -> None:
+            if whole in self._seen:
+                raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
+            if copy:
+                self._parts.update({p: read(p, value).clone() for p in parts})
+            self._seen[whole] = self._parts[parts[0]] if copy else value
+            self._missing -= 1
+            if self._stop and self._missing == 0:
+                raise EnoughSeen
+
+        return observe
+
+    def values(
+        self, metric: Float[Tensor, " batch"] | None
+    ) -> dict[Location, Shaped[Tensor, "..."]]:
+        """Everything asked for, in the order of asking.
+
+        Raises:
+            HookGraphError: a location did not fire.
+            MetricError: the metric has no gradient at a location.
+        """
+        missing = [str(whole) for whole in self._wholes if whole not in self._seen]
+        if missing:
+            raise HookGraphError(f"did not fire in this pass: {', '.join(missing)}")
+        gradients = self._gradients(metric)
+        values: dict[Location, Tensor] = {}
+        for location in self.asked:
+            if location.pass_type is PassType.BACKWARD:
+                values[location] = read(location, gradients[location.whole])
+            elif location in self._parts:
+                values[location] = self._parts[location]
+            else:
+                value = read(location, self._seen[location.whole])
+                values[location] = value if self._keep_graph else value.detach()
+        return values
+
+    def _gradients(self, metric: Float[Tensor, " batch"] | None) -> Mapping[Location, Tensor]:
+        wholes = [whole for whole in self._wholes if whole in self.differentiated]
+        if not wholes:
+            return {}
+        if metric is None:
+            raise MetricError(f"{wholes[0].grad} is the gradient of a metric: give `metric`")
+        if not metric.requires_grad:
+            raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
+        inputs = [self._seen[whole] for whole in wholes]
+        found = torch.autograd.grad(
+            metric.sum(), inputs, allow_unused=True, retain_graph=self._keep_graph
+        )
+        gradients: dict[Location, Tensor] = {}
+        for whole, gradient in zip(wholes, found, strict=True):
+            if gradient is None:
+                raise MetricError(
+                    f"the metric does not depend on {whole}: no path leads from there to it"
+                )
+            gradients[whole] = gradient
+        return gradients

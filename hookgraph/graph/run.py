@@ -1,0 +1,131 @@
+"""`Run`: what one pass returned."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+import torch
+from jaxtyping import Float, Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hookgraph.errors import HookGraphError, LoadError, UnknownLocationError, nearest
+from hookgraph.ontology.locations import Location
+
+_FORMAT = "hookgraph.run.v1"
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(Mapping[Location, Tensor]):
+    """What one pass returned: `run.logits`, `run.metric`, and the saved locations as a mapping.
+
+    Saves stand in the order in which they were asked for, complete.
+
+    Args:
+        values: the saved activations and gradients.
+        metric: one number per example, if a metric was given.
+    """
+
+    values: Mapping[Location, Shaped[Tensor, "..."]]
+    metric: Float[Tensor, " batch"] | None = None
+    inputs: Mapping[str, object] = field(default_factory=dict[str, object])
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    _logits: "Float[Tensor, 'batch pos vocab'] | Callable[[], Tensor] | None" = None
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos vocab"]:
+        """The logits. A pass that stopped early, after the last location asked for, is completed by
+        one more pass when they are first read.
+
+        Raises:
+            HookGraphError: the run was loaded from a file without logits.
+        """
+        found = self._logits
+        if found is None:
+            raise HookGraphError("this run holds no logits: ask for LOGITS in `save` before saving it")
+        if not isinstance(found, Tensor):
+            found = found()
+            object.__setattr__(self, "_logits", found)
+        return found
+
+    def __getitem__(self, location: Location) -> Shaped[Tensor, "..."]:
+        """The saved value at a location.
+
+        Raises:
+            UnknownLocationError: it was not saved; near names are given.
+        """
+        found = self.values.get(location)
+        if found is None:
+            near = nearest(str(location), map(str, self.values))
+            raise UnknownLocationError(f"{location} was not saved in this run: {near}")
+        return found
+
+    def __contains__(self, location: object) -> bool:
+        return location in self.values
+
+    def __iter__(self) -> Iterator[Location]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        lines = [f"Run of {len(self)} locations"]
+        lines += [f"  {k}: {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in self.items()]
+        return "\n".join(lines)
+
+    def detach(self) -> "Run":
+        """The same run without its autograd graph."""
+        return self._map(Tensor.detach)
+
+    def to(self, target: torch.device | str | torch.dtype) -> "Run":
+        """The same run on another device, or in another dtype."""
+        return self._map(lambda t: t.to(target))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Run":
+        metric = None if self.metric is None else change(self.metric)
+        logits = self._logits
+        if isinstance(logits, Tensor):
+            logits = change(logits)
+        elif logits is not None:
+            complete = logits
+            logits = lambda: change(complete())  # noqa: E731 (stays lazy)
+        values = {k: change(v) for k, v in self.values.items()}
+        return Run(values, metric, self.inputs, self.metadata, logits)
+
+    def save(self, path: str | Path) -> None:
+        """Write the saved values, the metric and the computed logits to a safetensors file."""
+        tensors = {str(k): v.detach().contiguous().clone() for k, v in self.values.items()}
+        if self.metric is not None:
+            tensors["/metric"] = self.metric.detach().clone()
+        if isinstance(self._logits, Tensor):
+            tensors["/logits"] = self._logits.detach().contiguous().clone()
+        header = {
+            "format": _FORMAT,
+            "order": json.dumps([str(k) for k in self.values]),
+            "metadata": json.dumps(dict(self.metadata)),
+        }
+        save_file(tensors, str(path), metadata=header)
+
+    @staticmethod
+    def load(path: str | Path) -> "Run":
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no such file, or not a saved run.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{path}: expected a run saved by hookgraph, found: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise LoadError(f"{path}: expected format {_FORMAT!r}, found {header.get('format')!r}")
+        values = {Location.parse(name): tensors[name] for name in json.loads(header["order"])}
+        metadata = json.loads(header["metadata"])
+        return Run(values, tensors.get("/metric"), {}, metadata, tensors.get("/logits"))

@@ -1,0 +1,39 @@
+"""Call a user's hook on the part of an activation that it was registered for."""
+
+from collections.abc import Callable
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from hookgraph.errors import ShapeMismatchError
+from hookgraph.hooks.slicing import read, write
+from hookgraph.ontology.locations import Location
+
+Hook = Callable[[Tensor], Tensor | None]
+"""What a user registers: gets the tensor, returns a replacement, or None to leave it."""
+
+
+def apply_hook(location: Location, hook: Hook, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """`value` after `hook` was given the part that `location` names; `value` itself if unchanged.
+
+    Raises:
+        ShapeMismatchError: the hook returned no tensor, or one of another shape, dtype or device.
+    """
+    part = read(location, value)
+    new = hook(part)
+    if new is None or new is part:
+        return value
+    if not isinstance(new, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
+        raise ShapeMismatchError(
+            f"the hook at {location} returned {type(new).__name__}; return a tensor, or None to leave it"
+        )
+    if new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
+        raise ShapeMismatchError(
+            f"the hook at {location} was given {_describe(part)} and returned {_describe(new)}; "
+            "an edit keeps shape, dtype and device"
+        )
+    return write(location, value, new)
+
+
+def _describe(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"

@@ -1,0 +1,28 @@
+"""Gradients at a location: make a value differentiable, let functions see and replace its gradient."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.hooks.editing import Hook, apply_hook
+from hookgraph.ontology.locations import Location
+
+
+def differentiable(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`value`, made the start of the autograd graph if nothing before it needs gradients."""
+    if not value.requires_grad and value.is_floating_point() and torch.is_grad_enabled():
+        value.requires_grad_()
+    return value
+
+
+def hook_gradient(value: Float[Tensor, "..."], hooks: tuple[tuple[Location, Hook], ...]) -> None:
+    """Let `hooks`, in order, see and replace the gradient of `value`."""
+    if not differentiable(value).requires_grad:
+        return
+
+    def on_gradient(gradient: Tensor) -> Tensor:
+        for location, hook in hooks:
+            gradient = apply_hook(location, hook, gradient)
+        return gradient
+
+    value.register_hook(on_gradient)

@@ -1,0 +1,25 @@
+"""Handles of whatever is installed on a model: each removed exactly once, also on error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+
+class Handle(Protocol):
+    """Something installed that can be taken away, such as PyTorch's `RemovableHandle`."""
+
+    def remove(self) -> None:
+        """Take it away."""
+
+
+@contextmanager
+def installed(*installers: Callable[[], Handle]) -> Iterator[None]:
+    """Install in order; on leaving remove in reverse order, each exactly once.
+
+    If an installer raises, what was installed before it is removed; if a removal raises, the
+    others are still carried out and the error is raised after them.
+    """
+    with ExitStack() as stack:
+        for install in installers:
+            stack.callback(install().remove)
+        yield

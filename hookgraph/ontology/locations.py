@@ -1,0 +1,329 @@
+"""`LocationType` and `Location`: values that name a tensor of a model, or a part of it."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias, final, overload
+
+from hookgraph.errors import LocationError, nearest
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.passes import PassType
+
+Index: TypeAlias = int | slice | tuple[int, ...]
+"""An index along one dimension: an int removes the axis, a slice or a tuple of ints keeps it."""
+
+STACKS: Final[tuple[str, ...]] = ("vision", "encoder", "decoder")
+"""The stacks of layers of a model, in the order in which they run."""
+
+MAIN_STACK: Final = "decoder"
+"""The stack whose name is left out when a location is printed."""
+
+_NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*")
+_LOCATION = re.compile(
+    r"(?P<name>[A-Za-z_][\w.]*?)(\[(?P<layer>-?\d+)\])?(?P<grad>\.grad)?(@(?P<index>[^/]*))?"
+)
+_declared: dict[str, "LocationType"] = {}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LocationType:
+    """A kind of activation: `RESID_POST`, `ATTN_Z`, or one of your own.
+
+    Declaring a type makes its name parseable; declaring it again replaces the former one.
+
+    Args:
+        name: dotted lower-case name, such as `attn.z`.
+        dims: the axes of the tensor, in order.
+        stage: place in the causal order within a layer: a smaller stage comes before a larger one;
+            two types of one stage do not depend on each other.
+        layered: whether there is one such location per layer. A type without layers and with a
+            negative stage comes before all layers of its stack, otherwise after them.
+        stack: which stack of layers it belongs to.
+
+    Raises:
+        LocationError: a malformed name, an unknown stack, or repeated dimensions.
+    """
+
+    name: str
+    dims: tuple[Dimension, ...]
+    stage: int
+    layered: bool = True
+    stack: str = MAIN_STACK
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name.endswith(".grad"):
+            raise LocationError(
+                f"{self.name!r} cannot name a location type: use dotted lower-case words such as "
+                "'attn.z', not ending in '.grad'"
+            )
+        if self.stack not in STACKS:
+            raise LocationError(f"unknown stack {self.stack!r}: {nearest(self.stack, STACKS)}")
+        if len(set(self.dims)) != len(self.dims):
+            raise LocationError(f"{self.name} repeats a dimension: {' '.join(self.dims)}")
+        _declared[self.qualified_name] = self
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.stack))
+
+    @property
+    def qualified_name(self) -> str:
+        """The name, with the stack before it unless it is the decoder: `encoder.attn.z`."""
+        return self.name if self.stack == MAIN_STACK else f"{self.stack}.{self.name}"
+
+    @overload
+    def __getitem__(self, layer: int) -> "Location": ...
+    @overload
+    def __getitem__(self, layer: slice | Sequence[int]) -> "tuple[Location, ...]": ...
+    def __getitem__(self, layer: int | slice | Sequence[int]) -> "Location | tuple[Location, ...]":
+        """`RESID_POST[6]` is a location; `RESID_POST[2:5]` and `RESID_POST[[0, 3]]` are tuples."""
+        if isinstance(layer, int):
+            return Location(self, layer)
+        if isinstance(layer, slice):
+            if layer.stop is None or layer.stop < 0 or (layer.start or 0) < 0:
+                raise LocationError(
+                    f"{self.qualified_name}[{_print_slice(layer)}] needs the number of layers: "
+                    "give a stop that is not negative, or use graph.every(...), which knows the model"
+                )
+            return tuple(Location(self, i) for i in range(layer.stop)[layer])
+        return tuple(Location(self, i) for i in layer)
+
+    def __call__(self) -> "Location":
+        """The location of a type without layers."""
+        return Location(self)
+
+    def __str__(self) -> str:
+        return self.qualified_name
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
+class Location:
+    """One tensor of a model, or a part of it, in the forward or the backward pass.
+
+    Prints and parses: `attn.z[9]@head=6,9;pos=-1`, `mlp.out[8]/sae/latents.grad`.
+
+    Args:
+        type: what kind of activation.
+        layer: which layer, counted from 0; None for types without layers and inside subgraphs.
+        site: the location at which the subgraph that owns this one is injected, or None.
+        subgraph: the name of that subgraph.
+        pass_type: the activation, or its gradient.
+        index: the part, as pairs of dimension and index sorted by dimension; see `at`.
+    """
+
+    type: LocationType
+    layer: int | None = None
+    site: "Location | None" = None
+    subgraph: str = ""
+    pass_type: PassType = PassType.FORWARD
+    index: tuple[tuple[Dimension, Index], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        key = (self.type, self.layer, self.site, self.subgraph, self.pass_type)
+        index = tuple((d, (i.start, i.stop, i.step) if isinstance(i, slice) else i) for d, i in self.index)
+        object.__setattr__(self, "_hash", hash((key, index)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def dims(self) -> tuple[Dimension, ...]:
+        """The axes of the tensor that this names: those of the type, less those indexed by an int."""
+        gone = {d for d, i in self.index if isinstance(i, int)}
+        return tuple(d for d in self.type.dims if d not in gone)
+
+    @property
+    def grad(self) -> "Location":
+        """The gradient of the metric with respect to this location."""
+        if self.pass_type is PassType.BACKWARD:
+            raise LocationError(f"{self} is a gradient already")
+        return dataclasses.replace(self, pass_type=PassType.BACKWARD)
+
+    @property
+    def activation(self) -> "Location":
+        """The same location in the forward pass."""
+        return dataclasses.replace(self, pass_type=PassType.FORWARD)
+
+    @property
+    def whole(self) -> "Location":
+        """The whole activation that this names a part or the gradient of."""
+        if not self.index and self.pass_type is PassType.FORWARD:
+            return self
+        return dataclasses.replace(self, pass_type=PassType.FORWARD, index=())
+
+    @property
+    def scope(self) -> tuple[str, ...]:
+        """Names of the subgraphs around this location, outermost first."""
+        return (*self.site.scope, self.subgraph) if self.site is not None else ()
+
+    @property
+    def root(self) -> "Location":
+        """The location of the model at which the outermost subgraph around this one is injected."""
+        return self.site.root if self.site is not None else self.whole
+
+    def at(self, **index: int | slice | Sequence[int]) -> "Location":
+        """A part of this location, by dimension: `.at(head=[6, 9], pos=-1)`.
+
+        An int removes the axis; a slice or a list keeps it. Several lists select their outer
+        product. Negative numbers count from the end. Indexing a dimension twice replaces the index.
+
+        Raises:
+            LocationError: the location has no such dimension, or the index is empty or not integral.
+        """
+        known = {d.value: d for d in self.type.dims}
+        chosen = dict(self.index)
+        for name, value in index.items():
+            if name not in known:
+                raise LocationError(
+                    f"{self.type.qualified_name} has no dimension {name!r}: {nearest(name, known)}"
+                )
+            chosen[known[name]] = _normal_index(name, value)
+        ordered = tuple(sorted(chosen.items(), key=lambda pair: pair[0].value))
+        return dataclasses.replace(self, index=ordered)
+
+    def within(self, site: "Location", subgraph: str) -> "Location":
+        """This location as one of the subgraph `subgraph` that is injected at `site`."""
+        return dataclasses.replace(self, site=site.whole, subgraph=subgraph)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The key by which locations are sorted causally: stack, phase, layer, stage, then inside."""
+        if self.site is not None:
+            return (*self.site.order, self.type.stage)
+        kind = self.type
+        phase = 1 if kind.layered else (0 if kind.stage < 0 else 2)
+        return (STACKS.index(kind.stack), phase, self.layer or 0, kind.stage)
+
+    def precedes(self, other: "Location") -> bool:
+        """Whether this location comes before `other` in the forward pass; parts do not matter."""
+        return self.order < other.order
+
+    def __repr__(self) -> str:
+        return f"Location({str(self)!r})"
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"[{self.layer}]"
+        grad = ".grad" if self.pass_type is PassType.BACKWARD else ""
+        index = ";".join(f"{d.value}={_print_index(i)}" for d, i in self.index)
+        inner = f"{self.type.qualified_name}{layer}{grad}{'@' if index else ''}{index}"
+        return inner if self.site is None else f"{self.site}/{self.subgraph}/{inner}"
+
+    @staticmethod
+    def parse(text: str) -> "Location":
+        """The location that `str` printed.
+
+        Raises:
+            LocationError: the text names no declared type, or is malformed; near names are given.
+        """
+        parts = text.strip().split("/")
+        if len(parts) % 2 == 0:
+            raise LocationError(
+                f"cannot parse {text!r}: inside a subgraph a location reads site/subgraph/location"
+            )
+        location = _parse_part(parts[0], text)
+        for subgraph, inner in zip(parts[1::2], parts[2::2], strict=True):
+            if location.index or location.pass_type is PassType.BACKWARD:
+                raise LocationError(f"cannot parse {text!r}: a subgraph stands at a whole activation")
+            location = _parse_part(inner, text).within(location, subgraph)
+        return location
+
+
+def declared() -> tuple[LocationType, ...]:
+    """Every location type declared so far."""
+    return tuple(_declared.values())
+
+
+def _check(location: Location) -> None:
+    kind, inside = location.type, location.site is not None
+    if inside != bool(location.subgraph):
+        raise LocationError(f"{kind.qualified_name}: a site and a subgraph name go together")
+    if not re.fullmatch(r"[\w.\-]*", location.subgraph):
+        raise LocationError(
+            f"{location.subgraph!r} cannot name a subgraph: use letters, digits, '_', '-' and '.'"
+        )
+    if location.layer is None:
+        if kind.layered:
+            raise LocationError(f"{kind.qualified_name} needs a layer: {kind.qualified_name}[0]")
+    elif not kind.layered:
+        raise LocationError(f"{kind.qualified_name} has no layers: write it without [{location.layer}]")
+    elif location.layer < 0:
+        raise LocationError(
+            f"{kind.qualified_name}[{location.layer}]: layers count from 0; "
+            "for the last ones use graph.every(...)[-1]"
+        )
+
+
+def _normal_index(name: str, value: int | slice | Iterable[int]) -> Index:
+    if isinstance(value, bool):
+        raise LocationError(f"{name}={value!r}: an index is an int, a slice or a list of ints")
+    if isinstance(value, int):
+        return value
+    if isinstance(value, slice):
+        parts = (value.start, value.stop, value.step)
+        if any(p is not None and not isinstance(p, int) for p in parts) or value.step == 0:
+            raise LocationError(f"{name}={value!r}: a slice takes ints, and a step that is not 0")
+        if value.step is not None and value.step < 0:
+            raise LocationError(f"{name}={value!r}: tensors have no negative steps; give a list")
+        return value
+    try:
+        chosen = tuple(int(i) for i in value)
+    except (TypeError, ValueError):
+        raise LocationError(f"{name}={value!r}: an index is an int, a slice or a list of ints") from None
+    if not chosen:
+        raise LocationError(f"{name}=[] selects nothing")
+    return chosen
+
+
+def _print_slice(part: slice) -> str:
+    text = ":".join("" if p is None else str(p) for p in (part.start, part.stop))
+    return text if part.step is None else f"{text}:{part.step}"
+
+
+def _print_index(index: Index) -> str:
+    if isinstance(index, int):
+        return str(index)
+    if isinstance(index, slice):
+        return _print_slice(index)
+    return f"{index[0]}," if len(index) == 1 else ",".join(map(str, index))
+
+
+def _parse_index(text: str, whole: str) -> int | slice | list[int]:
+    try:
+        if ":" in text:
+            parts = [int(p) if p else None for p in text.split(":")]
+            if len(parts) > 3:
+                raise ValueError(text)
+            return slice(*parts)
+        if "," in text:
+            return [int(p) for p in text.removesuffix(",").split(",")]
+        return int(text)
+    except ValueError:
+        raise LocationError(
+            f"cannot parse {whole!r}: {text!r} is no index; write 3, 2:5 or 6,9"
+        ) from None
+
+
+def _parse_part(part: str, whole: str) -> Location:
+    match = _LOCATION.fullmatch(part)
+    if match is None:
+        raise LocationError(
+            f"cannot parse {whole!r}: a location reads like attn.z[9]@head=6,9;pos=-1"
+        )
+    kind = _declared.get(match["name"])
+    if kind is None:
+        raise LocationError(f"no location type is called {match['name']!r}: {nearest(match['name'], _declared)}")
+    location = Location(kind, int(match["layer"]) if match["layer"] is not None else None)
+    if match["grad"]:
+        location = location.grad
+    for pair in (match["index"] or "").split(";"):
+        if not pair:
+            if match["index"] is not None:
+                raise LocationError(f"cannot parse {whole!r}: after @ comes dimension=index")
+            continue
+        name, _, value = pair.partition("=")
+        location = location.at(**{name: _parse_index(value, whole)})
+    return location

@@ -1,0 +1,113 @@
+"""The standard vocabulary: the activations of a transformer, each defined by algebra.
+
+A location is what its equation says on every architecture, whatever the modules are called. Write
+x for the residual stream, l for a layer, and Σ over heads h, keys k and neurons i.
+
+The constants of this module are those of the decoder; `ENCODER` and `VISION` hold the same words for
+the other stacks: `ENCODER.RESID_POST[2]`.
+"""
+
+from typing import Final, final
+
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
+
+_BATCH, _POS, _KEY_POS = Dimension.BATCH, Dimension.POS, Dimension.KEY_POS
+_HEAD, _KV_HEAD, _D_HEAD = Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_HEAD
+_STREAM = (_BATCH, _POS, Dimension.D_MODEL)
+_SCALE = (_BATCH, _POS, Dimension.ONE)
+_NEURONS = (_BATCH, _POS, Dimension.D_MLP)
+_QUERY = (_BATCH, _POS, _HEAD, _D_HEAD)
+_KEY = (_BATCH, _POS, _KV_HEAD, _D_HEAD)
+_ATTENTION = (_BATCH, _HEAD, _POS, _KEY_POS)
+
+
+@final
+class TransformerStack:
+    """The location types of one stack of layers, in causal order."""
+
+    def __init__(self, stack: str) -> None:
+        def one(name: str, dims: tuple[Dimension, ...], stage: int) -> Location:
+            return LocationType(name, dims, stage, layered=False, stack=stack)()
+
+        def per_layer(name: str, dims: tuple[Dimension, ...], stage: int) -> LocationType:
+            return LocationType(name, dims, stage, stack=stack)
+
+        self.EMBED = one("embed", _STREAM, -10)
+        """The token embedding, before positions are added."""
+        self.RESID_PRE = per_layer("resid.pre", _STREAM, 0)
+        """x before layer l."""
+        self.ATTN_LN_SCALE = per_layer("attn.ln_scale", _SCALE, 10)
+        """s in norm(x) = gain · (x - centre) · s + bias, before attention: s = 1 / sqrt(mean square + ε)."""
+        self.ATTN_IN = per_layer("attn.in", _STREAM, 20)
+        """What attention reads: norm(x), gain and bias included."""
+        self.ATTN_Q_PRE = per_layer("attn.q_pre", _QUERY, 30)
+        """Queries before the rotary embedding; absent where there is none."""
+        self.ATTN_K_PRE = per_layer("attn.k_pre", _KEY, 30)
+        """Keys before the rotary embedding; absent where there is none."""
+        self.ATTN_Q = per_layer("attn.q", _QUERY, 40)
+        """Queries, as attention uses them."""
+        self.ATTN_K = per_layer("attn.k", _KEY, 40)
+        """Keys, as attention uses them; one per key-value head."""
+        self.ATTN_V = per_layer("attn.v", _KEY, 40)
+        """Values; one per key-value head."""
+        self.ATTN_SCORES = per_layer("attn.scores", _ATTENTION, 50)
+        """What the softmax reads: scaled q·k, soft-cap and mask included. Masked cells stay masked."""
+        self.ATTN_PATTERN = per_layer("attn.pattern", _ATTENTION, 60)
+        """softmax(scores): how much each position attends to each key."""
+        self.ATTN_Z = per_layer("attn.z", _QUERY, 70)
+        """z[h] = Σ_k pattern[h, k] · v[k], as the output projection reads it."""
+        self.ATTN_RESULT = per_layer("attn.result", (_BATCH, _POS, _HEAD, Dimension.D_MODEL), 80)
+        """z[h] W_O[h]: what each head writes. Σ_h result + bias = the projection's output."""
+        self.ATTN_OUT = per_layer("attn.out", _STREAM, 90)
+        """Exactly what attention adds to the stream, after any post-norm or multiplier."""
+        self.RESID_MID = per_layer("resid.mid", _STREAM, 100)
+        """x + attn.out; absent in parallel blocks, where no such sum exists."""
+        self.MLP_LN_SCALE = per_layer("mlp.ln_scale", _SCALE, 110)
+        """s of the norm before the MLP, as for attention."""
+        self.MLP_IN = per_layer("mlp.in", _STREAM, 120)
+        """What the MLP reads: norm(x), gain and bias included."""
+        self.MLP_PRE = per_layer("mlp.pre", _NEURONS, 130)
+        """The input of the nonlinearity."""
+        self.MLP_POST = per_layer("mlp.post", _NEURONS, 140)
+        """The neurons: the input of the down projection (in gated MLPs, after the product)."""
+        self.MLP_OUT = per_layer("mlp.out", _STREAM, 150)
+        """Exactly what the MLP adds to the stream, after any post-norm or multiplier."""
+        self.RESID_POST = per_layer("resid.post", _STREAM, 200)
+        """x after layer l: resid.pre + attn.out + mlp.out."""
+        self.FINAL_LN_SCALE = one("final.ln_scale", _SCALE, 10)
+        """s of the last norm."""
+        self.FINAL_LN_OUT = one("final.ln_out", _STREAM, 20)
+        """What the unembedding reads."""
+        self.LOGITS = one("logits", (_BATCH, _POS, Dimension.VOCAB), 30)
+        """Next-token logits, soft-cap and scale included."""
+
+
+DECODER: Final = TransformerStack(MAIN_STACK)
+ENCODER: Final = TransformerStack("encoder")
+VISION: Final = TransformerStack("vision")
+
+EMBED: Final = DECODER.EMBED
+RESID_PRE: Final = DECODER.RESID_PRE
+ATTN_LN_SCALE: Final = DECODER.ATTN_LN_SCALE
+ATTN_IN: Final = DECODER.ATTN_IN
+ATTN_Q_PRE: Final = DECODER.ATTN_Q_PRE
+ATTN_K_PRE: Final = DECODER.ATTN_K_PRE
+ATTN_Q: Final = DECODER.ATTN_Q
+ATTN_K: Final = DECODER.ATTN_K
+ATTN_V: Final = DECODER.ATTN_V
+ATTN_SCORES: Final = DECODER.ATTN_SCORES
+ATTN_PATTERN: Final = DECODER.ATTN_PATTERN
+ATTN_Z: Final = DECODER.ATTN_Z
+ATTN_RESULT: Final = DECODER.ATTN_RESULT
+ATTN_OUT: Final = DECODER.ATTN_OUT
+RESID_MID: Final = DECODER.RESID_MID
+MLP_LN_SCALE: Final = DECODER.MLP_LN_SCALE
+MLP_IN: Final = DECODER.MLP_IN
+MLP_PRE: Final = DECODER.MLP_PRE
+MLP_POST: Final = DECODER.MLP_POST
+MLP_OUT: Final = DECODER.MLP_OUT
+RESID_POST: Final = DECODER.RESID_POST
+FINAL_LN_SCALE: Final = DECODER.FINAL_LN_SCALE
+FINAL_LN_OUT: Final = DECODER.FINAL_LN_OUT
+LOGITS: Final = DECODER.LOGITS

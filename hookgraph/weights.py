@@ -1,0 +1,43 @@
+"""The names of weights in one place: `graph.weight(hg.weights.W_O, layer=3)`."""
+
+from hookgraph.ontology.weights import (
+    W_E,
+    W_K,
+    W_O,
+    W_Q,
+    W_U,
+    W_V,
+    WeightType,
+    W_gate,
+    W_in,
+    W_out,
+    b_gate,
+    b_in,
+    b_K,
+    b_O,
+    b_out,
+    b_Q,
+    b_U,
+    b_V,
+)
+
+__all__ = [
+    "W_E",
+    "W_K",
+    "W_O",
+    "W_Q",
+    "W_U",
+    "W_V",
+    "WeightType",
+    "W_gate",
+    "W_in",
+    "W_out",
+    "b_K",
+    "b_O",
+    "b_Q",
+    "b_U",
+    "b_V",
+    "b_gate",
+    "b_in",
+    "b_out",
+]
