@@ -1,5 +1,7 @@
 """hookgraph: every activation and gradient of a HuggingFace model by name, and algorithms on them."""
 
+from hookgraph import checking as checking  # isort: split
+
 from hookgraph import locations, weights
 from hookgraph.algorithms import metrics
 from hookgraph.algorithms.patching import patching_effect

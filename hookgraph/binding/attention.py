@@ -50,7 +50,7 @@ class Interior:
         module: nn.Module,
         query: Float[Tensor, "batch head pos d_head"],
         key: Float[Tensor, "batch kv_head key_pos d_head"],
-        value: Float[Tensor, "batch kv_head key_pos d_value"],
+        value: Float[Tensor, "batch kv_head key_pos ..."],
         mask: Tensor | None,
         *args: Any,
         **kwargs: Any,

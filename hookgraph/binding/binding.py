@@ -12,6 +12,7 @@ from hookgraph.binding import conformance
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
+from hookgraph.binding.inputs import vocabulary_size
 from hookgraph.binding.tracing import Trace, evaluating
 from hookgraph.errors import BindingError
 from hookgraph.graph.conformance import ConformanceReport
@@ -75,7 +76,8 @@ def _prove(binding: HuggingFaceBinding, tokens: Int[Tensor, "batch pos"]) -> Con
     """Check a small model whole, on a copy in double precision; of a large one some layers, as it is."""
     model = binding.model
     if sum(p.numel() for p in model.parameters()) <= _SMALL:
-        twin = copy.deepcopy(model).to(torch.float64)
+        twin = copy.deepcopy(model)
+        nn.Module.to(twin, torch.float64)
         with evaluating(twin):
             return conformance.check(HuggingFaceBinding(twin, binding.findings), tokens)
     with evaluating(model):
@@ -100,7 +102,7 @@ def _representatives(binding: HuggingFaceBinding) -> Sequence[Location]:
 def _tokens(model: nn.Module) -> Int[Tensor, "batch pos"]:
     """A few token ids that the model knows, always the same ones."""
     table = next((p for p in model.parameters() if p.ndim == 2), None)
-    known = model.get_input_embeddings().weight.shape[0] if isinstance(model, PreTrainedModel) else 0
+    known = vocabulary_size(model) if isinstance(model, PreTrainedModel) else 0
     if table is None or not known:
         raise BindingError(f"{type(model).__name__} is not a transformers model: it embeds no tokens")
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ contains a softmax over positions, otherwise an MLP.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import final
 
 from torch import nn
@@ -67,7 +68,7 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
     members: dict[nn.Module, str] = {}
     for path, module in trace.root.module.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            members.update({child: path for child in module})
+            members.update(dict.fromkeys(module, path))
     calls: dict[str, list[Call]] = {}
     for call in trace.calls:
         if call.module in members and call.outputs:
@@ -86,8 +87,11 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
 def _is_chain(calls: list[Call]) -> bool:
     """Whether the output of each call feeds the next."""
     return all(
-        any(alias_root(v, before.outputs.values()) in set(before.outputs.values()) for v in call.inputs.values())
-        for before, call in zip(calls, calls[1:], strict=False)
+        any(
+            alias_root(v, before.outputs.values()) in set(before.outputs.values())
+            for v in call.inputs.values()
+        )
+        for before, call in pairwise(calls)
     )
 
 
@@ -189,7 +193,11 @@ def _terms(
     elif value.op in ("mul", "div") and len(operands) == 1 and value.scalars:
         factor = value.scalars[0] if value.op == "mul" else 1 / value.scalars[0]
         yield from _terms(trace, block, operands[0], coefficient * factor)
-    elif value.op == "add" and len(operands) == 2 and all(o.tensor.shape == value.tensor.shape for o in operands):
+    elif (
+        value.op == "add"
+        and len(operands) == 2
+        and all(o.tensor.shape == value.tensor.shape for o in operands)
+    ):
         yield from _terms(trace, block, operands[0], coefficient)
         yield from _terms(trace, block, operands[1], coefficient * value.alpha)
     else:

@@ -31,7 +31,9 @@ _TOLERANCE = {torch.float64: (1e-6, 2e-3), torch.float32: (1e-4, 5e-2)}
 Values = Mapping[Location, Float[Tensor, "..."]]
 
 
-def check(binding: HuggingFaceBinding, tokens: Tensor, chosen: Sequence[Location] | None = None) -> ConformanceReport:
+def check(
+    binding: HuggingFaceBinding, tokens: Tensor, chosen: Sequence[Location] | None = None
+) -> ConformanceReport:
     """Check every invariant of the chosen locations (by default all) on one row of token ids.
 
     Args:
@@ -55,7 +57,7 @@ def check(binding: HuggingFaceBinding, tokens: Tensor, chosen: Sequence[Location
     return ConformanceReport(
         tuple(proofs),
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
-        {k: v for k, v in sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)},
+        dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         binding.metadata,
     )
 
@@ -70,7 +72,7 @@ def _check_firing(graph: HookGraph, tokens: Tensor, locations: Sequence[Location
             try:
                 graph.run(tokens, save=[location])
                 proofs.append(Proof(location, "fires once", True, 0.0, 0.0))
-            except Exception as error:  # noqa: BLE001 (whatever it is, the location cannot be listed)
+            except Exception as error:
                 note = f"{type(error).__name__}: {error}"
                 proofs.append(Proof(location, "fires once", False, 1.0, 0.0, note))
         fine = [p.location for p in proofs if p.holds]
@@ -96,7 +98,8 @@ def _check_shapes(clean: Run) -> list[Proof]:
 
 def _check_transparent(graph: HookGraph, tokens: Tensor, locations: Sequence[Location]) -> list[Proof]:
     """Identity hooks everywhere leave the logits as they are: bit for bit unless the inside of a fused
-    kernel is looked at."""
+    kernel is looked at.
+    """
     plain = graph.run(tokens).logits
     outside = [x for x in locations if x.type.name not in ("attn.scores", "attn.pattern")]
     inside = [x for x in locations if x not in outside]
@@ -124,11 +127,13 @@ def _check_conserved(graph: HookGraph, tokens: Tensor, clean: Run) -> list[Proof
     for identity in identities(graph.binding, clean):
         expected, got = identity.sides(edited)
         size = got.flatten(1).norm(dim=1).clamp_min(1e-6)
-        errors = (expected - got).flatten(1).norm(dim=1) / size
+        errors = ((expected - got).flatten(1).norm(dim=1) / size).tolist()
         for row, location in enumerate(locations):
             if location in identity.about:
-                error = float(errors[row])
-                proofs.append(Proof(location, "conserved", error <= tolerance, error, tolerance, identity.text))
+                error = errors[row]
+                proofs.append(
+                    Proof(location, "conserved", error <= tolerance, error, tolerance, identity.text)
+                )
     return proofs
 
 

@@ -111,9 +111,7 @@ def _bind_middle(
         slot = next(s for s, v in call.outputs.items() if v is middle)
         found.add(Anchor(location, "output", call.path, slot))
         return
-    consumers = [
-        (c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if v is middle
-    ]
+    consumers = [(c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if v is middle]
     if not consumers:
         found.absent("no module is given the sum", location)
         return

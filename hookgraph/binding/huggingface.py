@@ -3,7 +3,7 @@
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, final
@@ -20,7 +20,7 @@ from hookgraph.binding.inputs import prepare
 from hookgraph.binding.mechanisms import install
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
-from hookgraph.errors import AlreadyAttachedError, LocationError, UnknownLocationError, nearest
+from hookgraph.errors import AlreadyAttachedError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.hooks.handles import Handle, installed
@@ -59,9 +59,15 @@ class HuggingFaceBinding(AbstractBinding):
 
     def proven(self, report: ConformanceReport) -> "HuggingFaceBinding":
         """This binding with what failed in `report` taken out, each with its reason."""
-        findings = self.findings.without({p.location: f"{p.invariant} fails: {p.note}" for p in report.failures})
+        findings = self.findings.without(
+            {p.location: f"{p.invariant} fails: {p.note}" for p in report.failures}
+        )
         binding = HuggingFaceBinding(self.model, findings, self.tokenizer)
-        binding._report = replace(report, absent=findings.reasons, mechanisms={k: v for k, v in report.mechanisms.items() if k in findings.anchors})
+        binding._report = replace(
+            report,
+            absent=findings.reasons,
+            mechanisms={k: v for k, v in report.mechanisms.items() if k in findings.anchors},
+        )
         return binding
 
     def layers(self, stack: str) -> int:
@@ -89,7 +95,7 @@ class HuggingFaceBinding(AbstractBinding):
         return output[0] if logits is None else logits
 
     @contextmanager
-    def attached(self, taps: Taps, start: Start | None = None) -> Iterator[None]:
+    def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:
         """Within this context every forward pass of the model calls the taps."""
         with _attaching:
             if self.model in _attached:
@@ -132,7 +138,7 @@ class HuggingFaceBinding(AbstractBinding):
         return lambda: Interior(self._modules[path], taps, eager)
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> Generator[None]:
         """Within this context no parameter asks for a gradient: none is computed that nobody reads."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         try:

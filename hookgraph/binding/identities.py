@@ -13,7 +13,19 @@ from hookgraph.errors import UnknownLocationError
 from hookgraph.graph.abstract import AbstractBinding
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import DECODER, TransformerStack
-from hookgraph.ontology.weights import WeightType, W_gate, W_in, W_O, W_out, W_V, b_gate, b_in, b_O, b_out, b_V
+from hookgraph.ontology.weights import (
+    W_O,
+    W_V,
+    W_gate,
+    W_in,
+    W_out,
+    WeightType,
+    b_gate,
+    b_in,
+    b_O,
+    b_out,
+    b_V,
+)
 
 Values = Mapping[Location, Tensor]
 Sides = Callable[[Values], tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]]
@@ -23,7 +35,8 @@ Sides = Callable[[Values], tuple[Float[Tensor, "batch ..."], Float[Tensor, "batc
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Two expressions that are equal, and the locations that the equation is about: an edit at any of
-    them must leave it true."""
+    them must leave it true.
+    """
 
     text: str
     about: tuple[Location, ...]
@@ -47,9 +60,13 @@ def _of_stream(stack: TransformerStack, layer: int, present: Values) -> Iterator
         return
     if middle in present:
         yield Identity(
-            "resid.mid = resid.pre + attn.out", (before, attention), lambda v: (v[before] + v[attention], v[middle])
+            "resid.mid = resid.pre + attn.out",
+            (before, attention),
+            lambda v: (v[before] + v[attention], v[middle]),
         )
-        yield Identity("resid.post = resid.mid + mlp.out", (middle, mlp), lambda v: (v[middle] + v[mlp], v[after]))
+        yield Identity(
+            "resid.post = resid.mid + mlp.out", (middle, mlp), lambda v: (v[middle] + v[mlp], v[after])
+        )
     else:
         yield Identity(
             "resid.post = resid.pre + attn.out + mlp.out",
@@ -83,7 +100,9 @@ def _of_attention(
         )
 
 
-def _of_mlp(binding: AbstractBinding, stack: TransformerStack, layer: int, present: Values) -> Iterator[Identity]:
+def _of_mlp(
+    binding: AbstractBinding, stack: TransformerStack, layer: int, present: Values
+) -> Iterator[Identity]:
     reads, before, out = stack.MLP_IN[layer], stack.MLP_PRE[layer], stack.MLP_OUT[layer]
     after = stack.MLP_POST[layer]
     into = _weights(binding, layer, W_gate, b_gate) or _weights(binding, layer, W_in, b_in)

@@ -32,12 +32,19 @@ def prepare(
     if isinstance(ids, Tensor):
         _check_ids(model, ids)
     mask = arguments.get("attention_mask")
-    padded_left = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
-    if padded_left and "position_ids" in accepted and "position_ids" not in arguments:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
+        mask = None
+    if mask is not None and "position_ids" in accepted and "position_ids" not in arguments:
         arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
         arguments.setdefault("use_cache", False)
     return arguments if copies == 1 else _repeated(arguments, copies)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens the model embeds."""
+    table: Any = model.get_input_embeddings()
+    return int(table.weight.shape[0])
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Mapping[str, Any]:
@@ -63,11 +70,10 @@ def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
         raise InputError(f"token ids have shape (batch, pos), not {tuple(ids.shape)}")
     if ids.numel() == 0:
         raise InputError(f"there are no tokens: token ids have shape {tuple(ids.shape)}")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise InputError(
-            f"token ids lie between {int(ids.min())} and {int(ids.max())}, the vocabulary has {vocabulary} tokens"
-        )
+        span = f"{int(ids.min())} to {int(ids.max())}"
+        raise InputError(f"token ids range from {span}, but the vocabulary has {vocabulary} tokens")
 
 
 def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:

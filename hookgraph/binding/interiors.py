@@ -14,7 +14,13 @@ from hookgraph.ontology.transformer import TransformerStack
 
 
 def bind_attention(
-    trace: Trace, found: Findings, stack: TransformerStack, layer: int, block: Block, update: Update, source: Call | None
+    trace: Trace,
+    found: Findings,
+    stack: TransformerStack,
+    layer: int,
+    block: Block,
+    update: Update,
+    source: Call | None,
 ) -> None:
     """Bind what one attention update reads and computes. `source` is the module that computes it."""
     bind_reading(trace, found, stack.ATTN_IN[layer], stack.ATTN_LN_SCALE[layer], block, source)
@@ -26,11 +32,12 @@ def bind_attention(
         found.absent(reason, *inside, *outside, layer=layer)
         return
     eager = _import_path(call.eager)
-    for location, role, value, weight in (
+    heads: tuple[tuple[Location, Role, Value, str], ...] = (
         (stack.ATTN_Q[layer], "query", call.query, "W_Q"),
         (stack.ATTN_K[layer], "key", call.key, "W_K"),
         (stack.ATTN_V[layer], "value", call.value, "W_V"),
-    ):
+    )
+    for location, role, value, weight in heads:
         _bind_heads(trace, found, location, role, value, weight, call, block, eager)
     _bind_before_rotary(trace, found, stack.ATTN_Q_PRE[layer], call.query, "W_Q", block, call)
     _bind_before_rotary(trace, found, stack.ATTN_K_PRE[layer], call.key, "W_K", block, call)
@@ -62,7 +69,13 @@ def _bind_heads(
 
 
 def _bind_before_rotary(
-    trace: Trace, found: Findings, location: Location, value: Value, weight: str, block: Block, call: AttentionCall
+    trace: Trace,
+    found: Findings,
+    location: Location,
+    value: Value,
+    weight: str,
+    block: Block,
+    call: AttentionCall,
 ) -> None:
     """The last heads before the rotary embedding that some module returns."""
     if as_output(trace, value, block.call, heads_first=True) is not None:
@@ -84,7 +97,13 @@ def _bind_before_rotary(
 
 
 def _bind_output(
-    trace: Trace, found: Findings, stack: TransformerStack, layer: int, block: Block, call: AttentionCall, eager: str
+    trace: Trace,
+    found: Findings,
+    stack: TransformerStack,
+    layer: int,
+    block: Block,
+    call: AttentionCall,
+    eager: str,
 ) -> None:
     """z where the output projection reads it, and what each head writes."""
     reached = as_input(trace, call.out, block.call)
@@ -98,7 +117,13 @@ def _bind_output(
 
 
 def bind_mlp(
-    trace: Trace, found: Findings, stack: TransformerStack, layer: int, block: Block, update: Update, source: Call | None
+    trace: Trace,
+    found: Findings,
+    stack: TransformerStack,
+    layer: int,
+    block: Block,
+    update: Update,
+    source: Call | None,
 ) -> None:
     """Bind what one MLP update reads and computes. `source` is the module that computes it."""
     bind_reading(trace, found, stack.MLP_IN[layer], stack.MLP_LN_SCALE[layer], block, source)

@@ -38,14 +38,19 @@ def as_output(trace: Trace, value: Value, within: Call, *, heads_first: bool) ->
 
 def as_input(trace: Trace, value: Value, within: Call) -> Reached | None:
     """`value` (positions before heads) as what a projection inside `within` is given, whole and
-    through views only; or None."""
+    through views only; or None.
+    """
     copies: dict[Value, list[Value]] = {value: []}
     for later in trace.values[value.number + 1 : within.last]:
         if later.op in ALIASES and later.inputs and later.inputs[0] in copies:
             copies[later] = [*copies[later.inputs[0]], later]
     for call in trace.inside(within):
         for slot, given in call.inputs.items():
-            if given in copies and given.tensor.numel() == value.tensor.numel() and is_projection(trace, call):
+            if (
+                given in copies
+                and given.tensor.numel() == value.tensor.numel()
+                and is_projection(trace, call)
+            ):
                 view = _heads_of(value, given)
                 return Reached(call, slot, view) if view is not None else None
     return None

@@ -1,6 +1,6 @@
 """Enter a model between two layers: the layers before do not run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,9 +13,10 @@ from hookgraph.hooks.handles import installed
 
 
 @contextmanager
-def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: Start) -> Iterator[None]:
+def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: Start) -> Generator[None]:
     """Within this context the layers before `start.block` hand their input on, and `start.value`
-    is what the last of them returns."""
+    is what the last of them returns.
+    """
     skipped = layers[: start.block]
     with ExitStack() as stack:
         for layer in skipped[:-1]:
@@ -29,7 +30,7 @@ def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: S
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> Generator[None]:
     before = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> 
 
 
 @contextmanager
-def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Iterator[None]:
+def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Generator[None]:
     slot = layer.input_slot
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

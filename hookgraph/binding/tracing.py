@@ -4,7 +4,7 @@ The trace is what every decision of the binding rests on; names of modules play 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -19,10 +19,15 @@ from transformers.modeling_utils import AttentionInterface
 Slot = int | str | None
 """Which element of the arguments or outputs of a module: a position, a name, or the thing itself."""
 
+# fmt: off
 ALIASES = frozenset(
-    "view _unsafe_view reshape clone _to_copy detach alias contiguous lift_fresh expand unsqueeze squeeze "
-    "permute transpose t slice select split split_with_sizes unbind chunk flatten unflatten to".split()
+    {
+        "view", "_unsafe_view", "reshape", "clone", "_to_copy", "detach", "alias", "contiguous",
+        "lift_fresh", "expand", "unsqueeze", "squeeze", "permute", "transpose", "t", "slice", "select",
+        "split", "split_with_sizes", "unbind", "chunk", "flatten", "unflatten", "to"
+    }
 )
+# fmt: on
 """Operations whose output holds elements of their first input, unchanged but for the dtype."""
 
 _interface_lock = threading.Lock()
@@ -177,12 +182,17 @@ class Trace:
 
     def owners(self, value: Value, within: Call) -> Iterator[Call]:
         """The modules inside `within` that return `value`, outermost first; then those that return the
-        tensor that it is a view of, and so on."""
+        tensor that it is a view of, and so on.
+        """
         here = value
         while True:
             calls = [c for c in self.producers.get(here, ()) if within in c.parents and not c.is_identity]
             yield from sorted(calls, key=lambda c: len(c.parents))
-            if here.op not in ALIASES or not here.inputs or here.inputs[0].tensor.numel() != here.tensor.numel():
+            if (
+                here.op not in ALIASES
+                or not here.inputs
+                or here.inputs[0].tensor.numel() != here.tensor.numel()
+            ):
                 return
             here = here.inputs[0]
 
@@ -197,7 +207,9 @@ class Trace:
 
     def _watch_modules(self, model: PreTrainedModel, stack: ExitStack) -> None:
         for path, module in model.named_modules():
-            stack.enter_context(_removing(module.register_forward_pre_hook(self._entering(path), with_kwargs=True)))
+            stack.enter_context(
+                _removing(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
+            )
             stack.enter_context(_removing(module.register_forward_hook(self._leaving)))
 
     def _entering(self, path: str) -> Callable[..., None]:
@@ -217,7 +229,7 @@ class Trace:
         call.last = len(self.values)
 
     @contextmanager
-    def _watch_attention(self) -> Iterator[None]:
+    def _watch_attention(self) -> Generator[None]:
         """See every call of the attention interface. Other models pass through unchanged."""
         original = AttentionInterface.get_interface
         thread = threading.get_ident()
@@ -227,14 +239,16 @@ class Trace:
             return self._watched(function, default) if threading.get_ident() == thread else function
 
         with _interface_lock:
-            AttentionInterface.get_interface = get_interface
+            AttentionInterface.get_interface = get_interface  # pyright: ignore[reportAttributeAccessIssue]
             try:
                 yield
             finally:
                 AttentionInterface.get_interface = original
 
     def _watched(self, function: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def watched(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             q, k, v = (self.value_of(t) for t in (query, key, value))
             first = len(self.values)
             output = function(module, query, key, value, *args, **kwargs)
@@ -279,7 +293,7 @@ class _Recording(TorchDispatchMode):
 
 
 @contextmanager
-def _removing(handle: Any) -> Iterator[None]:
+def _removing(handle: Any) -> Generator[None]:
     try:
         yield
     finally:
@@ -287,7 +301,7 @@ def _removing(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Within this context every module is in evaluation mode, and afterwards what it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:

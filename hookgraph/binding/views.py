@@ -21,7 +21,7 @@ class Columns:
     stride: int
     width: int
 
-    def get(self, raw: Shaped[Tensor, "batch pos features"]) -> Shaped[Tensor, "batch pos head d_head"]:
+    def get(self, raw: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch pos head d_head"]:
         """The features by head; a view."""
         if self.stride == self.width:
             span = raw.narrow(-1, self.start, self.count * self.width)
@@ -30,8 +30,8 @@ class Columns:
         return span.unfold(-1, self.width, self.stride)
 
     def put(
-        self, raw: Shaped[Tensor, "batch pos features"], value: Shaped[Tensor, "batch pos head d_head"]
-    ) -> Shaped[Tensor, "batch pos features"]:
+        self, raw: Shaped[Tensor, "batch pos ..."], value: Shaped[Tensor, "batch pos head d_head"]
+    ) -> Shaped[Tensor, "batch pos ..."]:
         """A copy of `raw` with these features replaced; `value` itself, flat, where they are all."""
         if self.stride == self.width and self.count * self.width == raw.shape[-1]:
             return value.reshape(raw.shape)
@@ -48,13 +48,11 @@ class Span:
     start: int
     width: int
 
-    def get(self, raw: Shaped[Tensor, "*axes features"]) -> Shaped[Tensor, "*axes chosen"]:
+    def get(self, raw: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """The features; a view."""
         return raw.narrow(-1, self.start, self.width)
 
-    def put(
-        self, raw: Shaped[Tensor, "*axes features"], value: Shaped[Tensor, "*axes chosen"]
-    ) -> Shaped[Tensor, "*axes features"]:
+    def put(self, raw: Shaped[Tensor, "..."], value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """A copy of `raw` with these features replaced."""
         result = raw.clone()
         self.get(result).copy_(value)

@@ -11,7 +11,7 @@ from hookgraph.binding.views import Columns, Span
 
 def affine_map(
     module: nn.Module,
-) -> tuple[Float[Tensor, "features_in features_out"], Float[Tensor, " features_out"]]:
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """(W, b) of a module that computes x W + b. W is a view of its parameter where it has such a one.
 
     Where no parameter explains what the module does (quantised or adapted layers), W is what it returns

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hookgraph.errors import UnknownLocationError
@@ -15,8 +15,9 @@ from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.weights import WeightType
 
-Inputs: TypeAlias = "Int[Tensor, 'batch pos'] | Mapping[str, object] | str | list[str]"
-"""What can be run: token ids, keyword arguments of the model, or text where there is a tokenizer."""
+Inputs: TypeAlias = Tensor | Mapping[str, object] | str | list[str]
+"""What can be run: token ids (batch, pos), keyword arguments of the model, or text where there is a
+tokenizer."""
 
 Prepared: TypeAlias = Mapping[str, object]
 """Inputs as keyword arguments of the model, on its device."""
@@ -137,9 +138,7 @@ class AbstractSubgraph(ABC):
         """The locations it brings into being, each made by `Location.within(site, self.name)`."""
 
     @abstractmethod
-    def visit(
-        self, site: Location, value: Shaped[Tensor, "..."], frame: Frame
-    ) -> Shaped[Tensor, "..."]:
+    def visit(self, site: Location, value: Shaped[Tensor, "..."], frame: Frame) -> Shaped[Tensor, "..."]:
         """Called when the pass reaches a site; returns what goes on (`value` itself if unchanged).
 
         Call `frame.tap(location, value)` once for each own location, in causal order, and go on

@@ -29,7 +29,9 @@ def compile_taps(
         (gradient_hooks if backward else hooks).setdefault(location.whole, []).append((location, hook))
     taps: dict[Location, Tap] = {}
     splices = _splices(subgraphs, taps)
-    for location in sorted({*hooks, *gradient_hooks, *observers, *needs_gradient, *splices}, key=lambda x: x.order):
+    for location in sorted(
+        {*hooks, *gradient_hooks, *observers, *needs_gradient, *splices}, key=lambda x: x.order
+    ):
         observer = observers.get(location)
         taps[location] = Tap(
             location,

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportUnknownLambdaType=false
 """`ConformanceReport`: what was proven of each location of a bound model, and why others are absent."""
 
 import json

@@ -1,7 +1,7 @@
 """`HookGraph`: a model's locations together with what is to happen at them, as a frozen value."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -92,9 +92,7 @@ class HookGraph:
             raise UnknownLocationError(
                 f"this graph has no location {whole}: inject its subgraph first; {near}"
             )
-        raise UnknownLocationError(
-            f"this model has no location {whole}: {self.binding.why_absent(whole)}"
-        )
+        raise UnknownLocationError(f"this model has no location {whole}: {self.binding.why_absent(whole)}")
 
     @property
     def _known(self) -> frozenset[Location]:
@@ -134,7 +132,7 @@ class HookGraph:
         return graph
 
     @contextmanager
-    def attached(self) -> Iterator["HookGraph"]:
+    def attached(self) -> Generator["HookGraph"]:
         """Within this context the model's own calls are hooked: `model(...)`, `model.generate(...)`.
 
         Raises:
@@ -216,9 +214,7 @@ class HookGraph:
             self.check(location)
         recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad))
         needs_graph = bool(grad) or bool(recorder.differentiated)
-        taps = compile_taps(
-            self.registrations, self.subgraphs, recorder.observers(), recorder.differentiated
-        )
+        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.differentiated)
         if after is not None:
             taps = taps_from(after, taps)[0]
         logits: Tensor | None = None
@@ -227,10 +223,8 @@ class HookGraph:
                 stack.enter_context(self.binding.frozen())
             stack.enter_context(torch.set_grad_enabled(needs_graph))
             stack.enter_context(self.binding.attached(taps, start))
-            try:
+            with suppress(EnoughSeen):
                 logits = self.binding.forward(inputs)
-            except EnoughSeen:
-                pass
         with torch.set_grad_enabled(needs_graph):
             measured = None if metric is None or logits is None else _measure(metric, logits)
             values = recorder.values(measured)

@@ -1,7 +1,7 @@
 """Saves: keep what was asked for, stop the pass when nothing more is asked for, be complete."""
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import cast, final
 
 import torch
 from jaxtyping import Float, Shaped
@@ -64,9 +64,7 @@ class Recorder:
 
         return observe
 
-    def values(
-        self, metric: Float[Tensor, " batch"] | None
-    ) -> dict[Location, Shaped[Tensor, "..."]]:
+    def values(self, metric: Float[Tensor, " batch"] | None) -> dict[Location, Shaped[Tensor, "..."]]:
         """Everything asked for, in the order of asking.
 
         Raises:
@@ -97,14 +95,14 @@ class Recorder:
         if not metric.requires_grad:
             raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         inputs = [self._seen[whole] for whole in wholes]
-        found = torch.autograd.grad(
-            metric.sum(), inputs, allow_unused=True, retain_graph=self._keep_graph
+        total = metric.sum()
+        found = cast(
+            "tuple[Tensor | None, ...]",
+            torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=self._keep_graph),
         )
         gradients: dict[Location, Tensor] = {}
         for whole, gradient in zip(wholes, found, strict=True):
             if gradient is None:
-                raise MetricError(
-                    f"the metric does not depend on {whole}: no path leads from there to it"
-                )
+                raise MetricError(f"the metric does not depend on {whole}: no path leads from there to it")
             gradients[whole] = gradient
         return gradients

@@ -10,9 +10,7 @@ from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import RESID_POST, RESID_PRE
 
 
-def start_at(
-    after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
-) -> tuple[Start, int]:
+def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int) -> tuple[Start, int]:
     """Where a replay from `after` enters the model, and how often the batch of inputs is repeated.
 
     Raises:

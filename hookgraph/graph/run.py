@@ -1,6 +1,5 @@
 """`Run`: what one pass returned."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +7,11 @@ from typing import final
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, LoadError, UnknownLocationError, nearest
+from hookgraph.errors import HookGraphError, UnknownLocationError, nearest
+from hookgraph.graph import storage
 from hookgraph.ontology.locations import Location
-
-_FORMAT = "hookgraph.run.v1"
 
 
 @final
@@ -26,11 +22,11 @@ class Run(Mapping[Location, Tensor]):
     Saves stand in the order in which they were asked for, complete.
 
     Args:
-        values: the saved activations and gradients.
+        saved: the saved activations and gradients.
         metric: one number per example, if a metric was given.
     """
 
-    values: Mapping[Location, Shaped[Tensor, "..."]]
+    saved: Mapping[Location, Shaped[Tensor, "..."]]
     metric: Float[Tensor, " batch"] | None = None
     inputs: Mapping[str, object] = field(default_factory=dict[str, object])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -58,20 +54,20 @@ class Run(Mapping[Location, Tensor]):
         Raises:
             UnknownLocationError: it was not saved; near names are given.
         """
-        found = self.values.get(location)
+        found = self.saved.get(location)
         if found is None:
-            near = nearest(str(location), map(str, self.values))
+            near = nearest(str(location), map(str, self.saved))
             raise UnknownLocationError(f"{location} was not saved in this run: {near}")
         return found
 
     def __contains__(self, location: object) -> bool:
-        return location in self.values
+        return location in self.saved
 
     def __iter__(self) -> Iterator[Location]:
-        return iter(self.values)
+        return iter(self.saved)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.saved)
 
     def __repr__(self) -> str:
         lines = [f"Run of {len(self)} locations"]
@@ -94,22 +90,18 @@ class Run(Mapping[Location, Tensor]):
         elif logits is not None:
             complete = logits
             logits = lambda: change(complete())  # noqa: E731 (stays lazy)
-        values = {k: change(v) for k, v in self.values.items()}
-        return Run(values, metric, self.inputs, self.metadata, logits)
+        saved = {k: change(v) for k, v in self.saved.items()}
+        return Run(saved, metric, self.inputs, self.metadata, logits)
 
     def save(self, path: str | Path) -> None:
         """Write the saved values, the metric and the computed logits to a safetensors file."""
-        tensors = {str(k): v.detach().contiguous().clone() for k, v in self.values.items()}
+        tensors = {f"at/{k}": v for k, v in self.saved.items()}
         if self.metric is not None:
-            tensors["/metric"] = self.metric.detach().clone()
+            tensors["metric"] = self.metric
         if isinstance(self._logits, Tensor):
-            tensors["/logits"] = self._logits.detach().contiguous().clone()
-        header = {
-            "format": _FORMAT,
-            "order": json.dumps([str(k) for k in self.values]),
-            "metadata": json.dumps(dict(self.metadata)),
-        }
-        save_file(tensors, str(path), metadata=header)
+            tensors["logits"] = self._logits
+        header = {"order": [str(k) for k in self.saved], "metadata": dict(self.metadata)}
+        storage.write(path, "run", tensors, header)
 
     @staticmethod
     def load(path: str | Path) -> "Run":
@@ -118,14 +110,6 @@ class Run(Mapping[Location, Tensor]):
         Raises:
             LoadError: no such file, or not a saved run.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"{path}: expected a run saved by hookgraph, found: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise LoadError(f"{path}: expected format {_FORMAT!r}, found {header.get('format')!r}")
-        values = {Location.parse(name): tensors[name] for name in json.loads(header["order"])}
-        metadata = json.loads(header["metadata"])
-        return Run(values, tensors.get("/metric"), {}, metadata, tensors.get("/logits"))
+        tensors, header = storage.read(path, "run")
+        saved = {Location.parse(name): tensors[f"at/{name}"] for name in header["order"]}
+        return Run(saved, tensors.get("metric"), {}, header["metadata"], tensors.get("logits"))

@@ -25,4 +25,4 @@ def hook_gradient(value: Float[Tensor, "..."], hooks: tuple[tuple[Location, Hook
             gradient = apply_hook(location, hook, gradient)
         return gradient
 
-    value.register_hook(on_gradient)
+    value.register_hook(on_gradient)  # pyright: ignore[reportUnknownMemberType]

@@ -1,10 +1,11 @@
 """Handles of whatever is installed on a model: each removed exactly once, also on error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Handle(Protocol):
     """Something installed that can be taken away, such as PyTorch's `RemovableHandle`."""
 
@@ -13,7 +14,7 @@ class Handle(Protocol):
 
 
 @contextmanager
-def installed(*installers: Callable[[], Handle]) -> Iterator[None]:
+def installed(*installers: Callable[[], Handle]) -> Generator[None]:
     """Install in order; on leaving remove in reverse order, each exactly once.
 
     If an installer raises, what was installed before it is removed; if a removal raises, the

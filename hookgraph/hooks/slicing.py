@@ -42,9 +42,7 @@ def write(
     return result
 
 
-def _write_lists(
-    view: Tensor, lists: list[tuple[int, Int[Tensor, " chosen"]]], part: Tensor
-) -> Tensor:
+def _write_lists(view: Tensor, lists: list[tuple[int, Int[Tensor, "..."]]], part: Tensor) -> Tensor:
     if not lists:
         return part
     (axis, chosen), rest = lists[0], lists[1:]
@@ -52,9 +50,7 @@ def _write_lists(
     return view.index_copy(axis, chosen, inner)
 
 
-def _basic(
-    location: Location, value: Tensor
-) -> tuple[Tensor, list[tuple[int, Int[Tensor, " chosen"]]]]:
+def _basic(location: Location, value: Tensor) -> tuple[Tensor, list[tuple[int, Int[Tensor, "..."]]]]:
     """The view by ints and slices, and what lists remain, as axes of that view."""
     dims = location.type.dims
     if len(dims) != value.ndim:
@@ -63,7 +59,7 @@ def _basic(
         )
     chosen = dict(location.index)
     basic: list[int | slice] = []
-    lists: list[tuple[int, Int[Tensor, " chosen"]]] = []
+    lists: list[tuple[int, Int[Tensor, "..."]]] = []
     axis = 0
     for dim, size in zip(dims, value.shape, strict=True):
         part = chosen.get(dim, slice(None))
@@ -82,5 +78,5 @@ def _basic(
 
 
 @lru_cache(maxsize=1024)
-def _positions(chosen: tuple[int, ...], size: int, device: torch.device) -> Int[Tensor, " chosen"]:
+def _positions(chosen: tuple[int, ...], size: int, device: torch.device) -> Int[Tensor, "..."]:
     return torch.tensor([i % size for i in chosen], device=device)

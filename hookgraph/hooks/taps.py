@@ -57,6 +57,7 @@ class Tap:
         object.__setattr__(self, "tracks_gradient", tracks)
 
     def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Let everything happen, in order; returns what the model goes on with."""
         for location, hook in self.hooks:
             value = apply_hook(location, hook, value)
         if self.gradient_hooks:

@@ -302,20 +302,18 @@ def _parse_index(text: str, whole: str) -> int | slice | list[int]:
             return [int(p) for p in text.removesuffix(",").split(",")]
         return int(text)
     except ValueError:
-        raise LocationError(
-            f"cannot parse {whole!r}: {text!r} is no index; write 3, 2:5 or 6,9"
-        ) from None
+        raise LocationError(f"cannot parse {whole!r}: {text!r} is no index; write 3, 2:5 or 6,9") from None
 
 
 def _parse_part(part: str, whole: str) -> Location:
     match = _LOCATION.fullmatch(part)
     if match is None:
-        raise LocationError(
-            f"cannot parse {whole!r}: a location reads like attn.z[9]@head=6,9;pos=-1"
-        )
+        raise LocationError(f"cannot parse {whole!r}: a location reads like attn.z[9]@head=6,9;pos=-1")
     kind = _declared.get(match["name"])
     if kind is None:
-        raise LocationError(f"no location type is called {match['name']!r}: {nearest(match['name'], _declared)}")
+        raise LocationError(
+            f"no location type is called {match['name']!r}: {nearest(match['name'], _declared)}"
+        )
     location = Location(kind, int(match["layer"]) if match["layer"] is not None else None)
     if match["grad"]:
         location = location.grad

@@ -1,0 +1,1 @@
+"""Tests of hookgraph; the folders mirror hookgraph/ one to one."""
