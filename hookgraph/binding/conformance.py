@@ -21,7 +21,7 @@ from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
-_STEPS = (1e-5, 1e-3, 3e-2)
+_STEPS = (1e-5, 1e-3, 1e-2, 3e-2)
 """Sizes of the finite differences, relative to the value: small ones for models that compute in double
 precision throughout, larger ones for those that go through single precision inside."""
 

@@ -139,11 +139,12 @@ def _bind_head(trace: Trace, found: Findings, last: Block) -> None:
         return
     found.add(Anchor(DECODER.LOGITS, "output", "", "logits"))
     head = next((c for c in _projections_behind(trace, logits) if c.first >= last.call.last), None)
-    if head is None:
-        found.absent("no projection to the vocabulary was found", DECODER.FINAL_LN_OUT)
-        found.absent("no projection to the vocabulary was found", DECODER.FINAL_LN_SCALE)
+    read = None if head is None else head.activation
+    if head is None or read is None:
+        reason = "no projection from every position to the vocabulary was found"
+        found.absent(reason, DECODER.FINAL_LN_OUT, DECODER.FINAL_LN_SCALE)
         return
-    slot, given = next((s, v) for s, v in head.inputs.items() if v.is_activation)
+    slot, given = read
     found.add(Anchor(DECODER.FINAL_LN_OUT, "input", head.path, slot))
     found.weights["W_U", None] = WeightSource(head.path, "output")
     bind_scale(trace, found, DECODER.FINAL_LN_SCALE, given, trace.root)

@@ -4,7 +4,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, final
 
@@ -46,6 +46,7 @@ class HuggingFaceBinding(AbstractBinding):
         self._modules = dict(model.named_modules())
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
+        self._place = {x: i for i, x in enumerate(self._locations)}
 
     @property
     def locations(self) -> tuple[Location, ...]:
@@ -105,22 +106,24 @@ class HuggingFaceBinding(AbstractBinding):
                 )
             _attached.add(self.model)
         try:
-            with ExitStack() as stack:
-                if start is not None:
-                    layers = self.findings.layers[start.stack]
-                    stack.enter_context(entering(self._modules, layers, start))
-                stack.enter_context(installed(*self._installers(taps)))
-                yield
+            with installed(*self._installers(taps)):
+                # The start comes last, so that what enters is there before any tap sees it.
+                with nullcontext() if start is None else self._entering(start):
+                    yield
         finally:
             _attached.discard(self.model)
+
+    def _entering(self, start: Start) -> AbstractContextManager[None]:
+        return entering(self._modules, self.findings.layers[start.stack], start)
 
     def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
         """What to install, the last location first: each new hook goes before those on its module."""
         installers: list[Callable[[], Handle]] = []
         interiors: dict[str, dict[Role, Tap]] = {}
         eager: dict[str, str] = {}
-        native = [(k, v) for k, v in taps.items() if k.site is None]
-        for location, tap in sorted(native, key=lambda pair: pair[0].order, reverse=True):
+        native = sorted((k for k in taps if k.site is None), key=self._place.__getitem__, reverse=True)
+        for location in native:
+            tap = taps[location]
             anchor = self.findings.anchors[location]
             if anchor.mechanism == "interior":
                 interiors.setdefault(anchor.module, {})[anchor.role] = tap
@@ -163,15 +166,16 @@ class HuggingFaceBinding(AbstractBinding):
             wanted = name if layer is None else f"{name}[{layer}]"
             raise UnknownLocationError(f"this model has no weight {wanted}: {nearest(wanted, known)}")
         with torch.no_grad():
-            return normal_form(self._modules[source.module], source, bias=bias)
+            return normal_form(self._modules[source.module], source, bias=bias).detach()
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name, revision, class and dtype of the model."""
-        config: Any = self.model.config
+        # Not by attribute: what a configuration lacks it looks for in vain, at every pass.
+        stated = vars(self.model.config)
         return {
-            "model": str(getattr(config, "_name_or_path", "") or config.model_type),
-            "revision": str(getattr(config, "_commit_hash", None) or ""),
+            "model": str(stated.get("_name_or_path") or self.model.config.model_type),
+            "revision": str(stated.get("_commit_hash") or ""),
             "class": type(self.model).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }

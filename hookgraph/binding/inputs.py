@@ -42,9 +42,12 @@ def prepare(
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the model embeds."""
-    table: Any = model.get_input_embeddings()
-    return int(table.weight.shape[0])
+    """How many tokens the model embeds; 0 if it embeds none."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return 0
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Mapping[str, Any]:

@@ -128,17 +128,23 @@ def bind_mlp(
     """Bind what one MLP update reads and computes. `source` is the module that computes it."""
     bind_reading(trace, found, stack.MLP_IN[layer], stack.MLP_LN_SCALE[layer], block, source)
     down = None if source is None else _last_projection(trace, source)
-    if down is None:
-        found.absent("no projection ends this MLP", stack.MLP_POST, stack.MLP_PRE, layer=layer)
+    read = None if down is None else down.activation
+    if down is None or read is None:
+        reason = "no projection from neurons at every position ends this MLP"
+        found.absent(reason, stack.MLP_POST, stack.MLP_PRE, layer=layer)
         return
-    slot, neurons = next((s, v) for s, v in down.inputs.items() if v.is_activation)
+    slot, neurons = read
     found.add(Anchor(stack.MLP_POST[layer], "input", down.path, slot))
     found.weights["W_out", layer] = WeightSource(down.path, "input")
     activation = _activation(trace, neurons, block)
     if activation is None:
         found.absent("no module computes the nonlinearity", stack.MLP_PRE, layer=layer)
         return
-    slot, before = next((s, v) for s, v in activation.inputs.items() if v.is_activation)
+    read = activation.activation
+    if read is None:
+        found.absent("the nonlinearity reads no neurons at every position", stack.MLP_PRE, layer=layer)
+        return
+    slot, before = read
     found.add(Anchor(stack.MLP_PRE[layer], "input", activation.path, slot))
     gate = as_output(trace, before, block.call, heads_first=False)
     up = _other_factor(trace, neurons, activation, block)

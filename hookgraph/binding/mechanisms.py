@@ -54,17 +54,11 @@ def _through(view: View, tap: Tap) -> Callable[[Tensor], Tensor]:
 def _in_place(tap: Tap) -> Callable[[Tensor], Tensor]:
     """Call a tap on a tensor that others hold too, and change it for all of them.
 
-    The tap sees a copy where autograd or a save may still need what it sees.
+    The tap sees a copy, because hooks, saves and autograd may keep what they see.
     """
 
     def change(raw: Tensor) -> Tensor:
-        if not tap.edits:
-            return tap(raw)
-        value = raw.clone() if torch.is_grad_enabled() or tap.splices else raw
-        new = tap(value)
-        if new is not raw:
-            raw.copy_(new)
-        return raw
+        return raw.copy_(tap(raw.clone())) if tap.edits else tap(raw)
 
     return change
 
@@ -110,19 +104,25 @@ def _output_hook(slot: Slot, view: View, tap: Tap) -> Callable[..., Any]:
     return part
 
 
+def _apart(value: Tensor, tap: Tap) -> Tensor:
+    """`value` once more, so that its gradient, and edits of it in place, are apart from it."""
+    return value.clone() if tap.edits else value.view_as(value)
+
+
 def _norm_scale_hook(anchor: Anchor, tap: Tap) -> Callable[..., Any]:
     """y = gain · (x - centre) · s + b; with s' in place of s, y' = y + (y - b)(s'/s - 1)."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         x = element(args, kwargs, anchor.slot)
         scale = scale_of(x, centred=anchor.centred, epsilon=anchor.epsilon)
-        # A view of its own, so that its gradient is apart from that of the divisor below.
-        value = scale.view_as(scale)
+        value = _apart(scale, tap)
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return None
         bias = module.forward(torch.zeros_like(x[:1, :1]))
-        return y + ((y - bias) * (new / scale - 1)).to(y.dtype)
+        # Both are s'/s - 1. Unedited, the first one adds exactly nothing to gradients either.
+        excess = (new - scale) / scale.detach() if new is value else new / scale - 1
+        return y + ((y - bias) * excess).to(y.dtype)
 
     return hook
 
@@ -137,7 +137,7 @@ def _head_result_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[.
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         z = view.get(element(args, kwargs, anchor.slot))
         result = einsum(z, weight, "batch pos head d, out head d -> batch pos head out")
-        value = result.view_as(result)
+        value = _apart(result, tap)
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from hookgraph.binding.tracing import Call, Slot, Value
@@ -34,6 +34,20 @@ def scale_of(x: Float[Tensor, "... d_model"], *, centred: bool, epsilon: float) 
     if centred:
         x = x - x.mean(-1, keepdim=True)
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+def affine_of(
+    module: nn.Module, like: Shaped[Tensor, "... d_model"], *, centred: bool
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+    """(gain, bias) of a norm: what it returns for zeros, and for a row so large that no ε matters."""
+    width = like.shape[-1]
+    row = torch.linspace(1e4, 2e4, width, dtype=torch.float64)
+    row[1::2] *= -1
+    row = row.to(like.device, like.dtype).view(1, 1, width)
+    bias = module.forward(torch.zeros_like(row))
+    moved = row - row.mean(-1, keepdim=True) if centred else row
+    gain = (module.forward(row) - bias) / (moved * scale_of(row, centred=centred, epsilon=0.0))
+    return gain[0, 0], bias[0, 0]
 
 
 def find_norm(call: Call) -> Norm | None:

@@ -86,6 +86,11 @@ class Call:
         """Whether it only hands on what it got, as dropout does in evaluation."""
         return set(self.outputs.values()) <= set(self.inputs.values())
 
+    @property
+    def activation(self) -> tuple[Slot, Value] | None:
+        """The first activation that it is given, and where."""
+        return next(((s, v) for s, v in self.inputs.items() if v.is_activation), None)
+
     def __repr__(self) -> str:
         return f"Call({self.path or 'model'}#{self.nth})"
 

@@ -1,7 +1,7 @@
 """`HookGraph`: a model's locations together with what is to happen at them, as a frozen value."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import MetricError, SubgraphError, UnknownLocationError, nearest
+from hookgraph.errors import InputError, MetricError, SubgraphError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
@@ -192,8 +192,11 @@ class HookGraph:
         Raises:
             LocationError: `after` is no boundary between blocks, or something asked for precedes it.
             ShapeMismatchError: the batch of the value is no multiple of the earlier one.
+            InputError: the earlier run holds no inputs.
         """
         entering = run[after] if value is None else value
+        if not entering.requires_grad:  # a tensor of its own, since gradients may be asked for there
+            entering = entering.detach()
         start, copies = start_at(self.check(after), entering, _batch_size(run.inputs))
         for location in save:
             if self.check(location).root.precedes(after):
@@ -218,11 +221,8 @@ class HookGraph:
         if after is not None:
             taps = taps_from(after, taps)[0]
         logits: Tensor | None = None
-        with ExitStack() as stack:
-            if needs_graph and not grad:
-                stack.enter_context(self.binding.frozen())
-            stack.enter_context(torch.set_grad_enabled(needs_graph))
-            stack.enter_context(self.binding.attached(taps, start))
+        frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
+        with frozen, torch.set_grad_enabled(needs_graph), self.binding.attached(taps, start):
             with suppress(EnoughSeen):
                 logits = self.binding.forward(inputs)
         with torch.set_grad_enabled(needs_graph):
@@ -251,7 +251,10 @@ def _measure(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
 
 
 def _batch_size(inputs: Prepared) -> int:
-    return next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+    found = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor)), None)
+    if found is None:
+        raise InputError("this run holds no inputs, as when it was loaded from a file: run them again")
+    return found
 
 
 def _check_injectable(graph: HookGraph, subgraph: AbstractSubgraph) -> None:
@@ -273,6 +276,5 @@ def _check_injectable(graph: HookGraph, subgraph: AbstractSubgraph) -> None:
                 f"subgraph {subgraph.name!r} declares {location}: its locations stand at one of its "
                 f"sites and bear its name, as {location.type}.within(site, {subgraph.name!r}) makes them"
             )
-    taken = {x for other in graph.subgraphs for x in other.locations} & set(subgraph.locations)
-    if taken:
-        raise SubgraphError(f"subgraph {subgraph.name!r}: {min(map(str, taken))} exists already")
+        if subgraph.locations.count(location) > 1:
+            raise SubgraphError(f"subgraph {subgraph.name!r} declares {location} twice")

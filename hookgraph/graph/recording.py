@@ -35,14 +35,12 @@ class Recorder:
         self._wholes: dict[Location, list[Location]] = {}
         for location in self.asked:
             self._wholes.setdefault(location.whole, []).append(location)
+        self.differentiated = frozenset(x.whole for x in self.asked if x.pass_type is PassType.BACKWARD)
+        """The whole locations whose gradient is asked for."""
         self._missing = len(self._wholes)
         self._seen: dict[Location, Tensor] = {}
         self._parts: dict[Location, Tensor] = {}
-
-    @property
-    def differentiated(self) -> frozenset[Location]:
-        """The whole locations whose gradient is asked for."""
-        return frozenset(x.whole for x in self.asked if x.pass_type is PassType.BACKWARD)
+        self._gradients: dict[Location, Tensor] = {}
 
     def observers(self) -> Mapping[Location, Observer]:
         """What to call with the value at each whole location."""
@@ -51,6 +49,12 @@ class Recorder:
     def _observer(self, whole: Location, parts: list[Location]) -> Observer:
         # A part is copied so that the whole tensor need not be kept alive for it.
         copy = not self._keep_graph and all(p.index and p.pass_type is PassType.FORWARD for p in parts)
+        differentiated = whole in self.differentiated
+        gradients = self._gradients
+
+        def keep_gradient(gradient: Tensor) -> None:
+            # Not through self, which holds the value that will hold this hook: nothing frees such a cycle.
+            gradients[whole] = gradient
 
         def observe(value: Tensor) -> None:
             if whole in self._seen:
@@ -58,6 +62,9 @@ class Recorder:
             if copy:
                 self._parts.update({p: read(p, value).clone() for p in parts})
             self._seen[whole] = self._parts[parts[0]] if copy else value
+            if differentiated and value.requires_grad:
+                # What autograd returns may lie before or after the gradient hooks; this lies after.
+                value.register_hook(keep_gradient)  # pyright: ignore[reportUnknownMemberType]
             self._missing -= 1
             if self._stop and self._missing == 0:
                 raise EnoughSeen
@@ -74,11 +81,11 @@ class Recorder:
         missing = [str(whole) for whole in self._wholes if whole not in self._seen]
         if missing:
             raise HookGraphError(f"did not fire in this pass: {', '.join(missing)}")
-        gradients = self._gradients(metric)
+        self._differentiate(metric)
         values: dict[Location, Tensor] = {}
         for location in self.asked:
             if location.pass_type is PassType.BACKWARD:
-                values[location] = read(location, gradients[location.whole])
+                values[location] = read(location, self._gradients[location.whole])
             elif location in self._parts:
                 values[location] = self._parts[location]
             else:
@@ -86,10 +93,11 @@ class Recorder:
                 values[location] = value if self._keep_graph else value.detach()
         return values
 
-    def _gradients(self, metric: Float[Tensor, " batch"] | None) -> Mapping[Location, Tensor]:
+    def _differentiate(self, metric: Float[Tensor, " batch"] | None) -> None:
+        """Compute the gradients asked for."""
+        if not self.differentiated:
+            return
         wholes = [whole for whole in self._wholes if whole in self.differentiated]
-        if not wholes:
-            return {}
         if metric is None:
             raise MetricError(f"{wholes[0].grad} is the gradient of a metric: give `metric`")
         if not metric.requires_grad:
@@ -100,9 +108,6 @@ class Recorder:
             "tuple[Tensor | None, ...]",
             torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=self._keep_graph),
         )
-        gradients: dict[Location, Tensor] = {}
         for whole, gradient in zip(wholes, found, strict=True):
             if gradient is None:
                 raise MetricError(f"the metric does not depend on {whole}: no path leads from there to it")
-            gradients[whole] = gradient
-        return gradients

@@ -12,6 +12,7 @@ from torch import Tensor
 from hookgraph.errors import HookGraphError, UnknownLocationError, nearest
 from hookgraph.graph import storage
 from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import LOGITS
 
 
 @final
@@ -41,10 +42,11 @@ class Run(Mapping[Location, Tensor]):
             HookGraphError: the run was loaded from a file without logits.
         """
         found = self._logits
-        if found is None:
-            raise HookGraphError("this run holds no logits: ask for LOGITS in `save` before saving it")
         if not isinstance(found, Tensor):
-            found = found()
+            found = self.saved.get(LOGITS, found)
+            if found is None:
+                raise HookGraphError("this run holds no logits: ask for LOGITS in `save` before saving it")
+            found = found if isinstance(found, Tensor) else found()
             object.__setattr__(self, "_logits", found)
         return found
 

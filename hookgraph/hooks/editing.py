@@ -16,13 +16,19 @@ Hook = Callable[[Tensor], Tensor | None]
 def apply_hook(location: Location, hook: Hook, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """`value` after `hook` was given the part that `location` names; `value` itself if unchanged.
 
+    A hook that changes its tensor in place, and returns it or None, has edited it too.
+
     Raises:
         ShapeMismatchError: the hook returned no tensor, or one of another shape, dtype or device.
     """
     part = read(location, value)
+    version = _version(part)
     new = hook(part)
     if new is None or new is part:
-        return value
+        if version is not None and _version(part) == version:
+            return value
+        # Changed in place: told by another tensor, because the part may be a copy.
+        new = part.view_as(part)
     if not isinstance(new, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
         raise ShapeMismatchError(
             f"the hook at {location} returned {type(new).__name__}; return a tensor, or None to leave it"
@@ -33,6 +39,11 @@ def apply_hook(location: Location, hook: Hook, value: Shaped[Tensor, "..."]) -> 
             "an edit keeps shape, dtype and device"
         )
     return write(location, value, new)
+
+
+def _version(value: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where PyTorch does not count."""
+    return None if value.is_inference() else value._version  # pyright: ignore[reportPrivateUsage]
 
 
 def _describe(value: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Handles of whatever is installed on a model: each removed exactly once, also on error."""
 
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 
@@ -20,7 +20,20 @@ def installed(*installers: Callable[[], Handle]) -> Generator[None]:
     If an installer raises, what was installed before it is removed; if a removal raises, the
     others are still carried out and the error is raised after them.
     """
-    with ExitStack() as stack:
+    handles: list[Handle] = []
+    try:
         for install in installers:
-            stack.callback(install().remove)
+            handles.append(install())
         yield
+    finally:
+        _remove(handles)
+
+
+def _remove(handles: list[Handle]) -> None:
+    """Remove from the last to the first. There can be hundreds: an `ExitStack` takes as long as they do."""
+    try:
+        while handles:
+            handles.pop().remove()
+    finally:
+        if handles:
+            _remove(handles)

@@ -84,11 +84,17 @@ def to_transformer_lens(location: Location) -> str:
     Raises:
         LocationError: TransformerLens has no such hook.
     """
-    kind = location.type if location.type.layered else location.whole
+    kind = _key(location)
     for name, found in _TRANSFORMER_LENS.items():
         if found == kind:
             return name.format(location.layer)
     raise LocationError(f"TransformerLens has no hook at {location.whole}")
+
+
+def _key(location: Location) -> Location | LocationType:
+    """What the tables hold for a location: the type where it has layers. Inside a subgraph, nothing."""
+    layered = location.type.layered and location.site is None
+    return location.type if layered else location.whole
 
 
 def from_transformer_debugger(name: str, layer: int | None = None) -> Location:
@@ -121,9 +127,9 @@ def to_transformer_debugger(location: Location) -> tuple[str, int | None]:
         LocationError: transformer-debugger has no such string.
     """
     layer = location.layer
-    if location.type == t.RESID_PRE and layer is not None:
+    if layer is not None and _key(location) == t.RESID_PRE:
         return (_POST_EMBEDDING, None) if layer == 0 else ("resid.post_mlp", layer - 1)
-    kind = location.type if location.type.layered else location.whole
+    kind = _key(location)
     for name, found in _TRANSFORMER_DEBUGGER.items():
         if found == kind:
             return name, layer

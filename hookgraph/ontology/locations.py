@@ -1,10 +1,11 @@
 """`LocationType` and `Location`: values that name a tensor of a model, or a part of it."""
 
 import dataclasses
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias, final, overload
+from typing import Final, SupportsIndex, TypeAlias, final, overload
 
 from hookgraph.errors import LocationError, nearest
 from hookgraph.ontology.dimensions import Dimension
@@ -270,12 +271,19 @@ def _normal_index(name: str, value: int | slice | Iterable[int]) -> Index:
             raise LocationError(f"{name}={value!r}: tensors have no negative steps; give a list")
         return value
     try:
-        chosen = tuple(int(i) for i in value)
-    except (TypeError, ValueError):
+        chosen = tuple(_integer(i) for i in value)
+    except TypeError:
         raise LocationError(f"{name}={value!r}: an index is an int, a slice or a list of ints") from None
     if not chosen:
         raise LocationError(f"{name}=[] selects nothing")
     return chosen
+
+
+def _integer(number: SupportsIndex) -> int:
+    """`number` as an int; masks and fractions, which would select something else, are refused."""
+    if isinstance(number, bool) or "bool" in str(getattr(number, "dtype", "")):
+        raise TypeError(number)
+    return operator.index(number)
 
 
 def _print_slice(part: slice) -> str:

@@ -1,0 +1,81 @@
+import pytest
+
+import hookgraph.locations as everything
+from hookgraph.ontology import autoencoder, transformer
+from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack
+
+# The table of the vocabulary, as the documentation states it.
+VOCABULARY = """
+EMBED           embed           batch pos d_model
+RESID_PRE       resid.pre       batch pos d_model
+ATTN_LN_SCALE   attn.ln_scale   batch pos one
+ATTN_IN         attn.in         batch pos d_model
+ATTN_Q_PRE      attn.q_pre      batch pos head d_head
+ATTN_K_PRE      attn.k_pre      batch pos kv_head d_head
+ATTN_Q          attn.q          batch pos head d_head
+ATTN_K          attn.k          batch pos kv_head d_head
+ATTN_V          attn.v          batch pos kv_head d_head
+ATTN_SCORES     attn.scores     batch head pos key_pos
+ATTN_PATTERN    attn.pattern    batch head pos key_pos
+ATTN_Z          attn.z          batch pos head d_head
+ATTN_RESULT     attn.result     batch pos head d_model
+ATTN_OUT        attn.out        batch pos d_model
+RESID_MID       resid.mid       batch pos d_model
+MLP_LN_SCALE    mlp.ln_scale    batch pos one
+MLP_IN          mlp.in          batch pos d_model
+MLP_PRE         mlp.pre         batch pos d_mlp
+MLP_POST        mlp.post        batch pos d_mlp
+MLP_OUT         mlp.out         batch pos d_model
+RESID_POST      resid.post      batch pos d_model
+FINAL_LN_SCALE  final.ln_scale  batch pos one
+FINAL_LN_OUT    final.ln_out    batch pos d_model
+LOGITS          logits          batch pos vocab
+"""
+ROWS = [line.split(maxsplit=2) for line in VOCABULARY.strip().splitlines()]
+UNORDERED = {("attn.q_pre", "attn.k_pre"), ("attn.q", "attn.k"), ("attn.k", "attn.v")}
+
+
+def first_of(stack: TransformerStack, constant: str) -> Location:
+    found = getattr(stack, constant)
+    return found[0] if isinstance(found, LocationType) else found
+
+
+@pytest.mark.parametrize(("constant", "name", "dims"), ROWS, ids=[row[1] for row in ROWS])
+def test_a_constant_has_the_documented_name_and_axes(constant: str, name: str, dims: str):
+    location = first_of(DECODER, constant)
+    assert (location.type.name, " ".join(location.type.dims)) == (name, dims)
+    assert getattr(transformer, constant) == getattr(DECODER, constant)
+
+
+def test_the_vocabulary_is_complete():
+    assert [row[0] for row in ROWS] == list(vars(DECODER))
+
+
+@pytest.mark.parametrize("stack", [DECODER, ENCODER, VISION])
+def test_the_vocabulary_stands_in_causal_order(stack: TransformerStack):
+    order = [first_of(stack, row[0]) for row in ROWS]
+    for before, after in zip(order, order[1:], strict=False):
+        related = (before.type.name, after.type.name) not in UNORDERED
+        assert before.precedes(after) == related, (before, after)
+        assert not after.precedes(before)
+
+
+@pytest.mark.parametrize(("stack", "prefix"), [(ENCODER, "encoder."), (VISION, "vision.")])
+def test_other_stacks_have_the_same_words_under_their_name(stack: TransformerStack, prefix: str):
+    for constant, name, _ in ROWS:
+        location = first_of(stack, constant)
+        assert str(location.type) == prefix + name
+        assert location.type != first_of(DECODER, constant).type
+
+
+def test_all_locations_can_be_imported_from_one_place():
+    def of(module: object) -> dict[str, object]:
+        return {
+            name: value
+            for name, value in vars(module).items()
+            if name.isupper() and isinstance(value, (LocationType, Location)) and name[0] != "_"
+        }
+
+    expected = {**of(transformer), **of(autoencoder), "ENCODER": ENCODER, "VISION": VISION}
+    assert {name: getattr(everything, name) for name in everything.__all__} == expected
