@@ -42,9 +42,12 @@ def prepare(
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the model embeds."""
-    table: Any = model.get_input_embeddings()
-    return int(table.weight.shape[0])
+    """How many tokens the model embeds; a large number where it does not say."""
+    try:
+        table: Any = model.get_input_embeddings()
+        return int(table.weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return int(getattr(model.config, "vocab_size", None) or 1 << 31)
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Mapping[str, Any]:
