@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hookgraph.binding.anchors import Role
+from hookgraph.binding.mechanisms import PassState
 from hookgraph.errors import BindingError
 from hookgraph.hooks.taps import Tap
 
@@ -28,13 +29,36 @@ _NEGLIGIBLE: Final = 800.0
 _SOFTMAX: Final = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
 
 
+TapsByCall = Mapping[int, Mapping[Role, Tap]]
+
+
+@final
+class Turn:
+    """Which taps the next call of a module is for."""
+
+    def __init__(self, taps: TapsByCall, state: PassState) -> None:
+        self._taps = taps
+        self._state = state
+        self._only = taps.get(0) if set(taps) == {0} and not state.counts else None
+        self._pass, self._calls = -1, 0
+
+    def next(self) -> Mapping[Role, Tap]:
+        """The taps for this call."""
+        if self._only is not None:
+            return self._only
+        if self._pass != self._state.number:
+            self._pass, self._calls = self._state.number, 0
+        self._calls += 1
+        return self._taps.get(self._calls - 1, {})
+
+
 @final
 class Interior:
-    """The taps inside one attention module, while a graph is attached."""
+    """The taps inside one attention module, by its calls in a pass, while a graph is attached."""
 
-    def __init__(self, module: nn.Module, taps: Mapping[Role, Tap], eager: str) -> None:
+    def __init__(self, module: nn.Module, taps: TapsByCall, eager: str, state: PassState) -> None:
         self._module = module
-        self._taps = taps
+        self._turn = Turn(taps, state)
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
         self._eager = _function(eager)
@@ -58,7 +82,7 @@ class Interior:
         **kwargs: Any,
     ) -> Any:
         """What the model's attention function returns, with every tap called on the way."""
-        taps = self._taps
+        taps = self._turn.next()
         query = _tap_heads(taps.get("query"), query)
         key = _tap_heads(taps.get("key"), key)
         value = _tap_heads(taps.get("value"), value)
@@ -82,8 +106,8 @@ class Interior:
 class OwnSoftmax:
     """The taps on the softmax of a module that computes attention by code of its own."""
 
-    def __init__(self, module: nn.Module, taps: Mapping[Role, Tap]) -> None:
-        self._taps = taps
+    def __init__(self, module: nn.Module, taps: TapsByCall, state: PassState) -> None:
+        self._turn = Turn(taps, state)
         self._active: list[_SoftmaxTaps] = []
         self._handles = (
             module.register_forward_pre_hook(self._enter),
@@ -96,7 +120,8 @@ class OwnSoftmax:
             handle.remove()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        mode = _SoftmaxTaps(self._taps.get("scores"), self._taps.get("pattern"))
+        taps = self._turn.next()
+        mode = _SoftmaxTaps(taps.get("scores"), taps.get("pattern"))
         self._active.append(mode)
         mode.__enter__()
 

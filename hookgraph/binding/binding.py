@@ -87,8 +87,11 @@ def _prove(binding: HuggingFaceBinding) -> ConformanceReport:
             return conformance.check(binding, example, _representatives(binding))
     for dtype in (torch.float64, torch.float32):
         twin, precise = make_twin(model, example, dtype)
+        candidate = HuggingFaceBinding(twin, binding.findings)
         try:
-            return conformance.check(HuggingFaceBinding(twin, binding.findings), precise)
+            if dtype != torch.float32 and not HookGraph(candidate).run(precise).logits.isfinite().all():
+                continue
+            return conformance.check(candidate, precise)
         except RuntimeError:
             if dtype == torch.float32:
                 raise

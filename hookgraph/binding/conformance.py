@@ -61,7 +61,7 @@ def check(
     clean = graph.run(example, save=locations)
     if locations:
         proofs += _check_transparent(graph, example, locations)
-        proofs += _check_conserved(graph, example, clean)
+        proofs += _check_conserved(binding, graph, example, clean)
         proofs += _check_gradients(graph, example, clean)
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
@@ -136,19 +136,37 @@ def _check_transparent(
     kernel is looked at.
     """
     plain = graph.run(example).logits
-    outside = [x for x in locations if x.type.name not in ("attn.scores", "attn.pattern")]
-    inside = [x for x in locations if x not in outside]
     proofs: list[Proof] = []
+    outside = [x for x in locations if not _inside_kernel(x)]
+    inside = [x for x in locations if _inside_kernel(x)]
     for group, tolerance in ((outside, 0.0), (inside, 1e-5)):
-        hooked = graph
+        error = _change(graph, example, group, plain)
+        if error <= tolerance:
+            proofs += [Proof(x, "transparent", True, error, tolerance) for x in group]
+            continue
         for location in group:
-            hooked = hooked.hook(location, lambda x: x.clone())
-        error = float((hooked.run(example).logits - plain).abs().max() / plain.abs().max().clamp_min(1e-9))
-        proofs += [Proof(x, "transparent", error <= tolerance, error, tolerance) for x in group]
+            error = _change(graph, example, [location], plain)
+            proofs.append(Proof(location, "transparent", error <= tolerance, error, tolerance))
     return proofs
 
 
-def _check_conserved(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> list[Proof]:
+def _inside_kernel(location: Location) -> bool:
+    return location.type.name.split(".")[-1] in ("scores", "pattern")
+
+
+def _change(
+    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], plain: Tensor
+) -> float:
+    """By how much identity hooks change the logits, relative to their size."""
+    for location in locations:
+        graph = graph.hook(location, lambda x: x.clone())
+    gap = (graph.run(example).logits - plain).nan_to_num(0.0).abs().max()
+    return float(gap / plain.nan_to_num(0.0).abs().max().clamp_min(1e-9))
+
+
+def _check_conserved(
+    binding: HuggingFaceBinding, graph: HookGraph, example: Mapping[str, Any], clean: Run
+) -> list[Proof]:
     """The algebra of each location, with every other location edited in a row of its own."""
     locations = list(clean)
     generator = torch.Generator().manual_seed(1)
@@ -159,7 +177,7 @@ def _check_conserved(graph: HookGraph, example: Mapping[str, Any], clean: Run) -
     edited = hooked.run(_rows(graph, example, len(locations)), save=locations)
     tolerance = _tolerances(clean)[0]
     proofs: list[Proof] = []
-    for identity in identities(graph.binding, clean):
+    for identity in identities(binding, clean):
         expected, got = identity.sides(edited)
         size = got.flatten(1).norm(dim=1).clamp_min(1e-6)
         errors = ((expected - got).flatten(1).norm(dim=1) / size).tolist()
@@ -182,6 +200,11 @@ def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -
         finite = torch.where(torch.isfinite(logits), logits, 0.0)
         return (finite * weights).flatten(1).sum(1)
 
+    dead = _unread(graph, example, locations, metric)
+    proofs = [Proof(x, "edit = gradient", False, 1.0, 0.0, "the logits do not depend on it") for x in dead]
+    locations = [x for x in locations if x not in dead]
+    if not locations:
+        return proofs
     gradients = graph.run(example, save=[x.grad for x in locations], metric=metric)
     rows_of = 2 * len(_STEPS)
     hooked = graph
@@ -203,7 +226,6 @@ def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -
     # The logits may have several rows per example, as one per codebook.
     measured = measured.view(len(locations), len(_STEPS), 2, -1).sum(-1)
     tolerance = _tolerances(clean)[1]
-    proofs: list[Proof] = []
     for number, location in enumerate(locations):
         steps = torch.tensor(_STEPS, dtype=torch.float64) * sizes[location]
         found = (measured[number, :, 0] - measured[number, :, 1]).cpu() / (2 * steps)
@@ -217,6 +239,21 @@ def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -
         note = "" if error <= tolerance else f"finite difference {float(found[-1]):.4g}, gradient {slope:.4g}"
         proofs.append(Proof(location, "edit = gradient", error <= tolerance, error, tolerance, note))
     return proofs
+
+
+def _unread(
+    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
+) -> list[Location]:
+    """The locations from which no path leads to the logits."""
+    try:
+        graph.run(example, save=[x.grad for x in locations], metric=metric)
+    except MetricError:
+        if len(locations) == 1:
+            return list(locations)
+        half = len(locations) // 2
+        parts = (locations[:half], locations[half:])
+        return [x for part in parts for x in _unread(graph, example, part, metric)]
+    return []
 
 
 def _direction(location: Location, gradient: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:

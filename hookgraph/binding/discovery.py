@@ -13,7 +13,7 @@ from hookgraph.binding.tracing import Call, Trace, Value
 from hookgraph.binding.views import Scaled
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, AttentionTypes, TransformerStack
 
 
 def discover(trace: Trace) -> Findings:
@@ -84,7 +84,11 @@ def _bind_block(
             places[updates[0]] = kind[layer]
         elif len(updates) > 1:
             found.absent(f"layer {layer} adds {len(updates)} updates of this kind", kind, layer=layer)
-    for role, types in (("attention", stack.attention), ("cross-attention", stack.cross_attention)):
+    attentions: tuple[tuple[Role, AttentionTypes], ...] = (
+        ("attention", stack.attention),
+        ("cross-attention", stack.cross_attention),
+    )
+    for role, types in attentions:
         updates = roles.get(role, [])
         if len(updates) == 1:
             bind_attention(trace, found, types, layer, block, updates[0], _source(trace, block, updates[0]))
@@ -94,9 +98,10 @@ def _bind_block(
     middles = _bind_middles(trace, found, stack, layer, block, roles)
     size = 0 if slot_out is None else len(call.outputs)
     stream = _stream(block, places, middles, stack.RESID_POST[layer])
-    if trace.calls_of(call.module) == 1:
-        name = stack.RESID_PRE.stack
-        found.layers.setdefault(name, []).append(Layer(call.path, slot_in, slot_out, size, stream))
+    shared = trace.calls_of(call.module) > 1
+    found.layers.setdefault(stack.RESID_PRE.stack, []).append(
+        Layer(call.path, slot_in, slot_out, size, stream, shared)
+    )
 
 
 def _bind_update(trace: Trace, found: Findings, location: Location, update: Update) -> bool:

@@ -32,8 +32,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     name = name if name in accepted else next((n for n in makers if n in accepted), "")
     if not name:
         raise BindingError(
-            f"{type(model).__name__} takes none of {', '.join(makers)}: give bind(model, example=...) keyword "
-            "arguments on which it can be run"
+            f"{type(model).__name__} takes none of {', '.join(makers)}: give bind(model, example=...) "
+            "keyword arguments on which it can be run"
         )
     inputs: dict[str, Any] = {name: makers[name](model)}
     if name == "input_ids" and "attention_mask" in accepted:

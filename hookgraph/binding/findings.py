@@ -42,6 +42,8 @@ class Layer:
     output_size: int
     """How many elements its output has, if it is a tuple; 0 if it is a tensor."""
     stream: tuple[StreamStep, ...] = ()
+    shared: bool = False
+    """Whether other layers of the stack are the same module."""
 
 
 Side: TypeAlias = Literal["output", "input", "table"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
-from hookgraph.binding.anchors import Anchor, on_call
+from hookgraph.binding.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.anchors import Role as Part
 from hookgraph.binding.blocks import Block, Update, is_softmax_over_positions
 from hookgraph.binding.findings import Findings, WeightSource
@@ -214,7 +214,7 @@ def _bind_scores(trace: Trace, found: Findings, types: AttentionTypes, layer: in
         reason = "the model's own code calls a fused attention: load it with attn_implementation='eager'"
         found.absent(reason, types.scores, types.pattern, layer=layer)
         return
-    mechanism = "interior" if inside.eager else "softmax"
+    mechanism: Mechanism = "interior" if inside.eager else "softmax"
     for kind, part in parts:
         anchor = Anchor(kind[layer], mechanism, inside.call.path, role=part, eager=inside.eager)
         found.add(on_call(trace, inside.call, anchor))
@@ -238,7 +238,8 @@ def _bind_output(
         else:
             found.absent(reason, types.z, layer=layer)
         return
-    for kind, mechanism in ((types.z, "input"), (types.result, "head result")):
+    reads: tuple[tuple[LocationType, Mechanism], ...] = ((types.z, "input"), (types.result, "head result"))
+    for kind, mechanism in reads:
         anchor = Anchor(kind[layer], mechanism, reached.call.path, reached.slot, reached.view)
         found.add(on_call(trace, reached.call, anchor))
     name = "W_O" if types.q_pre is not None else "xW_O"

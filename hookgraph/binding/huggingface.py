@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.anchors import Anchor, Role
-from hookgraph.binding.attention import Interior, OwnSoftmax
+from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import prepare
 from hookgraph.binding.mechanisms import PassState, install, needs_state
@@ -124,18 +124,19 @@ class HuggingFaceBinding(AbstractBinding):
         """What to install, the last location first: each new hook goes before those on its module."""
         installers: list[Callable[[], Handle]] = []
         state = PassState()
-        interiors: dict[str, dict[Role, Tap]] = {}
+        state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
+        interiors: dict[str, dict[int, dict[Role, Tap]]] = {}
         eager: dict[str, str] = {}
         native = [(k, v) for k, v in taps.items() if k.site is None]
         for location, tap in sorted(native, key=lambda pair: pair[0].order, reverse=True):
             anchor = self.findings.anchors[location]
             if anchor.mechanism in ("interior", "softmax"):
-                interiors.setdefault(anchor.module, {})[anchor.role] = tap
+                interiors.setdefault(anchor.module, {}).setdefault(anchor.call, {})[anchor.role] = tap
                 eager[anchor.module] = anchor.eager
             else:
                 installers.append(self._installer(anchor, tap, state))
         for path, inside in interiors.items():
-            installers.append(self._interior(path, inside, eager[path]))
+            installers.append(self._interior(path, inside, eager[path], state))
         if any(needs_state(self.findings.anchors[location]) for location, _ in native):
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
@@ -145,10 +146,10 @@ class HuggingFaceBinding(AbstractBinding):
     def _installer(self, anchor: Anchor, tap: Tap, state: PassState) -> Callable[[], Handle]:
         return lambda: install(self._modules[anchor.module], anchor, tap, state)
 
-    def _interior(self, path: str, taps: Mapping[Role, Tap], eager: str) -> Callable[[], Handle]:
+    def _interior(self, path: str, taps: TapsByCall, eager: str, state: PassState) -> Callable[[], Handle]:
         if not eager:
-            return lambda: OwnSoftmax(self._modules[path], taps)
-        return lambda: Interior(self._modules[path], taps, eager)
+            return lambda: OwnSoftmax(self._modules[path], taps, state)
+        return lambda: Interior(self._modules[path], taps, eager, state)
 
     @contextmanager
     def frozen(self) -> Generator[None]:

@@ -22,6 +22,8 @@ class PassState:
     def __init__(self) -> None:
         self.number = 0
         self.batch = 0
+        self.counts = False
+        """Whether some module is called several times in a pass."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A new pass begins."""
