@@ -16,8 +16,9 @@ from hookgraph.binding.attention import masked_cells
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import identities
 from hookgraph.binding.state import model_state
+from hookgraph.errors import MetricError
 from hookgraph.graph.conformance import ConformanceReport, Proof
-from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.hook_graph import HookGraph, Metric
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
