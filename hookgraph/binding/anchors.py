@@ -1,19 +1,20 @@
 """How one location is reached in a model, as data: printable and comparable."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final
 
-from hookgraph.binding.tracing import Slot
+from hookgraph.binding.tracing import Call, Slot, Trace
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location
 
-Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "norm scale", "head result"]
+Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "softmax", "norm scale", "head result"]
 """How the tensor is read and replaced:
 
 * `output`: what a module returns, replaced in what it returns.
 * `input`: what a module is given, replaced in what it is given.
 * `sum`: what a module is given, changed in place, because others hold the same tensor.
 * `interior`: inside the attention function.
+* `softmax`: what the only softmax inside a module reads or returns.
 * `norm scale`: computed from a norm's input; an edit rescales its output.
 * `head result`: computed from the input of the output projection; an edit adds the difference.
 """
@@ -37,6 +38,9 @@ class Anchor:
         eager: for `interior`: the model's own eager function, as `module:name`.
         centred: for `norm scale`: whether the norm subtracts the mean.
         epsilon: for `norm scale`: what the norm adds to the mean square.
+        flat: the tensor has one axis for batch and position.
+        overwritten: the model changes the tensor in place afterwards, so that a copy goes on.
+        call, calls: which of the module's calls in one pass, of how many.
     """
 
     location: Location
@@ -48,9 +52,19 @@ class Anchor:
     eager: str = ""
     centred: bool = False
     epsilon: float = 0.0
+    flat: bool = False
+    overwritten: bool = False
+    call: int = 0
+    calls: int = 1
 
     def __str__(self) -> str:
         slot = "" if self.slot is None else f"[{self.slot!r}]"
         role = f" {self.role}" if self.role else ""
         view = "" if self.view is None else f" as {self.view}"
-        return f"{self.mechanism}{role} of {self.module or 'the model'}{slot}{view}"
+        call = f", call {self.call} of {self.calls}" if self.calls > 1 else ""
+        return f"{self.mechanism}{role} of {self.module or 'the model'}{slot}{view}{call}"
+
+
+def on_call(trace: Trace, call: Call, anchor: Anchor) -> Anchor:
+    """An anchor of one of several calls of its module in a pass, if there are several."""
+    return replace(anchor, call=call.nth, calls=trace.calls_of(call.module))

@@ -18,21 +18,47 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hookgraph.binding.anchors import Role
+from hookgraph.binding.mechanisms import PassState
 from hookgraph.errors import BindingError
 from hookgraph.hooks.taps import Tap
 
 NAME: Final = "hookgraph"
 _INTERIOR: Final = "_hookgraph_interior"
+_NEGLIGIBLE: Final = 800.0
+"""exp(-800) is zero in double precision."""
 _SOFTMAX: Final = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
+
+
+TapsByCall = Mapping[int, Mapping[Role, Tap]]
+
+
+@final
+class Turn:
+    """Which taps the next call of a module is for."""
+
+    def __init__(self, taps: TapsByCall, state: PassState) -> None:
+        self._taps = taps
+        self._state = state
+        self._only = taps.get(0) if set(taps) == {0} and not state.counts else None
+        self._pass, self._calls = -1, 0
+
+    def next(self) -> Mapping[Role, Tap]:
+        """The taps for this call."""
+        if self._only is not None:
+            return self._only
+        if self._pass != self._state.number:
+            self._pass, self._calls = self._state.number, 0
+        self._calls += 1
+        return self._taps.get(self._calls - 1, {})
 
 
 @final
 class Interior:
-    """The taps inside one attention module, while a graph is attached."""
+    """The taps inside one attention module, by its calls in a pass, while a graph is attached."""
 
-    def __init__(self, module: nn.Module, taps: Mapping[Role, Tap], eager: str) -> None:
+    def __init__(self, module: nn.Module, taps: TapsByCall, eager: str, state: PassState) -> None:
         self._module = module
-        self._taps = taps
+        self._turn = Turn(taps, state)
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
         self._eager = _function(eager)
@@ -51,29 +77,57 @@ class Interior:
         query: Float[Tensor, "batch head pos d_head"],
         key: Float[Tensor, "batch kv_head key_pos d_head"],
         value: Float[Tensor, "batch kv_head key_pos ..."],
-        mask: Tensor | None,
+        attention_mask: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         """What the model's attention function returns, with every tap called on the way."""
-        taps = self._taps
+        taps = self._turn.next()
         query = _tap_heads(taps.get("query"), query)
         key = _tap_heads(taps.get("key"), key)
         value = _tap_heads(taps.get("value"), value)
         if "scores" in taps or "pattern" in taps:
-            additive = _additive_mask(module, query, key, mask, kwargs)
+            additive = _additive_mask(module, query, key, attention_mask, kwargs)
             with _SoftmaxTaps(taps.get("scores"), taps.get("pattern")) as softmax:
                 output = self._eager(module, query, key, value, additive, *args, **kwargs)
             softmax.check(module)
         else:
             function = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, self._eager)
-            output = function(module, query, key, value, mask, *args, **kwargs)
+            output = function(module, query, key, value, attention_mask, *args, **kwargs)
         tap = taps.get("out")
         if tap is None:
             return output
         if isinstance(output, tuple):
             return (tap(output[0]), *output[1:])
         return tap(output)
+
+
+@final
+class OwnSoftmax:
+    """The taps on the softmax of a module that computes attention by code of its own."""
+
+    def __init__(self, module: nn.Module, taps: TapsByCall, state: PassState) -> None:
+        self._turn = Turn(taps, state)
+        self._active: list[_SoftmaxTaps] = []
+        self._handles = (
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Stop looking at the module."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        taps = self._turn.next()
+        mode = _SoftmaxTaps(taps.get("scores"), taps.get("pattern"))
+        self._active.append(mode)
+        mode.__enter__()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        mode = self._active.pop()
+        mode.__exit__(None, None, None)
 
 
 def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -131,8 +185,14 @@ def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
     """Edited scores with masked cells as they were: a softmax over freed cells would see the future."""
     if after is before:
         return after
-    masked: Bool[Tensor, "batch head pos key_pos"] = before <= torch.finfo(before.dtype).min / 2
-    return torch.where(masked, before, after)
+    return torch.where(masked_cells(before), before, after)
+
+
+def masked_cells(scores: Float[Tensor, "batch head pos key_pos"]) -> Bool[Tensor, "batch head pos key_pos"]:
+    """The cells to which the softmax gives exactly zero, however the model writes that down: models mask
+    with the lowest number of some precision, with minus infinity, or with a large negative number.
+    """
+    return scores < scores.amax(-1, keepdim=True) - _NEGLIGIBLE
 
 
 def _additive_mask(

@@ -1,35 +1,38 @@
 """`bind`: from a model to a graph of proven locations."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding import conformance
 from hookgraph.binding.discovery import discover
+from hookgraph.binding.examples import example_inputs, one_row
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
-from hookgraph.binding.inputs import vocabulary_size
 from hookgraph.binding.tracing import Trace, evaluating
+from hookgraph.binding.twins import make_twin
 from hookgraph.errors import BindingError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
 
-_TOKENS = 5
 _SMALL = 30_000_000
 """Models up to this many parameters are proven whole, on a copy in double precision."""
 
 
 def bind(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, check: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    check: bool = True,
+    example: Mapping[str, Any] | None = None,
 ) -> HookGraph:
     """The graph of a model: every location that it has, each one proven.
 
-    The model is traced on a few tokens, its locations are resolved from the trace, and each is checked
+    The model is traced on a small example, its locations are resolved from the trace, and each is checked
     on values and on edits. A location that fails a check is absent, with the reason. The model itself is
     not changed.
 
@@ -37,15 +40,19 @@ def bind(
         model: any transformers model.
         tokenizer: with it, strings and lists of strings are accepted wherever inputs are.
         check: whether to prove what was resolved; `graph.report` tells the outcome.
+        example: keyword arguments for one forward pass of a batch of two, for a model that cannot be run on
+            made-up tokens, a picture or a sound.
 
     Raises:
-        BindingError: the model cannot be run on token ids, or has no residual stream.
+        BindingError: the model cannot be run on the example, or has no residual stream.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] (users' input)
         raise BindingError(f"expected a transformers model, found {type(model).__name__}")
-    tokens = _tokens(model)
-    binding = HuggingFaceBinding(model, _discover(model, tokens), tokenizer)
-    return HookGraph(binding.proven(_prove(binding, tokens[:1])) if check else binding)
+    if not isinstance(model, PreTrainedModel):
+        raise BindingError(f"{type(model).__name__} is not a transformers model")
+    inputs = dict(example) if example is not None else example_inputs(model)
+    binding = HuggingFaceBinding(model, _discover(model, inputs), tokenizer, example=inputs)
+    return HookGraph(binding.proven(_prove(binding)) if check else binding)
 
 
 def check(graph: HookGraph) -> ConformanceReport:
@@ -58,52 +65,50 @@ def check(graph: HookGraph) -> ConformanceReport:
     if not isinstance(binding, HuggingFaceBinding):
         raise BindingError(f"{type(binding).__name__} is not the binding of a transformers model")
     with evaluating(binding.model):
-        return conformance.check(binding, _tokens(binding.model)[:1])
+        return conformance.check(binding, one_row(binding.example, binding.findings.batch))
 
 
-def _discover(model: PreTrainedModel, tokens: Int[Tensor, "batch pos"]) -> Findings:
+def _discover(model: PreTrainedModel, example: Mapping[str, Any]) -> Findings:
     try:
-        trace = Trace(model, {"input_ids": tokens, "use_cache": False})
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        trace = Trace(model, example)
+    except Exception as error:
         raise BindingError(
-            f"{type(model).__name__} is not a transformer that hookgraph can bind: running it on token ids "
+            f"{type(model).__name__} is not a transformer that hookgraph can bind: running it on the example "
             f"failed with {type(error).__name__}: {error}"
         ) from error
     return discover(trace)
 
 
-def _prove(binding: HuggingFaceBinding, tokens: Int[Tensor, "batch pos"]) -> ConformanceReport:
+def _prove(binding: HuggingFaceBinding) -> ConformanceReport:
     """Check a small model whole, on a copy in double precision; of a large one some layers, as it is."""
-    model = binding.model
-    if sum(p.numel() for p in model.parameters()) <= _SMALL:
-        twin = copy.deepcopy(model)
-        nn.Module.to(twin, torch.float64)
-        with evaluating(twin):
-            return conformance.check(HuggingFaceBinding(twin, binding.findings), tokens)
-    with evaluating(model):
-        return conformance.check(binding, tokens, _representatives(binding))
+    model, example = binding.model, one_row(binding.example, binding.findings.batch)
+    if sum(p.numel() for p in model.parameters()) > _SMALL:
+        with evaluating(model):
+            return conformance.check(binding, example, _representatives(binding))
+    for dtype in (torch.float64, torch.float32):
+        twin, precise = make_twin(model, example, dtype)
+        candidate = HuggingFaceBinding(twin, binding.findings)
+        try:
+            if dtype != torch.float32 and not HookGraph(candidate).run(precise).logits.isfinite().all():
+                continue
+            return conformance.check(candidate, precise)
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            # The model mixes precisions inside and cannot be run, or replayed, in double precision.
+    raise BindingError(f"{type(model).__name__} could not be proven")
 
 
 def _representatives(binding: HuggingFaceBinding) -> Sequence[Location]:
     """The locations of one layer of each kind: layers are of a kind if they are reached alike."""
-    kinds: dict[tuple[object, ...], int] = {}
-    by_layer: dict[int, list[Location]] = {}
+    kinds: dict[tuple[object, ...], tuple[str, int]] = {}
+    by_layer: dict[tuple[str, int], list[Location]] = {}
     for location in binding.locations:
         if location.layer is not None:
-            by_layer.setdefault(location.layer, []).append(location)
+            by_layer.setdefault((location.type.stack, location.layer), []).append(location)
     for layer, locations in by_layer.items():
         anchors = [binding.findings.anchors[x] for x in locations]
-        kind = tuple((a.location.type.name, a.mechanism, a.slot, a.view, a.epsilon) for a in anchors)
+        kind = tuple((a.location.type, a.mechanism, a.slot, a.view, a.epsilon) for a in anchors)
         kinds.setdefault(kind, layer)
     chosen = set(kinds.values())
-    return [x for x in binding.locations if x.layer is None or x.layer in chosen]
-
-
-def _tokens(model: nn.Module) -> Int[Tensor, "batch pos"]:
-    """A few token ids that the model knows, always the same ones."""
-    table = next((p for p in model.parameters() if p.ndim == 2), None)
-    known = vocabulary_size(model) if isinstance(model, PreTrainedModel) else 0
-    if table is None or not known:
-        raise BindingError(f"{type(model).__name__} is not a transformers model: it embeds no tokens")
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(8, known - 1), known, (2, _TOKENS), generator=generator).to(table.device)
+    return [x for x in binding.locations if x.layer is None or (x.type.stack, x.layer) in chosen]

@@ -6,7 +6,7 @@ the updates. What an update is follows from how it was computed: attention if it
 contains a softmax over positions, otherwise an MLP.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import final
@@ -42,7 +42,7 @@ class Update:
     cone: frozenset[Value]
     """Everything inside the block that it was computed from, the stream itself excluded."""
     attention: AttentionCall | None = None
-    mixes_positions: bool = False
+    softmax: bool = False
     """Whether its computation contains a softmax over positions."""
 
 
@@ -147,10 +147,12 @@ class _PathFinder:
         if value.op in ("add", "sub") and len(operands) == 2:
             return self._through_addition(value)
         if value.op in ("mul", "div") and operands:
-            scaled = operands[0]
-            constant = len(operands) == 1 or operands[1].op == "parameter"
-            before = self.path(scaled) if constant else None
-            return None if before is None else [*before, Step("scale", value, scaled)]
+            others = [v for v in operands if v.op != "parameter"]
+            reversed_division = value.op == "div" and operands[0].op == "parameter"
+            if len(others) != 1 or reversed_division:
+                return None
+            before = self.path(others[0])
+            return None if before is None else [*before, Step("scale", value, others[0])]
         return None
 
     def _through_addition(self, value: Value) -> list[Step] | None:
@@ -173,8 +175,10 @@ def _updates(trace: Trace, block: Block) -> list[Update]:
         for value, coefficient, call in _terms(trace, block, step.update, step.sign):
             cone = frozenset(_cone(value, stream, block.call.first))
             found = [attention[v] for v in cone if v in attention]
-            mixes = bool(found) or any(_is_softmax_over_positions(v) for v in cone)
-            updates.append(Update(value, coefficient, call, step, cone, found[-1] if found else None, mixes))
+            softmax = bool(found) or any(is_softmax_over_positions(v) for v in cone)
+            updates.append(
+                Update(value, coefficient, call, step, cone, found[-1] if found else None, softmax)
+            )
     return updates
 
 
@@ -216,10 +220,8 @@ def _cone(value: Value, stream: set[Value], first: int) -> Iterator[Value]:
         waiting.extend(here.inputs)
 
 
-def _is_softmax_over_positions(value: Value) -> bool:
+def is_softmax_over_positions(value: Value) -> bool:
+    """Whether an operation is the softmax of an attention, or a fused attention as a whole."""
+    if value.op.startswith("_scaled_dot_product"):
+        return True
     return value.op in ("_softmax", "_safe_softmax") and value.tensor.ndim >= 4
-
-
-def reads(update: Update, values: Mapping[Value, object] | set[Value]) -> bool:
-    """Whether an update was computed directly from one of these values of the stream."""
-    return any(i in values for v in update.cone for i in v.inputs)

@@ -1,18 +1,19 @@
 """From a trace to anchors: which location is reached where. No name of a module plays a part."""
 
-from collections.abc import Iterator
-
-from hookgraph.binding.anchors import Anchor
-from hookgraph.binding.blocks import Block, Update, find_chains, reads
-from hookgraph.binding.findings import Findings, Layer, WeightSource
-from hookgraph.binding.interiors import bind_attention, bind_mlp, bind_scale
+from hookgraph.binding.anchors import Anchor, on_call
+from hookgraph.binding.blocks import Block, Update, find_chains
+from hookgraph.binding.ends import bind_embedding, bind_head
+from hookgraph.binding.findings import Findings, Layer, StreamStep
+from hookgraph.binding.heads import bind_attention
+from hookgraph.binding.interiors import bind_mlp
+from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
-from hookgraph.binding.projections import is_projection
-from hookgraph.binding.tracing import Call, Trace, Value, alias_root
+from hookgraph.binding.roles import Role, assign_roles, is_ambiguous, values_from
+from hookgraph.binding.tracing import Call, Trace, Value
 from hookgraph.binding.views import Scaled
 from hookgraph.errors import BindingError
-from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import DECODER, TransformerStack
+from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, AttentionTypes, TransformerStack
 
 
 def discover(trace: Trace) -> Findings:
@@ -29,46 +30,92 @@ def discover(trace: Trace) -> Findings:
             "layers feeds one layer's output into the next along a residual stream "
             f"(lists of modules: {', '.join(lists) or 'none'})"
         )
-    found = Findings()
     main = max(chains.values(), key=lambda blocks: blocks[-1].call.last)
-    for number, block in enumerate(main):
-        _bind_block(trace, found, DECODER, number, block)
-    _bind_embedding(trace, found)
-    _bind_head(trace, found, main[-1])
+    found = Findings(batch=main[0].entering.tensor.shape[0])
+    others = [blocks for blocks in chains.values() if blocks is not main]
+    sources = [blocks[-1].leaving for blocks in others]
+    outside = values_from(trace, sources, main[0].call.first)
+    crossed = any(_bind_stack(trace, found, DECODER, main, outside))
+    for stack, blocks in zip((ENCODER, VISION) if crossed else (VISION, ENCODER), others, strict=False):
+        _bind_stack(trace, found, stack, blocks, frozenset())
+        bind_embedding(trace, found, stack, blocks[0])
+    bind_embedding(trace, found, DECODER, main[0])
+    bind_head(trace, found, DECODER, main[-1])
     return found
 
 
-def _bind_block(trace: Trace, found: Findings, stack: TransformerStack, layer: int, block: Block) -> None:
+def _bind_stack(
+    trace: Trace, found: Findings, stack: TransformerStack, blocks: list[Block], outside: frozenset[Value]
+) -> list[bool]:
+    """Bind every layer of a stack; tells of each whether it attends to another stack."""
+    mixing = find_mixing(trace, [b for b in blocks if is_ambiguous(b)])
+    crossed: list[bool] = []
+    for number, block in enumerate(blocks):
+        roles = assign_roles(trace, block, mixing, outside)
+        _bind_block(trace, found, stack, number, block, roles)
+        crossed.append("cross-attention" in roles)
+    return crossed
+
+
+def _bind_block(
+    trace: Trace,
+    found: Findings,
+    stack: TransformerStack,
+    layer: int,
+    block: Block,
+    roles: dict[Role, list[Update]],
+) -> None:
     call = block.call
     slot_in = next(s for s, v in call.inputs.items() if v is block.entering)
     slot_out = next(s for s, v in call.outputs.items() if v is block.leaving)
-    found.add(Anchor(stack.RESID_PRE[layer], "input", call.path, slot_in))
-    found.add(Anchor(stack.RESID_POST[layer], "output", call.path, slot_out))
+    found.add(on_call(trace, call, Anchor(stack.RESID_PRE[layer], "input", call.path, slot_in)))
+    found.add(on_call(trace, call, Anchor(stack.RESID_POST[layer], "output", call.path, slot_out)))
+    kinds: dict[Role, LocationType] = {
+        "attention": stack.ATTN_OUT,
+        "cross-attention": stack.XATTN_OUT,
+        "mixer": stack.MIXER_OUT,
+        "mlp": stack.MLP_OUT,
+        "extra": stack.EXTRA_OUT,
+    }
+    places: dict[Update, Location] = {}
+    for role, kind in kinds.items():
+        updates = roles.get(role, [])
+        if len(updates) == 1 and _bind_update(trace, found, kind[layer], updates[0]):
+            places[updates[0]] = kind[layer]
+        elif len(updates) > 1:
+            found.absent(f"layer {layer} adds {len(updates)} updates of this kind", kind, layer=layer)
+    attentions: tuple[tuple[Role, AttentionTypes], ...] = (
+        ("attention", stack.attention),
+        ("cross-attention", stack.cross_attention),
+    )
+    for role, types in attentions:
+        updates = roles.get(role, [])
+        if len(updates) == 1:
+            bind_attention(trace, found, types, layer, block, updates[0], _source(trace, block, updates[0]))
+    mlp = roles.get("mlp", [])
+    if len(mlp) == 1:
+        bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))
+    middles = _bind_middles(trace, found, stack, layer, block, roles)
     size = 0 if slot_out is None else len(call.outputs)
-    found.layers.setdefault(stack.RESID_PRE.stack, []).append(Layer(call.path, slot_in, slot_out, size))
-    attention = [u for u in block.updates if u.mixes_positions]
-    other = [u for u in block.updates if not u.mixes_positions]
-    if len(attention) == 1:
-        _bind_update(found, stack.ATTN_OUT[layer], attention[0])
-        source = _source(trace, block, attention[0])
-        bind_attention(trace, found, stack, layer, block, attention[0], source)
-    if len(other) == 1:
-        _bind_update(found, stack.MLP_OUT[layer], other[0])
-        source = _source(trace, block, other[0])
-        bind_mlp(trace, found, stack, layer, block, other[0], source)
-    for kind, updates in ((stack.ATTN_OUT, attention), (stack.MLP_OUT, other)):
-        if len(updates) != 1:
-            found.absent(f"layer {layer} adds {len(updates)} such updates to the stream", kind, layer=layer)
-    _bind_middle(trace, found, stack.RESID_MID[layer], block, attention, other)
+    stream = _stream(block, places, middles, stack.RESID_POST[layer])
+    shared = trace.calls_of(call.module) > 1
+    found.layers.setdefault(stack.RESID_PRE.stack, []).append(
+        Layer(call.path, slot_in, slot_out, size, stream, shared)
+    )
 
 
-def _bind_update(found: Findings, location: Location, update: Update) -> None:
+def _bind_update(trace: Trace, found: Findings, location: Location, update: Update) -> bool:
     if update.call is None:
         found.absent("the update is computed by the layer itself, no module returns it", location)
-        return
+        return False
     slot = next(s for s, v in update.call.outputs.items() if v is update.value)
     view = None if update.coefficient == 1.0 else Scaled(update.coefficient)
-    found.add(Anchor(location, "output", update.call.path, slot, view))
+    flat = update.value.tensor.ndim == 2
+    anchor = Anchor(
+        location, "output", update.call.path, slot, view, flat=flat, overwritten=update.value.overwritten
+    )
+    found.add(on_call(trace, update.call, anchor))
+    return True
 
 
 def _source(trace: Trace, block: Block, update: Update) -> Call | None:
@@ -82,86 +129,95 @@ def _source(trace: Trace, block: Block, update: Update) -> Call | None:
     return None
 
 
-def _bind_middle(
+def _bind_middles(
     trace: Trace,
     found: Findings,
-    location: Location,
+    stack: TransformerStack,
+    layer: int,
     block: Block,
-    attention: list[Update],
-    other: list[Update],
-) -> None:
-    """The sum between attention and MLP: reached in place where a module is given it."""
-    if len(attention) != 1 or len(other) != 1:
-        found.absent("the layer is not one attention update followed by one MLP update", location)
-        return
-    steps = block.steps
-    after = steps[steps.index(attention[0].step) :]
-    middle = attention[0].step.value
-    for step in after[1:]:
+    roles: dict[Role, list[Update]],
+) -> dict[Value, Location]:
+    """The points of the stream between the updates: after the mixing, and after cross-attention."""
+    first = roles.get("attention", []) or roles.get("mixer", [])
+    crossing, last = roles.get("cross-attention", []), roles.get("mlp", [])
+    wanted: list[tuple[LocationType, list[Update], list[Update]]] = []
+    if crossing:
+        wanted = [(stack.RESID_MID, first, crossing), (stack.RESID_XMID, crossing, last)]
+    else:
+        wanted = [(stack.RESID_MID, first, last)]
+    middles: dict[Value, Location] = {}
+    for kind, before, after in wanted:
+        if len(before) != 1 or len(after) != 1:
+            found.absent("the layer is not one mixing update followed by one MLP update", kind, layer=layer)
+            continue
+        value = _bind_middle(trace, found, kind[layer], block, before[0], after[0])
+        if value is not None:
+            middles[value] = kind[layer]
+    return middles
+
+
+def _bind_middle(
+    trace: Trace, found: Findings, location: Location, block: Block, before: Update, after: Update
+) -> Value | None:
+    """The stream between two updates: what a norm returns, or a sum that a module is given."""
+    steps = block.steps[block.steps.index(before.step) :]
+    middle = before.step.value
+    for step in steps[1:]:
         if step.kind == "add":
             break
         middle = step.value
-    same_sum = attention[0].step is other[0].step
-    chain = {middle, *(s.value for s in after)}
-    if same_sum or not reads(other[0], chain):
-        found.absent("attention and MLP both read the layer's input, so no such sum exists", location)
-        return
+    chain = {middle, *(s.value for s in steps)}
+    if before.step is after.step or not any(i in chain for v in after.cone for i in v.inputs):
+        found.absent("both updates read the layer's input, so no such sum exists", location)
+        return None
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
         slot = next(s for s, v in call.outputs.items() if v is middle)
-        found.add(Anchor(location, "output", call.path, slot))
-        return
-    consumers = [(c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if v is middle]
+        found.add(on_call(trace, call, Anchor(location, "output", call.path, slot)))
+        return middle
+    consumers = [
+        (c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if _same_elements(v, middle)
+    ]
     if not consumers:
         found.absent("no module is given the sum", location)
-        return
+        return None
     call, slot = min(consumers, key=lambda pair: (len(pair[0].parents), pair[0].number))
-    found.add(Anchor(location, "sum", call.path, slot))
+    flat = call.inputs[slot].tensor.ndim == 2
+    found.add(on_call(trace, call, Anchor(location, "sum", call.path, slot, flat=flat)))
+    return middle
 
 
-def _bind_embedding(trace: Trace, found: Findings) -> None:
-    tokens = {v for v in trace.root.inputs.values() if not v.tensor.is_floating_point()}
-    for call in trace.calls:
-        out = call.outputs.get(None)
-        looks_up = any(alias_root(v) in tokens for v in call.inputs.values())
-        if looks_up and out is not None and out.is_activation and len(call.inputs) == 1:
-            found.add(Anchor(DECODER.EMBED, "output", call.path))
-            found.weights["W_E", None] = WeightSource(call.path, "table")
-            return
-    found.absent("no module looks the tokens up", DECODER.EMBED)
+def _same_elements(value: Value, source: Value) -> bool:
+    """Whether a value is the source, or a view that shares its memory."""
+    while value is not source:
+        if value.op not in ("view", "_unsafe_view", "alias", "detach") or not value.inputs:
+            return False
+        value = value.inputs[0]
+    return True
 
 
-def _bind_head(trace: Trace, found: Findings, last: Block) -> None:
-    logits = trace.root.outputs.get("logits")
-    if logits is None:
-        for location in (DECODER.LOGITS, DECODER.FINAL_LN_OUT, DECODER.FINAL_LN_SCALE):
-            found.absent("the model returns no logits", location)
-        return
-    found.add(Anchor(DECODER.LOGITS, "output", "", "logits"))
-    head = next((c for c in _projections_behind(trace, logits) if c.first >= last.call.last), None)
-    read = None if head is None else head.activation
-    if head is None or read is None:
-        reason = "no projection from every position to the vocabulary was found"
-        found.absent(reason, DECODER.FINAL_LN_OUT, DECODER.FINAL_LN_SCALE)
-        return
-    slot, given = read
-    found.add(Anchor(DECODER.FINAL_LN_OUT, "input", head.path, slot))
-    found.weights["W_U", None] = WeightSource(head.path, "output")
-    bind_scale(trace, found, DECODER.FINAL_LN_SCALE, given, trace.root)
+def _scaling(value: Value) -> StreamStep:
+    """A multiplication by a number or by a parameter; a division by a parameter is not replayed."""
+    names = [v.name for v in value.inputs if v.op == "parameter"]
+    if names:
+        return StreamStep("parameter", name=names[0]) if value.op == "mul" else StreamStep("add")
+    factor = value.scalars[0] if value.scalars else 1.0
+    return StreamStep("scale", factor=factor if value.op == "mul" else 1 / factor)
 
 
-def _projections_behind(trace: Trace, value: Value) -> Iterator[Call]:
-    """The projections that a value was computed from, the nearest first."""
-    waiting, seen = [value], set[Value]()
-    while waiting:
-        here = max(waiting, key=lambda v: v.number)
-        waiting.remove(here)
-        if here in seen or here.is_source:
-            continue
-        seen.add(here)
-        projections = [c for c in trace.producers.get(here, ()) if is_projection(trace, c)]
-        if projections:
-            yield projections[0]
-            waiting.extend(projections[0].inputs.values())
-        else:
-            waiting.extend(here.inputs)
+def _stream(
+    block: Block, places: dict[Update, Location], middles: dict[Value, Location], last: Location
+) -> tuple[StreamStep, ...]:
+    """The layer's residual path as data, from its input to its output."""
+    steps: list[StreamStep] = []
+    for step in block.steps:
+        if step.kind == "add":
+            terms = [u for u in block.updates if u.step is step]
+            steps += [StreamStep("add", places.get(u)) for u in terms] or [StreamStep("add")]
+        elif step.kind == "norm" and step.norm is not None:
+            steps.append(StreamStep("norm", name=step.norm.call.path))
+        elif step.kind == "scale":
+            steps.append(_scaling(step.value))
+        if step.value in middles:
+            steps.append(StreamStep("here", middles[step.value]))
+    return (*steps, StreamStep("here", last))

@@ -1,4 +1,4 @@
-"""What discovery found in a model: anchors, reasons for what is absent, layers, weights."""
+"""What discovery found in a model: anchors, reasons for what is absent, layers, weights. All of it data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,17 +9,41 @@ from hookgraph.binding.tracing import Slot
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location, LocationType
 
+StepKind: TypeAlias = Literal["add", "norm", "scale", "parameter", "here"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StreamStep:
+    """One operation of a layer's residual path.
+
+    Args:
+        kind: `add` a location's value, pass through a `norm`, `scale` by a number or by a `parameter`, or
+            `here`: at this point of the path the stream is what `location` names.
+        location: for `add` and `here`; None where what is added cannot be reached.
+        name: the path of the norm, or the name of the parameter.
+        factor: the number.
+    """
+
+    kind: StepKind
+    location: Location | None = None
+    name: str = ""
+    factor: float = 1.0
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a stack, as a binding needs it to skip it."""
+    """One layer of a stack, as a binding needs it to skip it and to prove it."""
 
     module: str
     input_slot: Slot
     output_slot: Slot
     output_size: int
     """How many elements its output has, if it is a tuple; 0 if it is a tensor."""
+    stream: tuple[StreamStep, ...] = ()
+    shared: bool = False
+    """Whether other layers of the stack are the same module."""
 
 
 Side: TypeAlias = Literal["output", "input", "table"]
@@ -36,6 +60,10 @@ class WeightSource:
     view: View = None
 
 
+WeightKey: TypeAlias = tuple[str, str, int | None]
+"""Stack, name and layer."""
+
+
 @final
 @dataclass(slots=True)
 class Findings:
@@ -44,9 +72,13 @@ class Findings:
     anchors: dict[Location, Anchor] = field(default_factory=dict[Location, Anchor])
     reasons: dict[Location, str] = field(default_factory=dict[Location, str])
     layers: dict[str, list[Layer]] = field(default_factory=dict[str, list[Layer]])
-    weights: dict[tuple[str, int | None], WeightSource] = field(
-        default_factory=dict[tuple[str, int | None], WeightSource]
-    )
+    weights: dict[WeightKey, WeightSource] = field(default_factory=dict[WeightKey, WeightSource])
+    batch: int = 0
+    """How many examples the traced pass had."""
+
+    def weigh(self, name: str, at: Location, source: WeightSource) -> None:
+        """Keep where a weight lies, unless it is known, by the stack and the layer of a location."""
+        self.weights.setdefault((at.type.stack, name, at.layer), source)
 
     def add(self, anchor: Anchor) -> None:
         """Keep an anchor."""
@@ -61,4 +93,4 @@ class Findings:
     def without(self, failed: Mapping[Location, str]) -> "Findings":
         """The same without some locations, for these reasons."""
         anchors = {k: v for k, v in self.anchors.items() if k not in failed}
-        return Findings(anchors, {**self.reasons, **failed}, self.layers, self.weights)
+        return Findings(anchors, {**self.reasons, **failed}, self.layers, self.weights, self.batch)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.anchors import Anchor, Role
-from hookgraph.binding.attention import Interior
+from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import prepare
-from hookgraph.binding.mechanisms import install
+from hookgraph.binding.mechanisms import PassState, install, needs_state
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, UnknownLocationError, nearest
@@ -25,7 +25,7 @@ from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.hooks.handles import Handle, installed
 from hookgraph.hooks.taps import Tap, Taps
-from hookgraph.ontology.locations import Location
+from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.weights import WeightType
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -37,11 +37,17 @@ class HuggingFaceBinding(AbstractBinding):
     """Reaches each location of a model by its anchor."""
 
     def __init__(
-        self, model: PreTrainedModel, findings: Findings, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: PreTrainedModel,
+        findings: Findings,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        example: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.findings = findings
         self.tokenizer = tokenizer
+        self.example = dict(example or {})
         self._report = ConformanceReport()
         self._modules = dict(model.named_modules())
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
@@ -63,7 +69,7 @@ class HuggingFaceBinding(AbstractBinding):
         findings = self.findings.without(
             {p.location: f"{p.invariant} fails: {p.note}" for p in report.failures}
         )
-        binding = HuggingFaceBinding(self.model, findings, self.tokenizer)
+        binding = HuggingFaceBinding(self.model, findings, self.tokenizer, example=self.example)
         binding._report = replace(
             report,
             absent=findings.reasons,
@@ -106,39 +112,48 @@ class HuggingFaceBinding(AbstractBinding):
                 )
             _attached.add(self.model)
         try:
-            with installed(*self._installers(taps)):
-                # The start comes last, so that what enters is there before any tap sees it.
-                with nullcontext() if start is None else self._entering(start):
-                    yield
+            # The start comes last, so that what enters is there before any tap sees it.
+            with installed(*self._installers(taps)), self._entering(start):
+                yield
         finally:
             _attached.discard(self.model)
 
-    def _entering(self, start: Start) -> AbstractContextManager[None]:
+    def _entering(self, start: Start | None) -> AbstractContextManager[None]:
+        if start is None:
+            return nullcontext()
         return entering(self._modules, self.findings.layers[start.stack], start)
 
     def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
         """What to install, the last location first: each new hook goes before those on its module."""
         installers: list[Callable[[], Handle]] = []
-        interiors: dict[str, dict[Role, Tap]] = {}
+        state = PassState()
+        state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
+        interiors: dict[str, dict[int, dict[Role, Tap]]] = {}
         eager: dict[str, str] = {}
         native = sorted((k for k in taps if k.site is None), key=self._place.__getitem__, reverse=True)
         for location in native:
             tap = taps[location]
             anchor = self.findings.anchors[location]
-            if anchor.mechanism == "interior":
-                interiors.setdefault(anchor.module, {})[anchor.role] = tap
+            if anchor.mechanism in ("interior", "softmax"):
+                interiors.setdefault(anchor.module, {}).setdefault(anchor.call, {})[anchor.role] = tap
                 eager[anchor.module] = anchor.eager
             else:
-                installers.append(self._installer(anchor, tap))
+                installers.append(self._installer(anchor, tap, state))
         for path, inside in interiors.items():
-            installers.append(self._interior(path, inside, eager[path]))
+            installers.append(self._interior(path, inside, eager[path], state))
+        if any(needs_state(self.findings.anchors[location]) for location in native):
+            installers.append(
+                lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
+            )
         return installers
 
-    def _installer(self, anchor: Anchor, tap: Tap) -> Callable[[], Handle]:
-        return lambda: install(self._modules[anchor.module], anchor, tap)
+    def _installer(self, anchor: Anchor, tap: Tap, state: PassState) -> Callable[[], Handle]:
+        return lambda: install(self._modules[anchor.module], anchor, tap, state)
 
-    def _interior(self, path: str, taps: Mapping[Role, Tap], eager: str) -> Callable[[], Handle]:
-        return lambda: Interior(self._modules[path], taps, eager)
+    def _interior(self, path: str, taps: TapsByCall, eager: str, state: PassState) -> Callable[[], Handle]:
+        if not eager:
+            return lambda: OwnSoftmax(self._modules[path], taps, state)
+        return lambda: Interior(self._modules[path], taps, eager, state)
 
     @contextmanager
     def frozen(self) -> Generator[None]:
@@ -152,7 +167,9 @@ class HuggingFaceBinding(AbstractBinding):
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    def weight(self, kind: WeightType, layer: int | None = None) -> Float[Tensor, "..."]:
+    def weight(
+        self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK
+    ) -> Float[Tensor, "..."]:
         """A weight, or a bias, in the normal form that `WeightType` states.
 
         Raises:
@@ -160,9 +177,10 @@ class HuggingFaceBinding(AbstractBinding):
         """
         bias = kind.value.startswith("b_")
         name = f"W_{kind.value[2:]}"
-        source = self.findings.weights.get((name, layer))
+        source = self.findings.weights.get((stack, name, layer))
         if source is None:
-            known = {f"{n}[{i}]" if i is not None else n for n, i in self.findings.weights}
+            kept = [(n, i) for s, n, i in self.findings.weights if s == stack]
+            known = {f"{n}[{i}]" if i is not None else n for n, i in kept}
             wanted = name if layer is None else f"{name}[{layer}]"
             raise UnknownLocationError(f"this model has no weight {wanted}: {nearest(wanted, known)}")
         with torch.no_grad():

@@ -7,44 +7,46 @@ given and returned, seen by a plain PyTorch hook.
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from hookgraph.binding.findings import Layer, StreamStep
 from hookgraph.binding.huggingface import HuggingFaceBinding
-from hookgraph.binding.mechanisms import element
 from hookgraph.binding.norms import affine_of
+from hookgraph.binding.tracing import tensors_in
+from hookgraph.binding.weights import affine_map
 from hookgraph.errors import UnknownLocationError
 from hookgraph.hooks.handles import installed
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import DECODER, TransformerStack
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, AttentionTypes, TransformerStack
 from hookgraph.ontology.weights import (
     W_K,
     W_O,
     W_Q,
-    W_U,
     W_V,
     W_gate,
     W_in,
-    W_out,
     WeightType,
     b_gate,
     b_in,
     b_K,
     b_O,
-    b_out,
     b_Q,
-    b_U,
     b_V,
 )
 
-Values = Mapping[Location, Tensor]
-Sides = Callable[[Values], tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]]
-Seen = dict[str, tuple[Tensor, Tensor]]
+Values: TypeAlias = Mapping[Location, Float[Tensor, "..."]]
+Seen: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """What modules were given and what they returned, by path."""
+Sides: TypeAlias = Callable[[Values], tuple[Tensor, Tensor]]
+
+_PROJECTED = frozenset({"mlp.post", "final.ln_out"})
+"""Locations that are what a projection is given, whole."""
 
 
 @final
@@ -65,119 +67,136 @@ class Identity:
     also: tuple[Location, ...] = ()
 
 
-def identities(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Iterator[Identity]:
-    """Every identity between the locations that are present, and between them and what was seen."""
-    stack = DECODER
-    for location in present:
-        if location.type == stack.RESID_POST and location.layer is not None:
-            yield from _of_stream(stack, location.layer, present)
-            yield from _of_attention(binding, stack, location.layer, present)
-            yield from _of_mlp(binding, stack, location.layer, present)
-        if binding.findings.anchors[location].mechanism == "norm scale":
-            yield from _of_norm(binding, location, seen)
-    yield from _of_projections(binding, stack, present, seen)
+def identities(binding: HuggingFaceBinding, present: Values, clean: Seen, seen: Seen) -> Iterator[Identity]:
+    """Every identity between the locations that are present, and between them and what was seen.
+
+    Args:
+        binding: the bound model.
+        present: the clean values; they tell which equations an architecture leaves out.
+        clean: what modules were given and returned in the clean pass.
+        seen: the same in the edited pass.
+    """
+    for stack in (DECODER, ENCODER, VISION):
+        for number, layer in enumerate(binding.findings.layers.get(stack.RESID_PRE.stack, ())):
+            yield from _of_stream(binding, stack, number, layer, present)
+            yield from _of_pattern(stack.attention, number, present)
+            yield from _of_pattern(stack.cross_attention, number, present)
+            yield from _of_attention(binding, stack, number, present, clean)
+            yield from _of_mlp(binding, stack, number, present, clean)
+    yield from _of_modules(binding, present, seen)
 
 
 @contextmanager
 def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
     """Within this context what norms and projections are given and return is kept, without taps."""
     seen: Seen = {}
-    slots = {a.module: a.slot for a in binding.findings.anchors.values() if a.mechanism == "norm scale"}
-    slots |= {source.module: 0 for source in binding.findings.weights.values() if source.side != "table"}
+    watched = ("norm scale", "head result")
+    anchors = binding.findings.anchors.values()
+    paths = {a.module for a in anchors if a.mechanism in watched or a.location.type.name in _PROJECTED}
+    paths |= {w.module for w in binding.findings.weights.values() if w.side != "table"}
+    paths -= {a.module for a in anchors if a.calls > 1 or a.flat}
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and (args or kwargs):
-                slot = slots[path] if args else next(iter(kwargs))
-                seen[path] = (element(args, kwargs, slot), output)
+            given = next((t for t in tensors_in((args, kwargs)) if t.is_floating_point()), None)
+            if isinstance(output, Tensor) and given is not None:
+                seen[path] = (given, output)
 
         return hook
 
-    modules = binding.model.get_submodule
-    with installed(
-        *(lambda p=p: modules(p).register_forward_hook(keep(p), with_kwargs=True) for p in slots)
-    ):
+    find = binding.model.get_submodule
+    with installed(*(lambda p=p: find(p).register_forward_hook(keep(p), with_kwargs=True) for p in paths)):
         yield seen
 
 
-def _of_norm(binding: HuggingFaceBinding, location: Location, seen: Seen) -> Iterator[Identity]:
-    anchor = binding.findings.anchors[location]
-    if anchor.module not in seen:
-        return
-    given, returned = seen[anchor.module]
-    with torch.no_grad():
-        module = binding.model.get_submodule(anchor.module)
-        gain, bias = affine_of(module, given, centred=anchor.centred)
-    moved = given - given.mean(-1, keepdim=True) if anchor.centred else given
-    yield Identity(
-        "norm(x) = gain (x - centre) s + bias",
-        (location,),
-        lambda v: (gain * moved * v[location] + bias, returned),
-    )
-
-
-def _of_projections(
-    binding: HuggingFaceBinding, stack: TransformerStack, present: Values, seen: Seen
-) -> Iterator[Identity]:
-    """What projections make of the locations that they read is what they return."""
-    for (name, layer), source in binding.findings.weights.items():
-        if source.module not in seen or name not in ("W_O", "W_out", "W_U"):
-            continue
-        returned = seen[source.module][1]
-        if name == "W_U":
-            reads, weight, bias = stack.FINAL_LN_OUT, W_U, b_U
-        elif layer is not None and name == "W_out":
-            reads, weight, bias = stack.MLP_POST[layer], W_out, b_out
-        else:
-            continue
-        projection = _weights(binding, layer, weight, bias)
-        if reads in present and projection is not None:
-            yield Identity(
-                f"{reads.type} {weight} + {bias} = what the projection returns",
-                (reads,),
-                lambda v, reads=reads, p=projection, out=returned: (v[reads] @ p[0] + p[1], out),
-            )
+def _of_modules(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Iterator[Identity]:
+    """What norms and projections make of the locations at them is what they return."""
     for location in present:
-        path = binding.findings.anchors[location].module
-        if location.type == stack.ATTN_RESULT and path in seen:
+        anchor = binding.findings.anchors[location]
+        if anchor.module not in seen:
+            continue
+        given, returned = seen[anchor.module]
+        module = binding.model.get_submodule(anchor.module)
+        if anchor.mechanism == "norm scale":
+            gain, bias = affine_of(module, given, centred=anchor.centred)
+            moved = given - given.mean(-1, keepdim=True) if anchor.centred else given
+            yield Identity(
+                "norm(x) = gain (x - centre) s + bias",
+                (location,),
+                _scaled(location, gain * moved, bias, returned),
+            )
+        elif anchor.mechanism == "head result":
             yield Identity(
                 "sum of attn.result + b_O = what the projection returns",
                 (location,),
-                lambda v, here=location, path=path: (
-                    v[here].sum(2) + binding.weight(b_O, here.layer),
-                    seen[path][1],
-                ),
+                _summed(location, affine_map(module)[1], returned),
+            )
+        elif location.type.name in _PROJECTED:
+            weight, bias = affine_map(module)
+            yield Identity(
+                f"{location.type} W + b = what the projection returns",
+                (location,),
+                _projected(location, weight, bias, returned),
             )
 
 
-def _of_stream(stack: TransformerStack, layer: int, present: Values) -> Iterator[Identity]:
-    before, after, middle = stack.RESID_PRE[layer], stack.RESID_POST[layer], stack.RESID_MID[layer]
-    attention, mlp = stack.ATTN_OUT[layer], stack.MLP_OUT[layer]
-    if not all(x in present for x in (before, attention, mlp)):
-        return
-    if middle in present:
-        yield Identity(
-            "resid.mid = resid.pre + attn.out",
-            (before, attention),
-            lambda v: (v[before] + v[attention], v[middle]),
-            (middle,),
-        )
-        yield Identity(
-            "resid.post = resid.mid + mlp.out", (middle, mlp), lambda v: (v[middle] + v[mlp], v[after])
-        )
-    else:
-        yield Identity(
-            "resid.post = resid.pre + attn.out + mlp.out",
-            (before, attention, mlp),
-            lambda v: (v[before] + v[attention] + v[mlp], v[after]),
-        )
+def _scaled(location: Location, moved: Tensor, bias: Tensor, returned: Tensor) -> Sides:
+    return lambda x: (moved * x[location] + bias, returned)
 
 
-def _of_attention(
-    binding: HuggingFaceBinding, stack: TransformerStack, layer: int, present: Values
+def _summed(location: Location, bias: Tensor, returned: Tensor) -> Sides:
+    return lambda x: (x[location].sum(2) + bias, returned)
+
+
+def _projected(location: Location, weight: Tensor, bias: Tensor, returned: Tensor) -> Sides:
+    return lambda x: (x[location] @ weight + bias, returned)
+
+
+def _of_stream(
+    binding: HuggingFaceBinding, stack: TransformerStack, number: int, layer: Layer, present: Values
 ) -> Iterator[Identity]:
-    scores, pattern = stack.ATTN_SCORES[layer], stack.ATTN_PATTERN[layer]
-    v, z, result, reads = (t[layer] for t in (stack.ATTN_V, stack.ATTN_Z, stack.ATTN_RESULT, stack.ATTN_IN))
+    """The residual path, from one point of it that is a location to the next."""
+    start, steps = stack.RESID_PRE[number], list[StreamStep]()
+    for step in layer.stream:
+        if step.kind != "here" or step.location is None:
+            steps.append(step)
+            continue
+        added = [s.location for s in steps if s.kind == "add"]
+        places = [x for x in (start, *added, step.location) if x is not None]
+        if None not in added and all(x in present for x in places):
+            names = " + ".join(str(x.type) for x in (start, *added) if x is not None)
+            about = tuple(x for x in (start, *added) if x is not None)
+            yield Identity(
+                f"{step.location.type} = {names}",
+                about,
+                _along(binding, start, steps, step.location),
+                (step.location,),
+            )
+        start, steps = step.location, []
+
+
+def _along(binding: HuggingFaceBinding, start: Location, steps: list[StreamStep], end: Location) -> Sides:
+    model, path = binding.model, tuple(steps)
+
+    def sides(values: Values) -> tuple[Tensor, Tensor]:
+        stream = values[start]
+        for step in path:
+            if step.kind == "add" and step.location is not None:
+                stream = stream + values[step.location]
+            elif step.kind == "norm":
+                stream = model.get_submodule(step.name).forward(stream)
+            elif step.kind == "scale":
+                stream = stream * step.factor
+            elif step.kind == "parameter":
+                owner, _, name = step.name.rpartition(".")
+                stream = stream * getattr(model.get_submodule(owner), name)
+        return stream, values[end]
+
+    return sides
+
+
+def _of_pattern(types: AttentionTypes, layer: int, present: Values) -> Iterator[Identity]:
+    scores, pattern, v, z = (t[layer] for t in (types.scores, types.pattern, types.v, types.z))
     if scores in present and pattern in present and present[scores].shape == present[pattern].shape:
         yield Identity(
             "pattern = softmax(scores)",
@@ -185,11 +204,22 @@ def _of_attention(
             lambda x: (x[scores].softmax(-1), x[pattern]),
             (pattern,),
         )
-    if all(x in present for x in (pattern, v, z)):
-        yield Identity(
-            "z = pattern v", (pattern, v), lambda x: (_weighted(x[pattern], x[v]), x[z]), (z,)
-        )
-    project = _weights(binding, layer, W_O, b_O)
+    if all(x in present for x in (pattern, v, z)) and _mixable(present[pattern], present[v], present[z]):
+        if _agrees(_weighted(present[pattern], present[v]), present[z]):
+            yield Identity("z = pattern v", (pattern, v), lambda x: (_weighted(x[pattern], x[v]), x[z]), (z,))
+        else:  # a sink takes its share of the pattern: what is left has the same direction
+            yield Identity(
+                "z ∝ pattern v",
+                (pattern, v),
+                lambda x: (normalize(_weighted(x[pattern], x[v]), dim=-1), normalize(x[z], dim=-1)),
+            )
+
+
+def _of_attention(
+    binding: HuggingFaceBinding, stack: TransformerStack, layer: int, present: Values, clean: Seen
+) -> Iterator[Identity]:
+    z, result, reads = stack.ATTN_Z[layer], stack.ATTN_RESULT[layer], stack.ATTN_IN[layer]
+    project = _weights(binding, stack, layer, W_O, b_O)
     if z in present and result in present and project is not None:
         yield Identity(
             "result = z W_O",
@@ -198,51 +228,70 @@ def _of_attention(
             (result,),
         )
     heads = (
-        (next((x for x in (stack.ATTN_Q_PRE[layer], stack.ATTN_Q[layer]) if x in present), None), W_Q, b_Q),
-        (next((x for x in (stack.ATTN_K_PRE[layer], stack.ATTN_K[layer]) if x in present), None), W_K, b_K),
-        (v, W_V, b_V),
+        ((stack.ATTN_Q_PRE, stack.ATTN_Q), W_Q, b_Q),
+        ((stack.ATTN_K_PRE, stack.ATTN_K), W_K, b_K),
+        ((stack.ATTN_V,), W_V, b_V),
     )
-    for made, weight, bias in heads:
-        read = _weights(binding, layer, weight, bias)
-        if reads in present and made in present and made is not None and read is not None:
+    for kinds, weight, bias in heads:
+        made = next((k[layer] for k in kinds if k[layer] in present), None)
+        source = binding.findings.weights.get((stack.RESID_PRE.stack, weight.value, layer))
+        read = _weights(binding, stack, layer, weight, bias)
+        if made is None or source is None or read is None or reads not in present:
+            continue
+        returned = binding.findings.anchors[made].module == source.module
+        if returned and _is_given(clean, source.module, present[reads]):
             yield Identity(
-                f"{made.type} = attn.in {weight} + {bias}",
-                (reads,),
-                lambda x, made=made, read=read: (
-                    einsum(x[reads], read[0], "b p m, h m d -> b p h d") + read[1],
-                    x[made],
-                ),
-                (made,),
+                f"{made.type} = attn.in {weight} + {bias}", (reads,), _heads(reads, made, *read), (made,)
             )
+
+
+def _is_given(clean: Seen, module: str, value: Tensor) -> bool:
+    """Whether a module was given this very value in the clean pass: a norm may come between."""
+    given = clean.get(module)
+    return given is not None and _agrees(given[0], value)
+
+
+def _heads(source: Location, target: Location, weight: Tensor, bias: Tensor) -> Sides:
+    return lambda x: (einsum(x[source], weight, "b p m, h m d -> b p h d") + bias, x[target])
 
 
 def _of_mlp(
-    binding: HuggingFaceBinding, stack: TransformerStack, layer: int, present: Values
+    binding: HuggingFaceBinding, stack: TransformerStack, layer: int, present: Values, clean: Seen
 ) -> Iterator[Identity]:
-    reads, before, out = stack.MLP_IN[layer], stack.MLP_PRE[layer], stack.MLP_OUT[layer]
-    after = stack.MLP_POST[layer]
-    into = _weights(binding, layer, W_gate, b_gate) or _weights(binding, layer, W_in, b_in)
-    if reads in present and before in present and into is not None:
-        yield Identity(
-            "mlp.pre = mlp.in W + b",
-            (reads,),
-            lambda x: (x[reads] @ into[0] + into[1], x[before]),
-            (before,),
-        )
-    down = _weights(binding, layer, W_out, b_out)
-    if after in present and out in present and down is not None:
-        same = torch.allclose(present[after] @ down[0] + down[1], present[out], rtol=1e-3, atol=1e-5)
-        if same:  # where a post-norm follows, mlp.out is not the projection's output
-            yield Identity(
-                "mlp.out = mlp.post W_out + b_out", (after,), lambda x: (x[after] @ down[0] + down[1], x[out])
-            )
+    reads, before = stack.MLP_IN[layer], stack.MLP_PRE[layer]
+    for weight, bias in ((W_gate, b_gate), (W_in, b_in)):
+        source = binding.findings.weights.get((stack.RESID_PRE.stack, weight.value, layer))
+        into = _weights(binding, stack, layer, weight, bias)
+        if source is None or into is None or reads not in present or before not in present:
+            continue
+        if _is_given(clean, source.module, present[reads]):
+            yield Identity("mlp.pre = mlp.in W + b", (reads,), _affine(reads, before, *into), (before,))
+        return
+
+
+def _affine(source: Location, target: Location, weight: Tensor, bias: Tensor) -> Sides:
+    return lambda x: (x[source] @ weight + bias, x[target])
+
+
+def _agrees(expected: Tensor, got: Tensor) -> bool:
+    """Whether an equation holds on the clean values: where a norm or a multiplier comes between it does not,
+    and is not claimed.
+    """
+    return expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-3, atol=1e-5)
+
+
+def _mixable(pattern: Tensor, v: Tensor, z: Tensor) -> bool:
+    """Whether the shapes fit: with a sink the pattern has a column less, latent values another width."""
+    heads = v.ndim == 4 and pattern.shape[1] % v.shape[2] == 0 and pattern.shape[1] == z.shape[2]
+    return heads and pattern.shape[-1] == v.shape[1] and v.shape[-1] == z.shape[-1]
 
 
 def _weights(
-    binding: HuggingFaceBinding, layer: int | None, weight: WeightType, bias: WeightType
+    binding: HuggingFaceBinding, stack: TransformerStack, layer: int, weight: WeightType, bias: WeightType
 ) -> tuple[Tensor, Tensor] | None:
+    name = stack.RESID_PRE.stack
     try:
-        return binding.weight(weight, layer), binding.weight(bias, layer)
+        return binding.weight(weight, layer, name), binding.weight(bias, layer, name)
     except UnknownLocationError:
         return None
 

@@ -42,12 +42,14 @@ def prepare(
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the model embeds; 0 if it embeds none."""
+    """How many tokens the model embeds; a large number where it does not say."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:
-        return 0
-    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
+    except (AttributeError, NotImplementedError):
+        weight = None
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        return weight.shape[0]
+    return int(getattr(model.config, "vocab_size", None) or 1 << 31)
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Mapping[str, Any]:

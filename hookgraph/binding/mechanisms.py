@@ -1,7 +1,7 @@
 """Carry out anchors: install a tap on a module so that it reads and replaces the location's value."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 from einops import einsum
@@ -9,28 +9,76 @@ from torch import Tensor, nn
 
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.norms import scale_of
-from hookgraph.binding.tracing import Slot
-from hookgraph.binding.views import View
+from hookgraph.binding.tracing import Slot, tensors_in
 from hookgraph.binding.weights import affine_map
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.taps import Tap
 
 
-def install(module: nn.Module, anchor: Anchor, tap: Tap) -> Handle:
+@final
+class PassState:
+    """What hooks must know of the pass they are in. `enter` is the pre-hook of the whole model."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.batch = 0
+        self.counts = False
+        """Whether some module is called several times in a pass."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A new pass begins."""
+        self.number += 1
+        first = next(tensors_in((args, kwargs)), None)
+        self.batch = 0 if first is None else first.shape[0]
+
+
+def needs_state(anchor: Anchor) -> bool:
+    """Whether an anchor's hook must know of the pass it is in."""
+    return anchor.flat or anchor.calls > 1
+
+
+def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Handle:
     """Install a tap. The latest installed is called first, before the hooks of others on the module."""
-    if anchor.mechanism == "output":
-        return module.register_forward_hook(_output_hook(anchor.slot, anchor.view, tap), prepend=True)
+    hook, side, with_kwargs = _hook(module, anchor, tap, state)
+    if anchor.calls > 1:
+        hook = _on_one_call(hook, anchor, state)
+    if side == "output":
+        return module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=True)
+    return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=True)
+
+
+def _hook(
+    module: nn.Module, anchor: Anchor, tap: Tap, state: PassState
+) -> tuple[Callable[..., Any], str, bool]:
+    """The hook, the side of the module it belongs to, and whether it takes keyword arguments."""
     if anchor.mechanism == "norm scale":
-        hook = _norm_scale_hook(anchor, tap)
-        return module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        return _norm_scale_hook(anchor, tap, state), "output", True
     if anchor.mechanism == "head result":
-        hook = _head_result_hook(module, anchor, tap)
-        return module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-    change = _in_place(tap) if anchor.mechanism == "sum" else _through(anchor.view, tap)
+        return _head_result_hook(module, anchor, tap), "output", True
+    change = _in_place(anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
+    if anchor.mechanism == "output":
+        return _output_hook(anchor.slot, change), "output", False
     if isinstance(anchor.slot, str):
-        hook = _keyword_hook(anchor.slot, change)
-        return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    return module.register_forward_pre_hook(_positional_hook(anchor.slot or 0, change), prepend=True)
+        return _keyword_hook(anchor.slot, change), "input", True
+    return _positional_hook(anchor.slot or 0, change), "input", False
+
+
+def _on_one_call(hook: Callable[..., Any], anchor: Anchor, state: PassState) -> Callable[..., Any]:
+    """Call a hook on one of several calls of its module in a pass."""
+    seen = {"pass": -1, "calls": 0}
+
+    def counted(*args: Any) -> Any:
+        if seen["pass"] != state.number:
+            seen.update({"pass": state.number, "calls": 0})
+        seen["calls"] += 1
+        return hook(*args) if seen["calls"] == anchor.call + 1 else None
+
+    return counted
+
+
+def _shaped(anchor: Anchor, state: PassState, raw: Tensor) -> Tensor:
+    """The tensor with batch and position as axes of their own."""
+    return raw.unflatten(0, (state.batch, -1)) if anchor.flat else raw
 
 
 def element(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Tensor:
@@ -38,27 +86,40 @@ def element(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Tensor
     return kwargs[slot] if isinstance(slot, str) else args[slot or 0]
 
 
-def _through(view: View, tap: Tap) -> Callable[[Tensor], Tensor]:
+def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
     """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
-    if view is None:
+    view = anchor.view
+    if view is None and not anchor.flat and not anchor.overwritten:
+        if anchor.mechanism == "input" and tap.tracks_gradient:
+            # Others may be given the same tensor: the gradient is that of this module's use of it.
+            return lambda raw: tap(raw.view_as(raw))
         return tap
 
     def change(raw: Tensor) -> Tensor:
-        value = view.get(raw)
+        # What the model will overwrite is kept from it: the tap sees a copy, and a copy goes on.
+        shaped = _shaped(anchor, state, raw.clone() if anchor.overwritten else raw)
+        value = shaped if view is None else view.get(shaped)
         new = tap(value)
-        return raw if new is value and not tap.tracks_gradient else view.put(raw, new)
+        if new is value and not tap.tracks_gradient:
+            return raw
+        result = new if view is None else view.put(shaped, new)
+        result = result.flatten(0, 1) if anchor.flat else result
+        return result.clone() if anchor.overwritten else result
 
     return change
 
 
-def _in_place(tap: Tap) -> Callable[[Tensor], Tensor]:
+def _in_place(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
     """Call a tap on a tensor that others hold too, and change it for all of them.
 
     The tap sees a copy, because hooks, saves and autograd may keep what they see.
     """
 
     def change(raw: Tensor) -> Tensor:
-        return raw.copy_(tap(raw.clone())) if tap.edits else tap(raw)
+        if not tap.edits and not anchor.flat:
+            return tap(raw)
+        new = tap(_shaped(anchor, state, raw.clone()))
+        return raw.copy_(new.flatten(0, 1) if anchor.flat else new)
 
     return change
 
@@ -81,8 +142,7 @@ def _keyword_hook(slot: str, change: Callable[[Tensor], Tensor]) -> Callable[...
     return hook
 
 
-def _output_hook(slot: Slot, view: View, tap: Tap) -> Callable[..., Any]:
-    change = _through(view, tap)
+def _output_hook(slot: Slot, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     if slot is None:
 
         def whole(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -109,20 +169,19 @@ def _apart(value: Tensor, tap: Tap) -> Tensor:
     return value.clone() if tap.edits else value.view_as(value)
 
 
-def _norm_scale_hook(anchor: Anchor, tap: Tap) -> Callable[..., Any]:
+def _norm_scale_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
     """y = gain · (x - centre) · s + b; with s' in place of s, y' = y + (y - b)(s'/s - 1)."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         x = element(args, kwargs, anchor.slot)
         scale = scale_of(x, centred=anchor.centred, epsilon=anchor.epsilon)
-        value = _apart(scale, tap)
+        value = _apart(_shaped(anchor, state, scale), tap)
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return None
-        bias = module.forward(torch.zeros_like(x[:1, :1]))
-        # Both are s'/s - 1. Unedited, the first one adds exactly nothing to gradients either.
-        excess = (new - scale) / scale.detach() if new is value else new / scale - 1
-        return y + ((y - bias) * excess).to(y.dtype)
+        new = new.flatten(0, 1) if anchor.flat else new
+        bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
+        return y + ((y - bias) * (new / scale - 1)).to(y.dtype)
 
     return hook
 

@@ -36,34 +36,47 @@ def as_output(trace: Trace, value: Value, within: Call, *, heads_first: bool) ->
         here = here.inputs[0]
 
 
-def as_input(trace: Trace, value: Value, within: Call) -> Reached | None:
-    """`value` (positions before heads) as what a projection inside `within` is given, whole and
-    through views only; or None.
+def as_input(
+    trace: Trace, value: Value, within: Call, *, heads_first: bool, heads: int = 0
+) -> Reached | None:
+    """Heads as what a projection inside `within` is given, all of them and through views only; or None.
+
+    Args:
+        trace: the pass.
+        value: heads, before or after positions; the batch and head axes may be one.
+        within: where to look.
+        heads_first: whether heads lie before positions.
+        heads: how many there are, if the tensor does not tell.
     """
-    copies: dict[Value, list[Value]] = {value: []}
+    copies = {value}
     for later in trace.values[value.number + 1 : within.last]:
         if later.op in ALIASES and later.inputs and later.inputs[0] in copies:
-            copies[later] = [*copies[later.inputs[0]], later]
+            copies.add(later)
     for call in trace.inside(within):
         for slot, given in call.inputs.items():
-            if (
-                given in copies
-                and given.tensor.numel() == value.tensor.numel()
-                and is_projection(trace, call)
-            ):
-                view = _heads_of(value, given)
+            whole = given in copies and given.tensor.numel() == value.tensor.numel()
+            if whole and is_projection(trace, call):
+                view = _heads_of(value, given, heads_first=heads_first, heads=heads)
                 return Reached(call, slot, view) if view is not None else None
     return None
 
 
-def _heads_of(value: Value, given: Value) -> View:
-    """The view of a flat tensor as the heads of `value`, if that is what it is."""
-    heads, width = value.tensor.shape[-2:]
-    if given.tensor.ndim != 3 or given.tensor.shape[-1] != heads * width:
+def _heads_of(value: Value, given: Value, *, heads_first: bool, heads: int) -> View:
+    """The view of a flat tensor as heads, if that is what it holds."""
+    tensor = value.tensor
+    if given.tensor.ndim != 3:
         return None
-    columns = Columns(0, heads, width, width)
-    same = bool((columns.get(given.tensor) == value.tensor).all())
-    return columns if same else None
+    if tensor.ndim == 3 and heads and tensor.shape[0] % heads == 0:
+        tensor = tensor.unflatten(0, (-1, heads))
+    if tensor.ndim != 4:
+        return None
+    if heads_first:
+        tensor = tensor.transpose(1, 2)
+    count, width = tensor.shape[-2:]
+    if given.tensor.shape != (*tensor.shape[:2], count * width):
+        return None
+    columns = Columns(0, count, width, width)
+    return columns if bool((columns.get(given.tensor) == tensor).all()) else None
 
 
 def is_projection(trace: Trace, call: Call) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hookgraph.binding.findings import Layer
 from hookgraph.binding.mechanisms import element
+from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import installed
 
@@ -17,6 +18,8 @@ def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: S
     """Within this context the layers before `start.block` hand their input on, and `start.value`
     is what the last of them returns.
     """
+    if any(layer.shared for layer in layers):
+        raise LocationError("this model's layers are one module: it cannot be entered between them")
     skipped = layers[: start.block]
     with ExitStack() as stack:
         for layer in skipped[:-1]:

@@ -48,6 +48,10 @@ class Value:
     """The operation again, with another tensor in place of its first input."""
     output: int = 0
     """Which output of the operation this is."""
+    overwritten: bool = False
+    """Whether the pass changes this tensor in place later on."""
+    name: str = ""
+    """For a parameter or a buffer: its name."""
 
     @property
     def is_source(self) -> bool:
@@ -80,6 +84,8 @@ class Call:
     outputs: Mapping[Slot, Value] = field(default_factory=dict[Slot, Value])
     last: int = 0
     """One more than the number of the last value computed inside."""
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    """What it was called with."""
 
     @property
     def is_identity(self) -> bool:
@@ -144,7 +150,7 @@ class Trace:
         self._stack: list[Call] = []
         self._current: dict[int, Value] = {}
         self._alive: list[Tensor] = []
-        self._parameters = {id(p): p for p in (*model.parameters(), *model.buffers())}
+        self._names = {id(p): name for name, p in (*model.named_parameters(), *model.named_buffers())}
         self._nth: dict[str, int] = {}
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
@@ -160,7 +166,8 @@ class Trace:
         """The value that this tensor is now; a source if nothing in the pass computed it."""
         found = self._current.get(id(tensor))
         if found is None:
-            found = self.add("parameter" if id(tensor) in self._parameters else "", (), tensor)
+            name = self._names.get(id(tensor), "")
+            found = self.add("parameter" if name else "", (), tensor, name=name)
         return found
 
     def add(self, op: str, inputs: tuple[Value, ...], tensor: Tensor, **details: Any) -> Value:
@@ -176,6 +183,7 @@ class Trace:
         known = self._current.get(id(tensor))
         if known is not None and known.op != "parameter":
             known.tensor = tensor.detach().clone()
+            known.overwritten = True
 
     def inside(self, call: Call) -> list[Call]:
         """The module calls made inside `call`, at any depth."""
@@ -223,6 +231,7 @@ class Trace:
             nth = self._nth.get(path, 0)
             self._nth[path] = nth + 1
             call = Call(len(self.calls), path, module, nth, tuple(self._stack), len(self.values), inputs)
+            call.arguments = (args, kwargs)
             self.calls.append(call)
             self._stack.append(call)
 

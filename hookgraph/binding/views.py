@@ -87,8 +87,8 @@ class Scaled:
         return raw * self.factor
 
     def put(self, raw: Shaped[Tensor, "..."], value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """The tensor that scales to `value`."""
-        return value / self.factor
+        """The tensor that scales to `value`; `raw` itself, bit for bit, where nothing changed."""
+        return raw + (value - raw * self.factor) / self.factor
 
 
 View: TypeAlias = Columns | Span | HeadsFirst | Scaled | None

@@ -12,7 +12,7 @@ from torch import Tensor
 from hookgraph.errors import UnknownLocationError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.hooks.taps import Taps
-from hookgraph.ontology.locations import Location
+from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.weights import WeightType
 
 Inputs: TypeAlias = Tensor | Mapping[str, object] | str | list[str]
@@ -72,7 +72,9 @@ class AbstractBinding(ABC):
     def frozen(self) -> AbstractContextManager[None]:
         """Within this context no parameter of the model asks for a gradient."""
 
-    def weight(self, kind: WeightType, layer: int | None = None) -> Float[Tensor, "..."]:
+    def weight(
+        self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK
+    ) -> Float[Tensor, "..."]:
         """A weight, or a bias, in the normal form that `WeightType` states.
 
         Raises:

@@ -17,7 +17,7 @@ from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import start_at, taps_from
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
-from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
 from hookgraph.ontology.weights import WeightType
 
@@ -65,13 +65,15 @@ class HookGraph:
             self.check(wanted[0] if wanted.layered else wanted())
         return found
 
-    def weight(self, kind: WeightType, layer: int | None = None) -> Float[Tensor, "..."]:
+    def weight(
+        self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK
+    ) -> Float[Tensor, "..."]:
         """A weight, or a bias, of the model in its normal form: `graph.weight(W_O, layer=3)`.
 
         Raises:
             UnknownLocationError: the model has no such weight; near names are given.
         """
-        return self.binding.weight(kind, layer)
+        return self.binding.weight(kind, layer, stack)
 
     @property
     def report(self) -> ConformanceReport:
@@ -222,9 +224,9 @@ class HookGraph:
             taps = taps_from(after, taps)[0]
         logits: Tensor | None = None
         frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
-        with frozen, torch.set_grad_enabled(needs_graph), self.binding.attached(taps, start):
-            with suppress(EnoughSeen):
-                logits = self.binding.forward(inputs)
+        attached = self.binding.attached(taps, start)
+        with frozen, torch.set_grad_enabled(needs_graph), attached, suppress(EnoughSeen):
+            logits = self.binding.forward(inputs)
         with torch.set_grad_enabled(needs_graph):
             measured = None if metric is None or logits is None else _measure(metric, logits)
             values = recorder.values(measured)

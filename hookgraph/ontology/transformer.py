@@ -7,6 +7,7 @@ The constants of this module are those of the decoder; `ENCODER` and `VISION` ho
 the other stacks: `ENCODER.RESID_POST[2]`.
 """
 
+from dataclasses import dataclass
 from typing import Final, final
 
 from hookgraph.ontology.dimensions import Dimension
@@ -19,7 +20,27 @@ _SCALE = (_BATCH, _POS, Dimension.ONE)
 _NEURONS = (_BATCH, _POS, Dimension.D_MLP)
 _QUERY = (_BATCH, _POS, _HEAD, _D_HEAD)
 _KEY = (_BATCH, _POS, _KV_HEAD, _D_HEAD)
+_OTHER_KEY = (_BATCH, _KEY_POS, _KV_HEAD, _D_HEAD)
 _ATTENTION = (_BATCH, _HEAD, _POS, _KEY_POS)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AttentionTypes:
+    """The location types of one attention of a layer."""
+
+    ln_scale: LocationType
+    reads: LocationType
+    q_pre: LocationType | None
+    k_pre: LocationType | None
+    q: LocationType
+    k: LocationType
+    v: LocationType
+    scores: LocationType
+    pattern: LocationType
+    z: LocationType
+    result: LocationType
+    out: LocationType
 
 
 @final
@@ -63,6 +84,30 @@ class TransformerStack:
         """Exactly what attention adds to the stream, after any post-norm or multiplier."""
         self.RESID_MID = per_layer("resid.mid", _STREAM, 100)
         """x + attn.out; absent in parallel blocks, where no such sum exists."""
+        self.MIXER_OUT = per_layer("mixer.out", _STREAM, 90)
+        """Exactly what a mixer without attention adds: linear attention, state space, convolution."""
+        self.XATTN_LN_SCALE = per_layer("xattn.ln_scale", _SCALE, 101)
+        """s of the norm before cross-attention."""
+        self.XATTN_IN = per_layer("xattn.in", _STREAM, 102)
+        """What cross-attention reads from its own stream."""
+        self.XATTN_Q = per_layer("xattn.q", _QUERY, 103)
+        """Queries of cross-attention."""
+        self.XATTN_K = per_layer("xattn.k", _OTHER_KEY, 103)
+        """Keys of cross-attention, one per position of the other stack."""
+        self.XATTN_V = per_layer("xattn.v", _OTHER_KEY, 103)
+        """Values of cross-attention, one per position of the other stack."""
+        self.XATTN_SCORES = per_layer("xattn.scores", _ATTENTION, 104)
+        """What the softmax of cross-attention reads."""
+        self.XATTN_PATTERN = per_layer("xattn.pattern", _ATTENTION, 105)
+        """How much each position attends to each position of the other stack."""
+        self.XATTN_Z = per_layer("xattn.z", _QUERY, 106)
+        """z of cross-attention, as its output projection reads it."""
+        self.XATTN_RESULT = per_layer("xattn.result", (_BATCH, _POS, _HEAD, Dimension.D_MODEL), 107)
+        """What each head of cross-attention writes."""
+        self.XATTN_OUT = per_layer("xattn.out", _STREAM, 108)
+        """Exactly what cross-attention adds to the stream."""
+        self.RESID_XMID = per_layer("resid.xmid", _STREAM, 109)
+        """x after attention and cross-attention."""
         self.MLP_LN_SCALE = per_layer("mlp.ln_scale", _SCALE, 110)
         """s of the norm before the MLP, as for attention."""
         self.MLP_IN = per_layer("mlp.in", _STREAM, 120)
@@ -73,6 +118,8 @@ class TransformerStack:
         """The neurons: the input of the down projection (in gated MLPs, after the product)."""
         self.MLP_OUT = per_layer("mlp.out", _STREAM, 150)
         """Exactly what the MLP adds to the stream, after any post-norm or multiplier."""
+        self.EXTRA_OUT = per_layer("extra.out", _STREAM, 160)
+        """Exactly what a further branch adds, neither attention nor mixer nor the largest MLP."""
         self.RESID_POST = per_layer("resid.post", _STREAM, 200)
         """x after layer l: resid.pre + attn.out + mlp.out."""
         self.FINAL_LN_SCALE = one("final.ln_scale", _SCALE, 10)
@@ -81,6 +128,42 @@ class TransformerStack:
         """What the unembedding reads."""
         self.LOGITS = one("logits", (_BATCH, _POS, Dimension.VOCAB), 30)
         """Next-token logits, soft-cap and scale included."""
+
+    @property
+    def attention(self) -> AttentionTypes:
+        """The types of a layer's own attention."""
+        return AttentionTypes(
+            self.ATTN_LN_SCALE,
+            self.ATTN_IN,
+            self.ATTN_Q_PRE,
+            self.ATTN_K_PRE,
+            self.ATTN_Q,
+            self.ATTN_K,
+            self.ATTN_V,
+            self.ATTN_SCORES,
+            self.ATTN_PATTERN,
+            self.ATTN_Z,
+            self.ATTN_RESULT,
+            self.ATTN_OUT,
+        )
+
+    @property
+    def cross_attention(self) -> AttentionTypes:
+        """The types of a layer's attention to another stack."""
+        return AttentionTypes(
+            self.XATTN_LN_SCALE,
+            self.XATTN_IN,
+            None,
+            None,
+            self.XATTN_Q,
+            self.XATTN_K,
+            self.XATTN_V,
+            self.XATTN_SCORES,
+            self.XATTN_PATTERN,
+            self.XATTN_Z,
+            self.XATTN_RESULT,
+            self.XATTN_OUT,
+        )
 
 
 DECODER: Final = TransformerStack(MAIN_STACK)
@@ -102,11 +185,24 @@ ATTN_Z: Final = DECODER.ATTN_Z
 ATTN_RESULT: Final = DECODER.ATTN_RESULT
 ATTN_OUT: Final = DECODER.ATTN_OUT
 RESID_MID: Final = DECODER.RESID_MID
+MIXER_OUT: Final = DECODER.MIXER_OUT
+XATTN_LN_SCALE: Final = DECODER.XATTN_LN_SCALE
+XATTN_IN: Final = DECODER.XATTN_IN
+XATTN_Q: Final = DECODER.XATTN_Q
+XATTN_K: Final = DECODER.XATTN_K
+XATTN_V: Final = DECODER.XATTN_V
+XATTN_SCORES: Final = DECODER.XATTN_SCORES
+XATTN_PATTERN: Final = DECODER.XATTN_PATTERN
+XATTN_Z: Final = DECODER.XATTN_Z
+XATTN_RESULT: Final = DECODER.XATTN_RESULT
+XATTN_OUT: Final = DECODER.XATTN_OUT
+RESID_XMID: Final = DECODER.RESID_XMID
 MLP_LN_SCALE: Final = DECODER.MLP_LN_SCALE
 MLP_IN: Final = DECODER.MLP_IN
 MLP_PRE: Final = DECODER.MLP_PRE
 MLP_POST: Final = DECODER.MLP_POST
 MLP_OUT: Final = DECODER.MLP_OUT
+EXTRA_OUT: Final = DECODER.EXTRA_OUT
 RESID_POST: Final = DECODER.RESID_POST
 FINAL_LN_SCALE: Final = DECODER.FINAL_LN_SCALE
 FINAL_LN_OUT: Final = DECODER.FINAL_LN_OUT

@@ -1,0 +1,263 @@
+"""The inside of attention: queries, keys, values, scores, pattern, z and what each head writes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from hookgraph.binding.anchors import Anchor, Mechanism, on_call
+from hookgraph.binding.anchors import Role as Part
+from hookgraph.binding.blocks import Block, Update, is_softmax_over_positions
+from hookgraph.binding.findings import Findings, WeightSource
+from hookgraph.binding.interiors import bind_reading
+from hookgraph.binding.projections import as_input, as_output, is_projection
+from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value
+from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.transformer import AttentionTypes
+
+_MATMULS = frozenset({"bmm", "matmul", "baddbmm", "mm"})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """The tensors of one attention, as far as the trace shows them; heads lie before positions."""
+
+    call: Call
+    """The module that computes it."""
+    query: Value | None
+    key: Value | None
+    value: Value | None
+    out: Value | None
+    out_heads_first: bool
+    eager: str
+    """The eager function, if the model goes through transformers' attention interface."""
+    softmax: Value | None
+    """The softmax over positions, if it does not."""
+
+
+def bind_attention(
+    trace: Trace,
+    found: Findings,
+    types: AttentionTypes,
+    layer: int,
+    block: Block,
+    update: Update,
+    source: Call | None,
+) -> None:
+    """Bind what one attention update reads and computes. `source` is the module that computes it."""
+    inside = _look_inside(trace, block, update)
+    owner = None if inside is None else inside.call
+    bind_reading(trace, found, types.reads[layer], types.ln_scale[layer], block, update, owner, source)
+    parts = (types.q, types.k, types.v, types.scores, types.pattern, types.z, types.result)
+    before = tuple(t for t in (types.q_pre, types.k_pre) if t is not None)
+    if inside is None:
+        found.absent("this model does not compute a softmax over positions", *parts, *before, layer=layer)
+        return
+    if update.attention is not None and _calls(trace, update.attention) > 1:
+        reason = "the attention function is called more than once in this layer"
+        found.absent(reason, *parts, *before, layer=layer)
+        return
+    cross = "" if types.q_pre is not None else "x"
+    heads: tuple[tuple[LocationType, LocationType | None, Part, Value | None, str], ...] = (
+        (types.q, types.q_pre, "query", inside.query, f"{cross}W_Q"),
+        (types.k, types.k_pre, "key", inside.key, f"{cross}W_K"),
+        (types.v, None, "value", inside.value, f"{cross}W_V"),
+    )
+    for kind, earlier, part, value, weight in heads:
+        _bind_heads(trace, found, kind[layer], part, value, weight, inside, block)
+        if earlier is not None:
+            _bind_before_rotary(trace, found, earlier[layer], kind, value, weight, block, inside)
+    _bind_scores(trace, found, types, layer, inside)
+    _bind_output(trace, found, types, layer, block, inside)
+
+
+def _calls(trace: Trace, attention: AttentionCall) -> int:
+    """How often one call of a module calls the attention function."""
+    return sum(a.call is attention.call for a in trace.attention_calls)
+
+
+def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
+    call = update.attention
+    if call is not None:
+        eager = _import_path(call.eager)
+        return _Inside(call.call, call.query, call.key, call.value, call.out, False, eager, None)
+    softmaxes = sorted((v for v in update.cone if is_softmax_over_positions(v)), key=lambda v: v.number)
+    if not softmaxes:
+        return None
+    softmax = softmaxes[-1]
+    owner = max(
+        (c for c in trace.calls if c.first <= softmax.number < c.last and c is not trace.root),
+        key=lambda c: len(c.parents) if any(True for _ in c.module.children()) else -1,
+        default=block.call,
+    )
+    if softmax.op.startswith("_scaled_dot_product"):
+        query, key, value = softmax.inputs[:3]
+        return _Inside(owner, query, key, value, softmax, True, "", None)
+    if softmax.op == "_safe_softmax":
+        return _Inside(owner, None, None, None, None, True, "", None)
+    product = _consuming_product(trace, softmax, owner)
+    scores = _producing_product(softmax)
+    query, key = (None, None) if scores is None else (scores.inputs[-2], scores.inputs[-1])
+    value = None if product is None else product.inputs[1]
+    width = softmax.tensor.shape[1]
+    return _Inside(
+        owner,
+        None if query is None else _by_head(query, width),
+        None if key is None else _by_head(key, width),
+        None if value is None else _by_head(value, width),
+        product,
+        True,
+        "",
+        softmax,
+    )
+
+
+def _by_head(value: Value, heads: int) -> Value:
+    """The tensor, behind views and transpositions, that has heads on the second of its four axes."""
+    here = value
+    best = value
+    while here.op in ALIASES and here.inputs:
+        here = here.inputs[0]
+        if here.tensor.ndim == 4 and here.tensor.shape[1] == heads:
+            best = here
+    return best
+
+
+def _consuming_product(trace: Trace, softmax: Value, owner: Call) -> Value | None:
+    """The first matrix product that reads the pattern."""
+    copies = {softmax}
+    for value in trace.values[softmax.number + 1 : owner.last]:
+        if value.inputs and value.inputs[0] in copies:
+            if value.op in _MATMULS:
+                return value
+            if value.op in ALIASES or value.op in ("mul", "native_dropout"):
+                copies.add(value)
+    return None
+
+
+def _producing_product(softmax: Value) -> Value | None:
+    """The matrix product of queries and keys that the scores were computed from."""
+    waiting = list(softmax.inputs[:1])
+    while waiting:
+        here = max(waiting, key=lambda v: v.number)
+        waiting.remove(here)
+        if here.op in _MATMULS:
+            return here
+        waiting.extend(v for v in here.inputs if not v.is_source)
+    return None
+
+
+def _bind_heads(
+    trace: Trace,
+    found: Findings,
+    location: Location,
+    part: Part,
+    value: Value | None,
+    weight: str,
+    inside: _Inside,
+    block: Block,
+) -> None:
+    """Queries, keys or values: as what a projection returns if nothing happens to them after it."""
+    reached = None if value is None else as_output(trace, value, block.call, heads_first=True)
+    if reached is not None and _has_heads(reached.view, value):
+        anchor = Anchor(location, "output", reached.call.path, reached.slot, reached.view)
+        found.add(on_call(trace, reached.call, anchor))
+        if is_projection(trace, reached.call):
+            found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
+    elif inside.eager:
+        anchor = Anchor(location, "interior", inside.call.path, role=part, eager=inside.eager)
+        found.add(on_call(trace, inside.call, anchor))
+    else:
+        reason = "the model's own attention code computes on them after the projection"
+        found.absent(reason, location)
+
+
+def _has_heads(view: object, value: Value | None) -> bool:
+    return view is not None or (value is not None and value.tensor.ndim == 4)
+
+
+def _bind_before_rotary(
+    trace: Trace,
+    found: Findings,
+    location: Location,
+    kind: LocationType,
+    value: Value | None,
+    weight: str,
+    block: Block,
+    inside: _Inside,
+) -> None:
+    """The last heads before the rotary embedding that some module returns."""
+    if value is None:
+        found.absent("they do not show in the model's own attention code", location)
+        return
+    if as_output(trace, value, block.call, heads_first=True) is not None:
+        found.absent(f"nothing happens between the projection and attention: use {kind}", location)
+        return
+    first = inside.call.first
+    for before in sorted(_behind(value, first), key=lambda v: -v.number):
+        if before.tensor.ndim != 4 or before.tensor.numel() != value.tensor.numel():
+            continue
+        first_heads = before.tensor.shape[1] == value.tensor.shape[1]
+        reached = as_output(trace, before, inside.call, heads_first=first_heads)
+        if reached is not None and _has_heads(reached.view, before):
+            anchor = Anchor(location, "output", reached.call.path, reached.slot, reached.view)
+            found.add(on_call(trace, reached.call, anchor))
+            if is_projection(trace, reached.call):
+                found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
+            return
+    found.absent("no module returns the heads before the rotary embedding", location)
+
+
+def _bind_scores(trace: Trace, found: Findings, types: AttentionTypes, layer: int, inside: _Inside) -> None:
+    parts: tuple[tuple[LocationType, Part], ...] = ((types.scores, "scores"), (types.pattern, "pattern"))
+    if not inside.eager and inside.softmax is None:
+        reason = "the model's own code calls a fused attention: load it with attn_implementation='eager'"
+        found.absent(reason, types.scores, types.pattern, layer=layer)
+        return
+    mechanism: Mechanism = "interior" if inside.eager else "softmax"
+    for kind, part in parts:
+        anchor = Anchor(kind[layer], mechanism, inside.call.path, role=part, eager=inside.eager)
+        found.add(on_call(trace, inside.call, anchor))
+
+
+def _bind_output(
+    trace: Trace, found: Findings, types: AttentionTypes, layer: int, block: Block, inside: _Inside
+) -> None:
+    """z where the output projection reads it, and what each head writes."""
+    out = inside.out
+    reached = None
+    if out is not None:
+        heads = inside.softmax.tensor.shape[1] if inside.softmax is not None else 0
+        reached = as_input(trace, out, block.call, heads_first=inside.out_heads_first, heads=heads)
+    if reached is None:
+        reason = "something happens between z and the output projection"
+        found.absent(reason, types.result, layer=layer)
+        if inside.eager:
+            anchor = Anchor(types.z[layer], "interior", inside.call.path, role="out", eager=inside.eager)
+            found.add(on_call(trace, inside.call, anchor))
+        else:
+            found.absent(reason, types.z, layer=layer)
+        return
+    reads: tuple[tuple[LocationType, Mechanism], ...] = ((types.z, "input"), (types.result, "head result"))
+    for kind, mechanism in reads:
+        anchor = Anchor(kind[layer], mechanism, reached.call.path, reached.slot, reached.view)
+        found.add(on_call(trace, reached.call, anchor))
+    name = "W_O" if types.q_pre is not None else "xW_O"
+    found.weigh(name, types.z[layer], WeightSource(reached.call.path, "input", reached.view))
+
+
+def _behind(value: Value, first: int) -> set[Value]:
+    """Everything from number `first` on that `value` was computed from."""
+    seen: set[Value] = set()
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here in seen or here.number < first or here.is_source:
+            continue
+        seen.add(here)
+        waiting.extend(here.inputs)
+    return seen
+
+
+def _import_path(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
