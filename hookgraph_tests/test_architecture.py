@@ -22,8 +22,11 @@ Rule = Callable[[Tree], list[str]]
 
 ROOT = Path(__file__).parents[1]
 RANKS = {
+    "checking": -1,  # switches the runtime checks on, before anything else is imported
     "errors": -1,
     "ontology": 0,
+    "locations": 1,  # the standard locations, and the weights, in one place
+    "weights": 1,
     "hooks": 1,
     "graph": 2,
     "binding": 3,

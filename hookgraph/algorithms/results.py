@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms import plotting
 from hookgraph.errors import HookGraphError, LocationError, nearest
 from hookgraph.graph import storage
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import pandas
 
 _KIND = "patching effect"
@@ -84,6 +86,18 @@ class Ranking(Sequence[Node]):
         if not gaps:
             raise HookGraphError("no node of this ranking was measured exactly: use .check(top=...)")
         return max(gaps)
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation of estimate and exact effect; NaN where either is constant.
+
+        Raises:
+            HookGraphError: fewer than two nodes were measured exactly.
+        """
+        pairs = [(n.effect, n.exact) for n in self.nodes if n.exact is not None]
+        if len(pairs) < 2:
+            raise HookGraphError("fewer than two nodes were measured exactly: use .check(top=...)")
+        return float(torch.corrcoef(_ranks(torch.tensor(pairs, dtype=torch.float64).T))[0, 1])
 
     def __repr__(self) -> str:
         return self.to_frame().to_string(float_format=lambda x: f"{x:+.4f}")
@@ -208,6 +222,18 @@ class PatchingEffect:
         ]
         return pd.DataFrame(rows)
 
+    def plot(self, labels: Mapping[str, Sequence[str]] | None = None) -> "matplotlib.figure.Figure":
+        """A map per kind of location: layers on y, the one axis that is left on x, colours centred at 0.
+
+        `effect.mean("batch").sum("pos", "d_head").plot()` is the head x layer map; after
+        `.sum("d_model")` instead, `labels={"pos": tokens}` names the positions.
+
+        Raises:
+            HookGraphError: more than one axis is left, labels are missing, or matplotlib is.
+        """
+        axes = {location: self.dims(location) for location in self.effects}
+        return plotting.draw(plotting.layer_maps(self.effects, axes, labels), figure=plotting.new_figure())
+
     def __repr__(self) -> str:
         total = "" if self.total_effect is None else f", total effect {float(self.total_effect.mean()):+.4f}"
         return f"{self.convention.method} over {len(self.effects)} locations{total}\n{self.top(8)!r}"
@@ -256,6 +282,13 @@ class PatchingEffect:
             {Dimension(d): how for d, how in header["reduced"].items()},
             header["metadata"],
         )
+
+
+def _ranks(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The rank of each number within its row; equal numbers share the mean of their ranks."""
+    less = (values[..., None] > values[..., None, :]).sum(-1)
+    equal = (values[..., None] == values[..., None, :]).sum(-1)
+    return less + (equal - 1) / 2
 
 
 def _part(location: Location, index: Mapping[Dimension, int]) -> Location:

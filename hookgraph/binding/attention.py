@@ -6,7 +6,6 @@ model's own eager function, with its softmax intercepted; every other layer keep
 Nothing outside the hooked modules changes, so other models, in other threads too, are not affected.
 """
 
-import copy
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final, final
@@ -62,7 +61,7 @@ class Interior:
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
         self._eager = _function(eager)
-        replaced = copy.copy(self._original)
+        replaced = _copied(self._original)
         replaced.__dict__["_attn_implementation_internal"] = NAME
         replaced.__dict__[_INTERIOR] = self
         module.__dict__["config"] = replaced
@@ -138,6 +137,13 @@ def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 AttentionInterface.register(NAME, attention)
 
 
+def _copied(config: Any) -> Any:
+    """As `copy.copy` makes it. The protocol of that takes longer, and each pass copies for each layer."""
+    result = object.__new__(type(config))
+    result.__dict__.update(config.__dict__)
+    return result
+
+
 def _function(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -205,7 +211,8 @@ def _additive_mask(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if not causal or query.shape[2] == 1:
             return None
-        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        shape = (1, 1, query.shape[2], key.shape[2])
+        return torch.full(shape, lowest, dtype=query.dtype, device=query.device).triu(1)
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)

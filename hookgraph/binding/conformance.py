@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hookgraph.binding.attention import masked_cells
+from hookgraph.binding.comparison import check_comparison
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
 from hookgraph.binding.state import model_state
@@ -84,14 +85,16 @@ def _check_firing(
         return run, [Proof(x, "fires once", True, 0.0, 0.0) for x in locations]
     except Exception:
         proofs: list[Proof] = []
+        fine: list[Location] = []
         for location in locations:
             try:
-                graph.run(example, save=[location], metric=_sum)  # with a metric the pass runs to its end
+                # With a metric the pass runs to its end; together, since two may be one tensor.
+                graph.run(example, save=[*fine, location], metric=_sum)
+                fine.append(location)
                 proofs.append(Proof(location, "fires once", True, 0.0, 0.0))
             except Exception as error:
                 note = f"{type(error).__name__}: {error}"
                 proofs.append(Proof(location, "fires once", False, 1.0, 0.0, note))
-        fine = [p.location for p in proofs if p.holds]
         return graph.run(example, save=fine), proofs
 
 
@@ -190,7 +193,7 @@ def _check_conserved(
         for location in identity.also:
             error = _errors(identity, clean)[0]
             proofs.append(Proof(location, "conserved", error <= tolerance, error, tolerance, identity.text))
-    return proofs
+    return proofs + check_comparison(graph, example, clean, tolerance)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hookgraph.binding.inputs import vocabulary_size
+from hookgraph.binding.inputs import embedding_of, vocabulary_size
 from hookgraph.errors import BindingError
 
 _TOKENS = 7
@@ -46,7 +46,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _token_ids(model: PreTrainedModel) -> Tensor:
-    known = vocabulary_size(model)
+    known = vocabulary_size(model, embedding_of(model))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, _TOKENS), generator=generator)
 

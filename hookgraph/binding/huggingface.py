@@ -2,7 +2,6 @@
 
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hookgraph.binding.anchors import Anchor, Role
 from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.findings import Findings
-from hookgraph.binding.inputs import prepare
+from hookgraph.binding.inputs import embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, install, needs_state
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
@@ -28,7 +27,8 @@ from hookgraph.hooks.taps import Tap, Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.weights import WeightType
 
-_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_attached: set[nn.Module] = set()
+"""The models that some graph holds, each by its identity. Whoever enters one takes it out again."""
 _attaching = threading.Lock()
 
 
@@ -50,6 +50,8 @@ class HuggingFaceBinding(AbstractBinding):
         self.example = dict(example or {})
         self._report = ConformanceReport()
         self._modules = dict(model.named_modules())
+        self._embedding = embedding_of(model)
+        self._identity = _identity(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
@@ -93,7 +95,14 @@ class HuggingFaceBinding(AbstractBinding):
 
     def prepare(self, inputs: Inputs, *, copies: int = 1) -> Prepared:
         """Inputs as keyword arguments of the model, on its device."""
-        return prepare(self.model, self.tokenizer, self._accepted, inputs, copies)
+        return prepare(
+            inputs,
+            tokenizer=self.tokenizer,
+            accepted=self._accepted,
+            vocabulary=vocabulary_size(self.model, self._embedding),
+            device=self._parameter.device,
+            copies=copies,
+        )
 
     def forward(self, inputs: Prepared) -> Float[Tensor, "batch pos vocab"]:
         """One forward pass of the model; its logits, or its first output if it has none."""
@@ -187,13 +196,30 @@ class HuggingFaceBinding(AbstractBinding):
             return normal_form(self._modules[source.module], source, bias=bias).detach()
 
     @property
+    def _parameter(self) -> Tensor:
+        """The first parameter, which tells device and dtype.
+
+        `model.device` and `model.dtype` find it too, but through a generator for each level of the model:
+        in a small one that is a hundredth of a pass.
+        """
+        return next(
+            p
+            for m in self._modules.values()
+            for p in m._parameters.values()
+            if p is not None and p.is_floating_point()
+        )
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         """Name, revision, class and dtype of the model."""
-        # Not by attribute: what a configuration lacks it looks for in vain, at every pass.
-        stated = vars(self.model.config)
-        return {
-            "model": str(stated.get("_name_or_path") or self.model.config.model_type),
-            "revision": str(stated.get("_commit_hash") or ""),
-            "class": type(self.model).__name__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
+        return {**self._identity, "dtype": str(self._parameter.dtype).removeprefix("torch.")}
+
+
+def _identity(model: PreTrainedModel) -> Mapping[str, str]:
+    """Which model this is: every run remembers it, and a configuration is slow to ask."""
+    config: Any = model.config
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or config.model_type),
+        "revision": str(getattr(config, "_commit_hash", None) or ""),
+        "class": type(model).__name__,
+    }

@@ -131,7 +131,7 @@ def _of_modules(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Ite
                 (location,),
                 _summed(location, affine_map(module)[1], returned),
             )
-        elif location.type.name in _PROJECTED:
+        elif location.type.name in _PROJECTED and anchor.mechanism == "input":
             weight, bias = affine_map(module)
             yield Identity(
                 f"{location.type} W + b = what the projection returns",

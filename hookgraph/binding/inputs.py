@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.errors import InputError
@@ -12,25 +12,34 @@ from hookgraph.graph.abstract import Inputs
 
 
 def prepare(
-    model: PreTrainedModel,
+    inputs: Inputs,
+    *,
     tokenizer: PreTrainedTokenizerBase | None,
     accepted: frozenset[str],
-    inputs: Inputs,
+    vocabulary: int,
+    device: torch.device,
     copies: int,
 ) -> dict[str, Any]:
-    """Keyword arguments of `model`, on its device, the whole batch repeated `copies` times.
+    """Keyword arguments of a model, on a device, the whole batch repeated `copies` times.
 
     Where the attention mask shows padding on the left, position ids are derived from it.
+
+    Args:
+        inputs: what to run.
+        tokenizer: what makes token ids of text, if there is one.
+        accepted: the keyword arguments that the model knows.
+        vocabulary: how many tokens the model embeds.
+        device: where the model is.
+        copies: how often the batch is repeated.
 
     Raises:
         InputError: the inputs cannot be run, with the reason.
     """
     arguments = dict(_arguments(tokenizer, inputs))
-    device = model.device
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):
-        _check_ids(model, ids)
+        _check_ids(ids, vocabulary)
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         mask = None
@@ -41,12 +50,17 @@ def prepare(
     return arguments if copies == 1 else _repeated(arguments, copies)
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the model embeds; a large number where it does not say."""
+def embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    """The module that embeds tokens; None where the model does not say."""
     try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)
+        return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        weight = None
+        return None
+
+
+def vocabulary_size(model: PreTrainedModel, embedding: nn.Module | None) -> int:
+    """How many tokens the embedding of a model has; a large number where neither of them says."""
+    weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
         return weight.shape[0]
     return int(getattr(model.config, "vocab_size", None) or 1 << 31)
@@ -68,14 +82,13 @@ def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Map
     )
 
 
-def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise InputError(f"token ids are integers, not {str(ids.dtype).removeprefix('torch.')}")
     if ids.ndim != 2:
         raise InputError(f"token ids have shape (batch, pos), not {tuple(ids.shape)}")
     if ids.numel() == 0:
         raise InputError(f"there are no tokens: token ids have shape {tuple(ids.shape)}")
-    vocabulary = vocabulary_size(model)
     if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         span = f"{int(ids.min())} to {int(ids.max())}"
         raise InputError(f"token ids range from {span}, but the vocabulary has {vocabulary} tokens")

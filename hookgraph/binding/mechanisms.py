@@ -179,9 +179,11 @@ def _norm_scale_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[...
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return None
-        new = new.flatten(0, 1) if anchor.flat else new
+        flat = new.flatten(0, 1) if anchor.flat else new
         bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
-        return y + ((y - bias) * (new / scale - 1)).to(y.dtype)
+        # Both are s'/s - 1. Unedited, the first one adds exactly nothing, to gradients either.
+        excess = (flat - scale) / scale.detach() if new is value else flat / scale - 1
+        return y + ((y - bias) * excess).to(y.dtype)
 
     return hook
 

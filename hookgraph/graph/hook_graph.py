@@ -219,7 +219,7 @@ class HookGraph:
             self.check(location)
         recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad))
         needs_graph = bool(grad) or bool(recorder.differentiated)
-        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.differentiated)
+        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.tracked)
         if after is not None:
             taps = taps_from(after, taps)[0]
         logits: Tensor | None = None

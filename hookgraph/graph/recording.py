@@ -37,6 +37,8 @@ class Recorder:
             self._wholes.setdefault(location.whole, []).append(location)
         self.differentiated = frozenset(x.whole for x in self.asked if x.pass_type is PassType.BACKWARD)
         """The whole locations whose gradient is asked for."""
+        self.tracked = frozenset(self._wholes) if keep_graph else self.differentiated
+        """The whole locations whose saved value the model goes on with, so that it can be differentiated."""
         self._missing = len(self._wholes)
         self._seen: dict[Location, Tensor] = {}
         self._parts: dict[Location, Tensor] = {}

@@ -8,6 +8,7 @@ the other stacks: `ENCODER.RESID_POST[2]`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, final
 
 from hookgraph.ontology.dimensions import Dimension
@@ -45,19 +46,49 @@ class AttentionTypes:
 
 @final
 class TransformerStack:
-    """The location types of one stack of layers, in causal order."""
+    """The location types of one stack of layers. Their stages give the causal order."""
 
     def __init__(self, stack: str) -> None:
         def one(name: str, dims: tuple[Dimension, ...], stage: int) -> Location:
             return LocationType(name, dims, stage, layered=False, stack=stack)()
 
-        def per_layer(name: str, dims: tuple[Dimension, ...], stage: int) -> LocationType:
-            return LocationType(name, dims, stage, stack=stack)
-
         self.EMBED = one("embed", _STREAM, -10)
         """The token embedding, before positions are added."""
+        self.FINAL_LN_SCALE = one("final.ln_scale", _SCALE, 10)
+        """s of the last norm."""
+        self.FINAL_LN_OUT = one("final.ln_out", _STREAM, 20)
+        """What the unembedding reads."""
+        self.LOGITS = one("logits", (_BATCH, _POS, Dimension.VOCAB), 30)
+        """Next-token logits, soft-cap and scale included."""
+        self._declare_attention(stack)
+        self._declare_cross_attention(stack)
+        self._declare_stream(stack)
+
+    def _declare_stream(self, stack: str) -> None:
+        per_layer = partial(LocationType, stack=stack)
         self.RESID_PRE = per_layer("resid.pre", _STREAM, 0)
         """x before layer l."""
+        self.RESID_MID = per_layer("resid.mid", _STREAM, 100)
+        """x + attn.out; absent in parallel blocks, where no such sum exists."""
+        self.MIXER_OUT = per_layer("mixer.out", _STREAM, 90)
+        """Exactly what a mixer without attention adds: linear attention, state space, convolution."""
+        self.MLP_LN_SCALE = per_layer("mlp.ln_scale", _SCALE, 110)
+        """s of the norm before the MLP, as for attention."""
+        self.MLP_IN = per_layer("mlp.in", _STREAM, 120)
+        """What the MLP reads: norm(x), gain and bias included."""
+        self.MLP_PRE = per_layer("mlp.pre", _NEURONS, 130)
+        """The input of the nonlinearity."""
+        self.MLP_POST = per_layer("mlp.post", _NEURONS, 140)
+        """The neurons: the input of the down projection (in gated MLPs, after the product)."""
+        self.MLP_OUT = per_layer("mlp.out", _STREAM, 150)
+        """Exactly what the MLP adds to the stream, after any post-norm or multiplier."""
+        self.EXTRA_OUT = per_layer("extra.out", _STREAM, 160)
+        """Exactly what a further branch adds, neither attention nor mixer nor the largest MLP."""
+        self.RESID_POST = per_layer("resid.post", _STREAM, 200)
+        """x after layer l: resid.pre + attn.out + mlp.out."""
+
+    def _declare_attention(self, stack: str) -> None:
+        per_layer = partial(LocationType, stack=stack)
         self.ATTN_LN_SCALE = per_layer("attn.ln_scale", _SCALE, 10)
         """s in norm(x) = gain · (x - centre) · s + bias, before attention: s = 1 / sqrt(mean square + ε)."""
         self.ATTN_IN = per_layer("attn.in", _STREAM, 20)
@@ -82,10 +113,9 @@ class TransformerStack:
         """z[h] W_O[h]: what each head writes. Σ_h result + bias = the projection's output."""
         self.ATTN_OUT = per_layer("attn.out", _STREAM, 90)
         """Exactly what attention adds to the stream, after any post-norm or multiplier."""
-        self.RESID_MID = per_layer("resid.mid", _STREAM, 100)
-        """x + attn.out; absent in parallel blocks, where no such sum exists."""
-        self.MIXER_OUT = per_layer("mixer.out", _STREAM, 90)
-        """Exactly what a mixer without attention adds: linear attention, state space, convolution."""
+
+    def _declare_cross_attention(self, stack: str) -> None:
+        per_layer = partial(LocationType, stack=stack)
         self.XATTN_LN_SCALE = per_layer("xattn.ln_scale", _SCALE, 101)
         """s of the norm before cross-attention."""
         self.XATTN_IN = per_layer("xattn.in", _STREAM, 102)
@@ -108,26 +138,6 @@ class TransformerStack:
         """Exactly what cross-attention adds to the stream."""
         self.RESID_XMID = per_layer("resid.xmid", _STREAM, 109)
         """x after attention and cross-attention."""
-        self.MLP_LN_SCALE = per_layer("mlp.ln_scale", _SCALE, 110)
-        """s of the norm before the MLP, as for attention."""
-        self.MLP_IN = per_layer("mlp.in", _STREAM, 120)
-        """What the MLP reads: norm(x), gain and bias included."""
-        self.MLP_PRE = per_layer("mlp.pre", _NEURONS, 130)
-        """The input of the nonlinearity."""
-        self.MLP_POST = per_layer("mlp.post", _NEURONS, 140)
-        """The neurons: the input of the down projection (in gated MLPs, after the product)."""
-        self.MLP_OUT = per_layer("mlp.out", _STREAM, 150)
-        """Exactly what the MLP adds to the stream, after any post-norm or multiplier."""
-        self.EXTRA_OUT = per_layer("extra.out", _STREAM, 160)
-        """Exactly what a further branch adds, neither attention nor mixer nor the largest MLP."""
-        self.RESID_POST = per_layer("resid.post", _STREAM, 200)
-        """x after layer l: resid.pre + attn.out + mlp.out."""
-        self.FINAL_LN_SCALE = one("final.ln_scale", _SCALE, 10)
-        """s of the last norm."""
-        self.FINAL_LN_OUT = one("final.ln_out", _STREAM, 20)
-        """What the unembedding reads."""
-        self.LOGITS = one("logits", (_BATCH, _POS, Dimension.VOCAB), 30)
-        """Next-token logits, soft-cap and scale included."""
 
     @property
     def attention(self) -> AttentionTypes:

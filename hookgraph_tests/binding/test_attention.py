@@ -181,9 +181,9 @@ def test_hooks_have_one_effect_with_and_without_a_cache(family: str):
     model = model_of(graph)
     plain = graph.run(IDS).logits
     for location in [x for x in graph.locations if x.layer in (1, None)]:
-        # Not where a shift would let positions see the future, which the cache does not hold yet.
-        shift = 0.0 if location == ATTN_PATTERN[1] else 0.1
-        hooked = graph.hook(location, lambda x, shift=shift: 1.1 * x + shift)
+        # A shifted pattern would let positions see the future, which the cache does not hold yet.
+        edit = torch.square if location == ATTN_PATTERN[1] else lambda x: 1.1 * x + 0.1
+        hooked = graph.hook(location, edit)
         with torch.no_grad(), hooked.attached():
             whole = model(input_ids=IDS, use_cache=False).logits
             decoded = stepwise(model, 4)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
-    BertForSequenceClassification,
+    BertForMaskedLM,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -21,6 +21,7 @@ from hookgraph.ontology.transformer import (
     ATTN_K_PRE,
     ATTN_LN_SCALE,
     ATTN_OUT,
+    ATTN_PATTERN,
     ATTN_Q,
     ATTN_Q_PRE,
     ATTN_V,
@@ -52,10 +53,12 @@ from hookgraph_tests.unchecked import unchecked
 ABSENT = {
     "gpt2": {ATTN_Q_PRE: "use attn.q", ATTN_K_PRE: "use attn.k"},
     "llama": {},
-    "neox": {RESID_MID: "attention and MLP both read the layer's input, so no such sum exists"},
+    "neox": {RESID_MID: "updates read the layer's input, so no such sum exists"},
     "gemma2": {},
 }
-EVERYTHING = [kind for kind in vars(DECODER).values() if isinstance(kind, (LocationType, Location))]
+OTHERS = ("XATTN_", "MIXER_OUT", "EXTRA_OUT", "RESID_XMID")
+"""Locations of models that attend to another stack, mix without attention, or have a third branch."""
+EVERYTHING = [kind for name, kind in vars(DECODER).items() if not name.startswith(OTHERS)]
 
 
 # --- what is listed ---------------------------------------------------------------------------
@@ -76,6 +79,12 @@ def test_every_location_of_the_vocabulary_is_listed_or_absent_for_a_reason(famil
         for layer in range(LAYERS):
             with pytest.raises(UnknownLocationError, match=reason):
                 graph.check(kind[layer])
+
+
+@pytest.mark.parametrize("name", [n for n in vars(DECODER) if n.startswith(OTHERS)])
+def test_locations_of_other_kinds_of_models_are_unknown_with_near_names(name: str):
+    with pytest.raises(UnknownLocationError, match=r"this model has no location [\w.]+\[1\]: did you mean"):
+        bound("llama").check(getattr(DECODER, name)[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,9 +245,12 @@ class Refusing(Bigram):
 
 
 UNBINDABLE = {
-    "linear": (lambda: nn.Linear(3, 3), "Linear is not a transformers model: it embeds no tokens"),
-    "convolution": (Convolution, "Convolution is not a transformers model: it embeds no tokens"),
-    "image model": (resnet, "ResNetForImageClassification is not a transformers model: it embeds no tokens"),
+    "linear": (lambda: nn.Linear(3, 3), "Linear is not a transformers model"),
+    "convolution": (Convolution, "Convolution is not a transformers model"),
+    "image model": (
+        resnet,
+        "ResNetForImageClassification is not a transformer that hookgraph can bind: no list of layers",
+    ),
     "no module": (lambda: "gpt2", "expected a transformers model, found str"),
     "no layers": (
         Bigram,
@@ -246,7 +258,7 @@ UNBINDABLE = {
     ),
     "cannot be run": (
         Refusing,
-        "Refusing is not a transformer that hookgraph can bind: running it on token ids failed with "
+        "Refusing is not a transformer that hookgraph can bind: running it on the example failed with "
         "ValueError: I want pixels",
     ),
 }
@@ -277,9 +289,11 @@ def test_an_encoder_is_bound_by_the_same_code():
     config = BertConfig(
         vocab_size=16, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=12
     )
-    graph = bind(BertForSequenceClassification(config).eval())
-    assert graph.report.ok
+    graph = bind(BertForMaskedLM(config).eval())
+    assert graph.report.ok, graph.report
     assert {ATTN_OUT[1], MLP_OUT[1], ATTN_Z[1], RESID_POST[1]} <= set(graph.locations)
+    pattern = graph.run(torch.tensor([[3, 4, 5]]), save=[ATTN_PATTERN[0]])[ATTN_PATTERN[0]]
+    assert pattern[0, 0, 0, 2] > 0, "every position attends to every other"
 
 
 def test_only_the_binding_of_a_transformers_model_can_be_checked_again():

@@ -1,0 +1,1 @@
+"""What hookgraph costs, against the same work written plainly. See README.md."""

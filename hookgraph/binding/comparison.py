@@ -1,0 +1,80 @@
+"""That queries and keys are the ones which attention compares: shown by how the scores change with them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.binding.attention import masked_cells
+from hookgraph.graph.conformance import Proof
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.run import Run
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
+
+_TEXT = "scores change with q along k, and with k along q"
+
+
+def check_comparison(
+    graph: HookGraph, example: Mapping[str, Any], clean: Run, tolerance: float
+) -> list[Proof]:
+    """∂score/∂q is a multiple of k, and ∂score/∂k of q, whatever scale, cap, bias or mask is applied.
+
+    A row of scores may also have been shifted by one of them, which a softmax does not notice.
+    """
+    stacks = [
+        types for stack in (DECODER, ENCODER, VISION) for types in (stack.attention, stack.cross_attention)
+    ]
+    asked: list[tuple[Location, Location, Location]] = []
+    for location in clean:
+        for types in stacks:
+            if location.type == types.scores and location.layer is not None:
+                q, k = types.q[location.layer], types.k[location.layer]
+                if q in clean and k in clean and _comparable(clean[q], clean[k], clean[location]):
+                    asked.append((q, k, location))
+    if not asked:
+        return []
+    run = graph.run(example, save=[x for triple in asked for x in triple], grad=True)
+    proofs: list[Proof] = []
+    for triple in asked:
+        error = _misdirection(*(run[x] for x in triple))
+        proofs += [Proof(x, "conserved", error <= tolerance, error, tolerance, _TEXT) for x in triple[:2]]
+    return proofs
+
+
+def _comparable(q: Tensor, k: Tensor, scores: Tensor) -> bool:
+    """Whether a query and a key have one width, and the scores one row per query head."""
+    heads = q.shape[2] % k.shape[2] == 0 and scores.shape[1] == q.shape[2]
+    return heads and q.shape[-1] == k.shape[-1] and scores.shape[2:] == (q.shape[1], k.shape[1])
+
+
+def _misdirection(
+    q: Float[Tensor, "batch pos head d_head"],
+    k: Float[Tensor, "batch pos kv_head d_head"],
+    scores: Float[Tensor, "batch head pos key_pos"],
+) -> float:
+    """How far gradients of the last position's scores are from key and query, in the first and last head."""
+    last, group = q.shape[1] - 1, q.shape[2] // k.shape[2]
+    worst = 0.0
+    for head in {0, q.shape[2] - 1}:
+        row = scores[0, head, last]
+        live = torch.where(masked_cells(row), math.inf, row.detach())
+        key = int(live.argmin())  # not the largest: some models subtract that from the row
+        by_q, by_k = torch.autograd.grad(row[key], (q, k), retain_graph=True, allow_unused=True)
+        if by_q is None or by_k is None:
+            return 1.0
+        own, keys = q[0, last, head].detach(), k[0, :, head // group].detach()
+        pairs = [torch.stack([keys[key], other]) for other in keys]
+        along_k = min(_outside(by_q[0, last, head], pair) for pair in pairs)
+        worst = max(worst, along_k, _outside(by_k[0, key, head // group], own[None]))
+    return worst
+
+
+def _outside(vector: Float[Tensor, " d_head"], span: Float[Tensor, "... d_head"]) -> float:
+    """The part of a vector that lies outside the span of others, relative to its size."""
+    v, basis = vector.double(), span.double().mT
+    rest = v - basis @ (torch.linalg.pinv(basis) @ v)
+    return float(rest.norm() / v.norm().clamp_min(1e-30))

@@ -1,0 +1,107 @@
+"""The page of an attribution: what was asked, what carries the answer, and how far to trust it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, final
+
+from hookgraph.algorithms.results import PatchingEffect, Ranking
+from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.report import page
+from hookgraph.report.breakdown import total, verdict
+from hookgraph.report.figures import Picture
+from hookgraph.report.page import Page, Section
+from hookgraph.report.prompts import PromptPair
+
+SIGN: Final = (
+    "An effect is the change of the metric, logit(answer) − logit(wrong), when the node takes its value from "
+    "the corrupt prompt. Negative (blue): without this node the answer is weaker, so the node carries it. "
+    "Positive (orange): the node speaks against it."
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """Everything that the page of an attribution shows.
+
+    Args:
+        title: what the page is about.
+        model: one line about the model.
+        pair: the prompts that were compared.
+        effect: the effects that the rankings are taken from.
+        rankings: nodes under a heading each, the most important first.
+        maps: figures with their captions.
+        conformance: what was proven of the locations.
+        more: sections to add before the conventions.
+        top: how many nodes of a ranking are listed.
+    """
+
+    title: str
+    model: str
+    pair: PromptPair
+    effect: PatchingEffect
+    rankings: Mapping[str, Ranking]
+    maps: Sequence[tuple[Picture, str]]
+    conformance: ConformanceReport
+    more: tuple[Section, ...] = ()
+    top: int = 10
+
+
+def attribution_page(found: Attribution) -> Page:
+    """The page: prompts, rankings with estimate and exact effect, maps, conventions, conformance."""
+    sections = [_question(found)]
+    sections += [_ranking(name, ranking, found) for name, ranking in found.rankings.items()]
+    if found.maps:
+        maps = tuple(page.picture(image, caption) for image, caption in found.maps)
+        sections.append(Section("Where it happens", maps))
+    sections += found.more
+    sections += [_conventions(found), _conformance(found.conformance)]
+    return Page(found.title, found.model, tuple(sections))
+
+
+def _question(found: Attribution) -> Section:
+    pair = found.pair
+    examples = 1 if found.effect.total_effect is None else len(found.effect.total_effect)
+    of = f", mean of {examples} pairs" if examples > 1 else ""
+    numbers = [
+        ("logit difference, clean", f"{pair.clean.difference:+.2f}"),
+        ("logit difference, corrupt", f"{pair.corrupt.difference:+.2f}"),
+        (f"total effect{of}", f"{total(found.effect):+.2f}"),
+    ]
+    return Section(
+        f"{pair.answer} or {pair.wrong}?", (page.prompts(pair), page.facts(numbers), page.paragraph(SIGN))
+    )
+
+
+def _ranking(name: str, ranking: Ranking, found: Attribution) -> Section:
+    measured = sum(n.exact is not None for n in ranking)
+    pieces = [page.ranking(ranking[: found.top], tokens=found.pair.labels)]
+    if measured:
+        agreement = ranking.correlation if measured > 1 else math.nan
+        rank = "" if math.isnan(agreement) else f" Rank correlation over {measured} nodes: {agreement:.2f}."
+        text = f"The estimate is a first-order one; exact is measured by patching each node alone.{rank}"
+        pieces.append(
+            page.paragraph(f"{text} Largest gap: {ranking.spread:.3f}.", css="note"),
+        )
+    return Section(name, tuple(pieces))
+
+
+def _conventions(found: Attribution) -> Section:
+    rows = [
+        (k.replace("_", " "), str(v)) for k, v in asdict(found.effect.convention).items() if v not in ("", 0)
+    ]
+    rows += [(k, v) for k, v in found.effect.metadata.items() if v]
+    return Section("Conventions", (page.table(("what", "value"), rows),))
+
+
+def _conformance(report: ConformanceReport) -> Section:
+    """What was proven, and on demand each location."""
+    by_location: dict[str, list[str]] = {}
+    for proof in report.proofs:
+        outcome = "holds" if proof.holds else f"off by {proof.error:.1e}"
+        by_location.setdefault(str(proof.location), []).append(f"{proof.invariant}: {outcome}")
+    rows = [(name, "; ".join(verdicts)) for name, verdicts in by_location.items()]
+    rows += [(str(location), f"absent: {reason}") for location, reason in report.absent.items()]
+    everything = page.folded("Each location", page.table(("location", "invariants"), rows))
+    return Section("Conformance", (page.paragraph(f"{verdict(report)}."), everything))

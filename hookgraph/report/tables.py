@@ -1,0 +1,154 @@
+"""Results as tables for the terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from rich.table import Table
+from rich.text import Text
+
+from hookgraph.algorithms.results import Ranking
+from hookgraph.graph.conformance import INVARIANTS, ConformanceReport, Proof
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+from hookgraph.report.breakdown import node_name
+from hookgraph.report.prompts import Prompt, PromptPair
+
+NEGATIVE: Final = "dodger_blue2"
+POSITIVE: Final = "dark_orange"
+_BAR: Final = 12
+_FREE: Final = (Dimension.BATCH, Dimension.POS, Dimension.KEY_POS)
+"""Axes whose size the inputs decide."""
+
+
+def locations_table(sizes: Mapping[Location, Sequence[int]]) -> Table:
+    """One row per kind of location: its axes with their sizes, and the layers that have it.
+
+    Args:
+        sizes: the shape of each location in some run.
+    """
+    table = _table("location", "axes", "layers")
+    rows: dict[tuple[str, str], list[int]] = {}
+    for location, shape in sizes.items():
+        axes = " ".join(
+            d.value if d in _FREE else f"{d.value}={n}"
+            for d, n in zip(location.type.dims, shape, strict=True)
+        )
+        layers = rows.setdefault((_unlayered(location), axes), [])
+        layers += [] if location.layer is None else [location.layer]
+    for (name, axes), layers in rows.items():
+        table.add_row(name, Text(axes), ranges(layers))
+    return table
+
+
+def conformance_table(report: ConformanceReport) -> Table:
+    """One row per kind of location: the largest error of each invariant over the layers."""
+    table = _table("location", "layers", *INVARIANTS, gap=1)
+    kinds: dict[str, list[Location]] = {}
+    for location in report.mechanisms:
+        kinds.setdefault(_unlayered(location), []).append(location)
+    for proof in report.failures:
+        kinds.setdefault(_unlayered(proof.location), [])
+    for kind, locations in kinds.items():
+        proofs = [p for p in report.proofs if _unlayered(p.location) == kind]
+        cells = [_verdict([p for p in proofs if p.invariant == i]) for i in INVARIANTS]
+        table.add_row(kind, ranges(x.layer for x in locations if x.layer is not None), *cells)
+    return table
+
+
+def failures_table(report: ConformanceReport) -> Table:
+    """One row per invariant that does not hold: where, by how much, within what it had to be."""
+    table = _table("fails", "invariant", "off by", "tolerance", "")
+    for proof in report.failures:
+        numbers = f"{proof.error:.1e}", f"{proof.tolerance:.0e}"
+        table.add_row(str(proof.location), proof.invariant, *numbers, Text(proof.note))
+    return table
+
+
+def absent_table(report: ConformanceReport) -> Table:
+    """One row per kind of location that the model lacks: the layers, and why."""
+    table = _table("absent", "layers", "why")
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for location, reason in report.absent.items():
+        layers = reasons.setdefault((_unlayered(location), reason), [])
+        layers += [] if location.layer is None else [location.layer]
+    for (kind, reason), layers in reasons.items():
+        table.add_row(kind, ranges(layers), Text(reason))
+    return table
+
+
+def ranking_table(ranking: Ranking, *, node: str = "node", tokens: Sequence[str] = ()) -> Table:
+    """One row per node: the estimate, the exact effect where it was measured, and a bar."""
+    measured = any(n.exact is not None for n in ranking)
+    table = _table(node, "estimate", *(["exact"] if measured else []), "", right=(1, 2) if measured else (1,))
+    scale = max((abs(x) for n in ranking for x in (n.effect, n.exact) if x is not None), default=1.0) or 1.0
+    for n in ranking:
+        numbers = [n.effect, n.exact] if measured else [n.effect]
+        cells = [Text("–") if x is None else Text(f"{x:+.3f}", style=_colour(x)) for x in numbers]
+        shown = n.effect if n.exact is None else n.exact
+        bar = "█" * max(1, round(_BAR * abs(shown) / scale))
+        table.add_row(Text(node_name(n.location, tokens)), *cells, Text(bar, style=_colour(shown)))
+    return table
+
+
+def answers_table(pair: PromptPair) -> Table:
+    """Both prompts, and how likely either answer is after each."""
+    table = _table("", "prompt", pair.answer, pair.wrong, "logit difference", right=(2, 3, 4))
+    for name, prompt in (("clean", pair.clean), ("corrupt", pair.corrupt)):
+        table.add_row(name, _marked(pair, prompt), *_answers(prompt))
+    return table
+
+
+def ranges(layers: Iterable[int]) -> str:
+    """Layer numbers in few characters.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2, 5'
+    """
+    parts: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def _table(*columns: str, right: Sequence[int] = (), gap: int = 2) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
+    for i, name in enumerate(columns):
+        numeric = i in right
+        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=numeric or i == 0)
+    return table
+
+
+def _unlayered(location: Location) -> str:
+    """The name of a location without its layer."""
+    name = str(location)
+    return name if location.root.layer is None else name.replace(f"[{location.root.layer}]", "", 1)
+
+
+def _verdict(proofs: Sequence[Proof]) -> Text:
+    """Whether an invariant holds in every layer, and by how much it is off at most."""
+    if not proofs:
+        return Text("–", style="dim")
+    worst = max(proofs, key=lambda p: (not p.holds, p.error))
+    off = f" {worst.error:.0e}" if worst.error else ""
+    return Text(f"✓{off}", style="green") if worst.holds else Text(f"✗{off}", style="bold red")
+
+
+def _marked(pair: PromptPair, prompt: Prompt) -> Text:
+    """The prompt, its words that the other prompt has not at the same place in bold."""
+    words, others = prompt.text.split(" "), [p.text.split(" ") for p in (pair.clean, pair.corrupt)]
+    if len(others[0]) != len(others[1]):
+        return Text(prompt.text)
+    differ = [a != b for a, b in zip(*others, strict=True)]
+    styled = [Text(w, style="bold" if bold else "") for w, bold in zip(words, differ, strict=True)]
+    return Text(" ").join(styled)
+
+
+def _answers(prompt: Prompt) -> tuple[str, str, str]:
+    return f"{prompt.answer:.1%}", f"{prompt.wrong:.1%}", f"{prompt.difference:+.2f}"
+
+
+def _colour(value: float) -> str:
+    return POSITIVE if value > 0 else NEGATIVE

@@ -1,0 +1,268 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.utils import logging
+from typer.testing import CliRunner, Result
+
+import hookgraph as hg
+from hookgraph.binding.loading import load_model, load_tokenizer
+from hookgraph.cli import app, main
+from hookgraph.demo.train import build_tokenizer
+from hookgraph.errors import LoadError
+
+CLEAN = "After John and Mary went to the store, Mary gave a book of maps to"
+CORRUPT = CLEAN.replace(", Mary", ", John")
+PAIR = ["--clean", CLEAN, "--corrupt", CORRUPT, "--answer", "John", "--wrong", "Mary"]
+BERT = BertConfig(
+    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+)
+T5 = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+VIT = ViTConfig(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random GPT-2 of two layers, and a word-level tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = build_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+
+
+def succeed(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*arguments: str) -> str:
+    """The one line on which a command fails."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# --- locations --------------------------------------------------------------------------------
+
+
+def test_locations_lists_names_axes_and_layers(tiny: str):
+    lines = [line.split() for line in succeed("locations", tiny).splitlines()]
+    assert ["resid.post", "batch", "pos", "d_model=16", "0-1"] in lines
+    assert ["attn.z", "batch", "pos", "head=4", "d_head=4", "0-1"] in lines
+    assert ["logits", "batch", "pos", "vocab=155"] in lines
+    assert any(line[:2] == ["attn.q_pre", "0-1"] for line in lines)
+
+
+def test_locations_of_some_layers(tiny: str):
+    output = succeed("locations", tiny, "--layers", "1")
+    assert ["attn.z", "batch", "pos", "head=4", "d_head=4", "1"] in [x.split() for x in output.splitlines()]
+    assert "logits" not in output
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [("7-9", "no such layer"), ("0-", "write 0-3"), ("one", "write 0-3")]
+)
+def test_layers_that_are_not_there_or_no_layers(tiny: str, layers: str, message: str):
+    assert message in fail("locations", tiny, "--layers", layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "row"),
+    [
+        (T5ForConditionalGeneration(T5), ["encoder.attn.z", "batch", "pos", "head=2", "d_head=4", "0-1"]),
+        (T5ForConditionalGeneration(T5), ["attn.z", "batch", "pos", "head=2", "d_head=4", "0-1"]),
+        (ViTModel(VIT), ["resid.post", "batch", "pos", "d_model=8", "0"]),
+    ],
+    ids=["encoder", "decoder", "vision"],
+)
+def test_locations_of_models_that_read_something_else(model: PreTrainedModel, row: list[str], tmp_path: Path):
+    model.save_pretrained(tmp_path)
+    assert row in [line.split() for line in succeed("locations", str(tmp_path)).splitlines()]
+
+
+# --- check ------------------------------------------------------------------------------------
+
+
+def test_check_proves_every_location(tiny: str):
+    output = succeed("check", tiny)
+    assert output.strip().endswith("all hold")
+    assert "edit = gradient" in output
+    assert "✗" not in output
+
+
+def test_check_as_json_holds_the_same(tiny: str):
+    report = json.loads(succeed("check", tiny, "--json"))
+    assert report["ok"] is True
+    assert "attn.z[1]" in report["locations"]
+    assert "attn.q_pre[0]" in report["absent"]
+
+
+def test_check_of_every_layer_on_the_model_itself(tiny: str):
+    assert "all hold" in succeed("check", tiny, "--full")
+
+
+# --- attribute --------------------------------------------------------------------------------
+
+
+def test_attribute_ranks_heads_and_mlps_with_exact_effects(tiny: str):
+    output = succeed("attribute", tiny, *PAIR, "--top", "3")
+    assert "total effect" in output
+    assert "exact" in output
+    rows = [line for line in output.splitlines() if line.startswith(("attn.z[", "mlp.out["))]
+    assert len(rows) == 3
+    assert all("█" in row for row in rows)
+
+
+def test_attribute_at_parts_of_locations(tiny: str):
+    output = succeed("attribute", tiny, *PAIR, "--at", "attn.z[1]@head=0,2;pos=-1, mlp.out[0],resid.post")
+    assert "attn.z[1]@head=2;pos=-1" in output
+    assert "attn.z[0]" not in output
+    assert "resid.post[1]@pos=16 “to”" in output
+    assert "“Mary → John”" in output
+
+
+def test_attribute_writes_a_page(tiny: str, tmp_path: Path):
+    page = tmp_path / "new" / "page.html"
+    output = succeed("attribute", tiny, *PAIR, "--at", "attn.z,resid.post", "--report", str(page))
+    assert str(page) in output.replace("\n", "")
+    text = page.read_text(encoding="utf-8")
+    assert "Why John and not Mary?" in text
+    assert text.count("<figure>") == 2
+
+
+def test_attribute_agrees_with_the_library(tiny: str):
+    tokenizer = load_tokenizer(tiny)
+    graph = hg.bind(load_model(tiny), tokenizer)
+    metric = hg.metrics.logit_diff(*(tokenizer.convert_tokens_to_ids(name) for name in ("John", "Mary")))
+    effect = hg.patching_effect(graph, CLEAN, CORRUPT, metric, graph.every(hg.locations.MLP_OUT))
+    expected = effect.mean("batch").sum("pos", "d_model").check(1)[0]
+    row = next(x for x in succeed("attribute", tiny, *PAIR, "--at", "mlp.out").splitlines() if "█" in x)
+    assert row.split()[:3] == [str(expected.location), f"{expected.effect:+.3f}", f"{expected.exact:+.3f}"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "messages"),
+    [
+        (["--answer", "milk tea"], ["'milk tea' is several", "milk | tea"]),
+        (["--wrong", "giraffe"], ["the tokenizer does not know 'giraffe'"]),
+        (["--corrupt", CORRUPT + " John"], ["17 tokens, the corrupt one 18", "<bos> | After | John"]),
+        (["--at", "attn.zz"], ["no location type is called 'attn.zz'", "did you mean attn.z"]),
+        (["--at", "attn.z[9]"], ["no location attn.z[9]", "2 layers"]),
+        (["--at", "attn.q_pre"], ["no location attn.q_pre[0]", "use attn.q"]),
+        (["--method", "atrib"], ["unknown method 'atrib'", "did you mean attrib"]),
+    ],
+)
+def test_attribute_says_what_is_wrong(tiny: str, changed: list[str], messages: list[str]):
+    error = fail("attribute", tiny, *PAIR, *changed)
+    for message in messages:
+        assert message in error
+
+
+# --- models that cannot be loaded -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["locations", "check"])
+def test_a_model_that_does_not_exist(command: str):
+    error = fail(command, "no-such/model")
+    assert "cannot load a model from 'no-such/model'" in error
+    assert "there is no such folder here" in error
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path):
+    assert f"cannot load a model from '{tmp_path}'" in fail("check", str(tmp_path))
+
+
+def test_a_folder_with_damaged_weights(tiny: str, tmp_path: Path):
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).write_bytes(
+            file.read_bytes()[: 200 if file.suffix == ".safetensors" else None]
+        )
+    assert "cannot load a model" in fail("locations", str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer(tiny: str, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(tiny) / name).read_bytes())
+    assert "cannot load a tokenizer" in fail("attribute", str(tmp_path), *PAIR)
+
+
+def test_debug_shows_the_traceback():
+    result = run("check", "no-such/model", "--debug")
+    assert isinstance(result.exception, LoadError)
+    assert result.exit_code == 1
+
+
+def test_a_command_leaves_the_verbosity_of_transformers_as_it_was(tiny: str):
+    before = logging.get_verbosity()
+    succeed("locations", tiny)
+    assert logging.get_verbosity() == before
+
+
+# --- what a model is loaded as ----------------------------------------------------------------
+
+
+def test_a_model_is_loaded_as_what_it_was_saved_as(tmp_path: Path):
+    BertForMaskedLM(BERT).save_pretrained(tmp_path)
+    assert isinstance(load_model(tmp_path), BertForMaskedLM)
+
+
+def test_a_model_that_was_saved_as_nothing_known_gets_logits(tiny: str, tmp_path: Path):
+    config = json.loads((Path(tiny) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    (tmp_path / "model.safetensors").write_bytes((Path(tiny) / "model.safetensors").read_bytes())
+    assert isinstance(load_model(tmp_path), GPT2LMHeadModel)
+
+
+def test_a_bare_model_is_loaded_bare(tmp_path: Path):
+    BertModel(BERT).save_pretrained(tmp_path)
+    assert isinstance(load_model(tmp_path), BertModel)
+
+
+def test_the_models_own_mode_is_evaluation(tiny: str):
+    assert not load_model(tiny).training
+
+
+# --- help -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["demo", "locations", "check", "attribute"])
+def test_every_command_has_help(command: str):
+    assert "--debug" in succeed(command, "--help")
+
+
+def test_main_runs_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.argv", ["hookgraph", "--help"])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 0
+    assert "attribute" in capsys.readouterr().out
