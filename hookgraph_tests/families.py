@@ -123,9 +123,7 @@ def _shared(size: Size) -> dict[str, Any]:
 FAMILIES: Final[Mapping[str, Family]] = {
     family.name: family
     for family in (
-        Family(
-            "gpt2", _gpt2, "sdpa", "transformer.h", "attn", "attn.c_proj", "mlp.c_proj", True
-        ),
+        Family("gpt2", _gpt2, "sdpa", "transformer.h", "attn", "attn.c_proj", "mlp.c_proj", True),
         Family(
             "llama",
             _llama,

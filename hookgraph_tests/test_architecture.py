@@ -214,9 +214,7 @@ def nothing_is_printed(tree: Tree) -> list[str]:
 
 def modules_do_not_import_each_other(tree: Tree) -> list[str]:
     modules = {module_of(path) for path in tree}
-    edges = {
-        module_of(path): {seen.target for seen in imports_of(path, tree)} & modules for path in tree
-    }
+    edges = {module_of(path): {seen.target for seen in imports_of(path, tree)} & modules for path in tree}
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:

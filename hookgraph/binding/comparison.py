@@ -59,11 +59,11 @@ def _misdirection(
     """How far gradients of the last position's scores are from key and query, in the first and last head."""
     last, group = q.shape[1] - 1, q.shape[2] // k.shape[2]
     worst = 0.0
+    live = torch.where(masked_cells(scores), math.inf, scores.detach())
     for head in {0, q.shape[2] - 1}:
-        row = scores[0, head, last]
-        live = torch.where(masked_cells(row), math.inf, row.detach())
-        key = int(live.argmin())  # not the largest: some models subtract that from the row
-        by_q, by_k = torch.autograd.grad(row[key], (q, k), retain_graph=True, allow_unused=True)
+        key = int(live[0, head, last].argmin())  # not the largest: some models subtract it from the row
+        score = scores[0, head, last, key]
+        by_q, by_k = torch.autograd.grad(score, (q, k), retain_graph=True, allow_unused=True)
         if by_q is None or by_k is None:
             return 1.0
         own, keys = q[0, last, head].detach(), k[0, :, head // group].detach()

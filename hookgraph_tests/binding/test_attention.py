@@ -81,7 +81,9 @@ def test_looking_inside_a_fused_kernel_changes_logits_by_rounding_only(family: s
     plain = graph.run(IDS).logits
     inside = [x for kind in (ATTN_SCORES, ATTN_PATTERN) for x in graph.every(kind)]
     outside = [x for kind in (ATTN_Q, ATTN_K, ATTN_V, ATTN_Z) for x in graph.every(kind)]
-    torch.testing.assert_close(graph.run(IDS, save=inside, metric=lambda x: x[:, 0, 0]).logits, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        graph.run(IDS, save=inside, metric=lambda x: x[:, 0, 0]).logits, plain, rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(graph.run(IDS, save=outside, metric=lambda x: x[:, 0, 0]).logits, plain)
 
 
@@ -168,9 +170,7 @@ def stepwise(model: PreTrainedModel, prompt: int) -> Tensor:
     output = model(input_ids=IDS[:, :prompt], use_cache=True)
     logits = [output.logits]
     for i in range(prompt, POS):
-        output = model(
-            input_ids=IDS[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model(input_ids=IDS[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

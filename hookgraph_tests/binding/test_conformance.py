@@ -262,9 +262,7 @@ FIRING: dict[str, tuple[str, Location, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("family", "location", "change"), FIRING.values(), ids=FIRING)
-def test_a_location_that_does_not_fire_once_is_found(
-    family: str, location: Location, change: dict[str, Any]
-):
+def test_a_location_that_does_not_fire_once_is_found(family: str, location: Location, change: dict[str, Any]):
     report = broken(family, location, **change)
     assert (location, "fires once") in failed(report)
     (note,) = (p.note for p in report.failures if (p.location, p.invariant) == (location, "fires once"))
@@ -294,9 +292,7 @@ def test_an_effect_that_the_gradient_does_not_see_is_found():
 
 
 def test_an_edit_without_effect_is_found():
-    report = broken(
-        "gemma2", ATTN_PATTERN[1], mechanism="output", module="model.layers.1.self_attn", slot=1
-    )
+    report = broken("gemma2", ATTN_PATTERN[1], mechanism="output", module="model.layers.1.self_attn", slot=1)
     assert (ATTN_PATTERN[1], "edit = gradient") in failed(report)
     assert {"the logits do not depend on it"} >= {
         p.note for p in report.failures if p.invariant == "edit = gradient"
@@ -343,7 +339,9 @@ def test_what_fails_is_absent_with_the_reason():
     graph = HookGraph(binding.proven(report))
     assert RESID_MID[1] not in graph.locations
     assert RESID_MID[2] in graph.locations
-    with pytest.raises(UnknownLocationError, match=r"no location resid.mid\[1\]: conserved fails: resid.post ="):
+    with pytest.raises(
+        UnknownLocationError, match=r"no location resid.mid\[1\]: conserved fails: resid.post ="
+    ):
         graph.run(IDS, save=[RESID_MID[1]])
     assert RESID_MID[1] in graph.report.absent
     assert RESID_MID[1] not in graph.report.mechanisms

@@ -124,12 +124,12 @@ def everywhere(graph: HookGraph) -> HookGraph:
     return graph
 
 
-class Mine(Exception):
+class MineError(Exception):
     """Raised by the tests' own hooks and metrics."""
 
 
 def broken(x: Tensor) -> Tensor:
-    raise Mine
+    raise MineError
 
 
 def normally(graph: HookGraph) -> None:
@@ -151,17 +151,17 @@ def after_generating(graph: HookGraph) -> None:
 
 
 def when_a_hook_raises(graph: HookGraph) -> None:
-    with pytest.raises(Mine):
+    with pytest.raises(MineError):
         graph.hook(ATTN_PATTERN[1], broken).run(IDS)
 
 
 def when_a_gradient_hook_raises(graph: HookGraph) -> None:
-    with pytest.raises(Mine):
+    with pytest.raises(MineError):
         graph.hook(MLP_OUT[1].grad, broken).run(IDS, save=[RESID_PRE[0].grad], metric=metric)
 
 
 def when_the_metric_raises(graph: HookGraph) -> None:
-    with pytest.raises(Mine):
+    with pytest.raises(MineError):
         graph.run(IDS, save=[RESID_PRE[0].grad], metric=broken)
 
 
@@ -172,12 +172,14 @@ def when_the_metric_has_no_gradient(graph: HookGraph) -> None:
 
 def when_the_model_raises(graph: HookGraph) -> None:
     with pytest.raises((ValueError, RuntimeError, TypeError)):
-        graph.run({"input_ids": IDS, "attention_mask": torch.ones(2, 17)}, save=[RESID_PRE[0].grad], metric=metric)
+        graph.run(
+            {"input_ids": IDS, "attention_mask": torch.ones(2, 17)}, save=[RESID_PRE[0].grad], metric=metric
+        )
 
 
 def when_a_replay_raises(graph: HookGraph) -> None:
     run = graph.run(IDS, save=[RESID_POST[1]])
-    with pytest.raises(Mine):
+    with pytest.raises(MineError):
         graph.hook(RESID_POST[2], broken).replay(run, RESID_POST[1])
 
 

@@ -102,7 +102,9 @@ def test_position_ids_that_are_given_are_kept():
     assert not torch.allclose(graph.run(inputs).logits, graph.run(shifted).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("inputs", [IDS, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}], ids=["ids", "mapping"])
+@pytest.mark.parametrize(
+    "inputs", [IDS, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}], ids=["ids", "mapping"]
+)
 def test_copies_repeat_the_whole_batch(inputs: Any):
     prepared = bound("gpt2").binding.prepare(inputs, copies=3)
     ids = prepared["input_ids"]
@@ -148,9 +150,7 @@ def unharmed(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize(("inputs", "message"), WRONG_INPUTS.values(), ids=WRONG_INPUTS)
-def test_inputs_that_cannot_be_run_say_why_and_do_no_harm(
-    unharmed: HookGraph, inputs: Any, message: str
-):
+def test_inputs_that_cannot_be_run_say_why_and_do_no_harm(unharmed: HookGraph, inputs: Any, message: str):
     with unchecked(), pytest.raises(InputError, match=message):
         unharmed.run(inputs, save=[HERE, HERE.grad], metric=metric)
 

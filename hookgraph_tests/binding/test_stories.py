@@ -114,9 +114,7 @@ def test_3_ablate_heads(graph: HookGraph, family: str):
     assert not torch.allclose(expected, plain(graph, CLEAN).logits)
 
 
-def test_4_steer_the_models_own_generate(
-    graph: HookGraph, family: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_4_steer_the_models_own_generate(graph: HookGraph, family: str, monkeypatch: pytest.MonkeyPatch):
     model, layer = model_of(graph), layers_of(family, model_of(graph))[6]
     generate, generated = model.generate, list[Any]()
 

@@ -57,9 +57,7 @@ def test_what_is_put_is_got_and_nothing_else_changes(
 def test_columns_select_like_indexing_feature_by_feature(start: int, count: int, width: int, gap: int):
     view = Columns(start, count, width + gap, width)
     raw = torch.randn(2, 3, start + count * (width + gap) + 2)
-    expected = torch.stack(
-        [raw[..., start + h * (width + gap) :][..., :width] for h in range(count)], dim=2
-    )
+    expected = torch.stack([raw[..., start + h * (width + gap) :][..., :width] for h in range(count)], dim=2)
     assert torch.equal(view.get(raw), expected)
     assert torch.equal(view.put(raw, expected), raw)
 

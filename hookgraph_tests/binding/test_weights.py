@@ -105,7 +105,9 @@ def test_neurons_are_read_and_written_by_the_weights_of_the_mlp(family: str, lay
     torch.testing.assert_close(before, pre, **EXACT)
     if family in GATED:
         up = reads @ graph.weight(W_in, layer) + graph.weight(b_in, layer)
-        activated = nn.functional.silu(pre) if family == "llama" else nn.functional.gelu(pre, approximate="tanh")
+        activated = (
+            nn.functional.silu(pre) if family == "llama" else nn.functional.gelu(pre, approximate="tanh")
+        )
         torch.testing.assert_close(after, activated * up, **EXACT)
     out = after @ graph.weight(W_out, layer) + graph.weight(b_out, layer)
     down = layers_of(family, model_of(graph))[layer].get_submodule(FAMILIES[family].down)

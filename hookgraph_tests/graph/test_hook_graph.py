@@ -17,7 +17,6 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.autoencoder import LATENTS
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import (
-    ATTN_OUT,
     ATTN_Z,
     LOGITS,
     MLP_OUT,
@@ -74,7 +73,9 @@ def test_what_is_returned_is_outside_the_autograd_graph_unless_asked():
     graph, here = toy_graph(), RESID_POST[1]
     without = graph.run(IDS, save=[here, here.grad], metric=metric)
     assert without.metric is not None
-    assert not any(t.requires_grad for t in (without[here], without[here.grad], without.metric, without.logits))
+    assert not any(
+        t.requires_grad for t in (without[here], without[here.grad], without.metric, without.logits)
+    )
     kept = graph.run(IDS, save=[here], metric=metric, grad=True)
     assert kept.metric is not None
     (gradient,) = torch.autograd.grad(kept.metric.sum(), kept[here])
@@ -179,7 +180,9 @@ def test_a_stopped_gradient_passes_the_value_on_and_nothing_back():
     asked: list[Location] = [RESID_PRE[1].grad]
     expected = zeroed.run(IDS, save=asked, metric=metric)[asked[0]]
     assert torch.equal(stopped.run(IDS, save=asked, metric=metric)[asked[0]], expected)
-    assert torch.equal(graph.stop_gradient(MLP_OUT[1].grad).run(IDS, save=asked, metric=metric)[asked[0]], expected)
+    assert torch.equal(
+        graph.stop_gradient(MLP_OUT[1].grad).run(IDS, save=asked, metric=metric)[asked[0]], expected
+    )
 
 
 def test_the_gradient_stops_at_a_part_only():
@@ -351,5 +354,3 @@ def test_an_index_beyond_the_tensor_is_an_error(location: Location):
 def test_inputs_that_cannot_be_run_are_refused_by_the_binding():
     with pytest.raises(InputError, match="token ids of shape"):
         toy_graph().run("text")
-
-

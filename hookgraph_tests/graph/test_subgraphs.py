@@ -172,7 +172,9 @@ def test_memory_carries_a_value_from_one_site_to_a_later_one():
     early = toy_graph().run(IDS, save=[MLP_OUT[0]])[MLP_OUT[0]]
     expected = toy_graph().hook(MLP_OUT[2], lambda x: x + early).run(IDS).logits
     assert torch.equal(graph.run(IDS).logits, expected)
-    assert torch.equal(graph.hook(bridge.carried, torch.zeros_like).run(IDS).logits, toy_graph().run(IDS).logits)
+    assert torch.equal(
+        graph.hook(bridge.carried, torch.zeros_like).run(IDS).logits, toy_graph().run(IDS).logits
+    )
 
 
 def test_a_frame_tells_what_is_asked_for():
@@ -193,7 +195,14 @@ def test_a_frame_tells_what_is_asked_for():
     graph.run(IDS)
     graph.run(IDS, save=[latents, LOGITS])
     graph.hook(error, lambda x: None).run(IDS)
-    assert asked == [(False, False), (False, False), (True, False), (False, False), (False, False), (True, True)]
+    assert asked == [
+        (False, False),
+        (False, False),
+        (True, False),
+        (False, False),
+        (False, False),
+        (True, True),
+    ]
 
 
 # --- errors -----------------------------------------------------------------------------------

@@ -95,9 +95,7 @@ def test_transformer_lens_names_translate_both_ways(name: str, location: Locatio
 
 
 @pytest.mark.parametrize(("name", "location"), TRANSFORMER_DEBUGGER.items(), ids=str)
-def test_transformer_debugger_names_translate_both_ways(
-    name: tuple[str, int | None], location: Location
-):
+def test_transformer_debugger_names_translate_both_ways(name: tuple[str, int | None], location: Location):
     assert from_transformer_debugger(*name) == location
     assert to_transformer_debugger(location) == name
 
@@ -133,9 +131,7 @@ def test_an_unknown_transformer_lens_name_is_an_error(name: str, message: str):
         ("attn.v_out", None, "'attn.v_out' needs a layer"),
     ],
 )
-def test_an_unknown_transformer_debugger_string_is_an_error(
-    name: str, layer: int | None, message: str
-):
+def test_an_unknown_transformer_debugger_string_is_an_error(name: str, layer: int | None, message: str):
     with pytest.raises(LocationError, match=message):
         from_transformer_debugger(name, layer)
 

@@ -59,9 +59,7 @@ class Recipe:
 
 recipes = st.builds(
     Recipe,
-    st.lists(
-        st.tuples(st.sampled_from(declared()), st.integers(0, 99), names), min_size=1, max_size=3
-    ),
+    st.lists(st.tuples(st.sampled_from(declared()), st.integers(0, 99), names), min_size=1, max_size=3),
     st.dictionaries(st.sampled_from(list(Dimension)), indices, max_size=6),
     st.booleans(),
 )
@@ -113,7 +111,7 @@ def test_white_space_around_a_text_does_not_matter():
 
 
 def test_a_type_declared_by_a_user_is_parsed_from_then_on():
-    with pytest.raises(LocationError, match="no location type is called 'mine.gate'"):
+    with pytest.raises(LocationError, match=r"no location type is called 'mine\.gate'"):
         Location.parse("mine.gate[1]")
     gate = LocationType("mine.gate", (Dimension.BATCH, Dimension.POS, Dimension.EXPERT), 145)
     assert Location.parse("mine.gate[1]@expert=0") == gate[1].at(expert=0)
