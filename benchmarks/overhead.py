@@ -41,7 +41,7 @@ KEPT = (
 """What W3 keeps of every layer."""
 
 NEW_TOKENS = 32
-_TINY_ROUNDS = 25
+_TINY_ROUNDS = 50
 """Rounds on the tiny model for each one on the small model: a round takes milliseconds there."""
 
 
@@ -103,7 +103,7 @@ def _subject(name: str, config: GPT2Config, *, batch: int, length: int) -> Subje
     plain, eager = copy.deepcopy(bound), copy.deepcopy(bound)
     eager.set_attn_implementation("eager")
     ids = torch.randint(0, config.vocab_size, (batch, length))
-    return Subject(f"{name}", hg.bind(bound), bound, plain, eager, ids)
+    return Subject(name, hg.bind(bound), bound, plain, eager, ids)
 
 
 # --- W1: nothing hooked ----------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def unhooked(subject: Subject) -> Iterator[Comparison]:
         return [subject.graph.run(subject.ids).logits]
 
     yield Comparison("control: plain against plain", plain, plain, effort=2)
-    yield Comparison("W1 forward, bound, nothing hooked", plain, bound, limit=1.01, effort=2)
+    yield Comparison("W1 forward, bound, nothing hooked", plain, bound, limit=1.01, effort=3)
     yield Comparison("W1 graph.run, nothing hooked", plain, graph_run)
 
 

@@ -60,6 +60,7 @@ def test_every_module_is_in_the_reference():
 
 def test_the_table_lists_every_location_and_no_other():
     assert set(rows()) == set(constants())
+    assert set(constants()) <= set(hg.locations.__all__)
 
 
 @pytest.mark.parametrize("constant", constants())

@@ -172,9 +172,11 @@ class _SoftmaxTaps(TorchFunctionMode):
             return func(*args, **kwargs)
         self._count += 1
         scores = args[0] if args else kwargs.pop("input")
-        if self._scores is not None:
-            new = self._scores(scores)
-            scores = _keep_masked(scores, new) if self._scores.edits else new
+        if self._scores is not None and self._scores.edits:
+            # A copy, because what is masked must be known after an edit in place too.
+            scores = _keep_masked(scores, self._scores(scores.clone()))
+        elif self._scores is not None:
+            scores = self._scores(scores)
         pattern = func(scores, *args[1:], **kwargs)
         return pattern if self._pattern is None else self._pattern(pattern)
 
@@ -189,8 +191,6 @@ class _SoftmaxTaps(TorchFunctionMode):
 
 def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
     """Edited scores with masked cells as they were: a softmax over freed cells would see the future."""
-    if after is before:
-        return after
     return torch.where(masked_cells(before), before, after)
 
 

@@ -53,7 +53,7 @@ def _comparable(q: Tensor, k: Tensor, scores: Tensor) -> bool:
 
 def _misdirection(
     q: Float[Tensor, "batch pos head d_head"],
-    k: Float[Tensor, "batch pos kv_head d_head"],
+    k: Float[Tensor, "batch key_pos kv_head d_head"],
     scores: Float[Tensor, "batch head pos key_pos"],
 ) -> float:
     """How far gradients of the last position's scores are from key and query, in the first and last head."""

@@ -85,16 +85,14 @@ def _check_firing(
         return run, [Proof(x, "fires once", True, 0.0, 0.0) for x in locations]
     except Exception:
         proofs: list[Proof] = []
-        fine: list[Location] = []
         for location in locations:
             try:
-                # With a metric the pass runs to its end; together, since two may be one tensor.
-                graph.run(example, save=[*fine, location], metric=_sum)
-                fine.append(location)
+                graph.run(example, save=[location], metric=_sum)  # with a metric the pass runs to its end
                 proofs.append(Proof(location, "fires once", True, 0.0, 0.0))
             except Exception as error:
                 note = f"{type(error).__name__}: {error}"
                 proofs.append(Proof(location, "fires once", False, 1.0, 0.0, note))
+        fine = [p.location for p in proofs if p.holds]
         return graph.run(example, save=fine), proofs
 
 

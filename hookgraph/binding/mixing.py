@@ -1,10 +1,10 @@
 """Which updates move information between positions: found by moving it.
 
-A layer is called again as it was in the trace, with what enters it changed at one position; an update
-that changes at other positions mixes them.
+A layer is called again as it was in the trace, with what enters it changed at one position and every
+other update held at what it was; an update that then changes at other positions mixes them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hookgraph.binding.blocks import Block, Update
-from hookgraph.binding.tracing import Trace, evaluating
+from hookgraph.binding.tracing import Slot, Trace, evaluating
 
 _POSITION = 1
 """The position that is changed: neither the first nor the last."""
@@ -25,50 +25,66 @@ def find_mixing(trace: Trace, blocks: Sequence[Block]) -> frozenset[Update]:
         candidates = [u for u in block.updates if not u.softmax and u.call is not None]
         if not candidates:
             continue
-        before, after = (_updates_of(trace, block, candidates, moved) for moved in (False, True))
-        for update, a, b in zip(candidates, before, after, strict=True):
-            if a is None or b is None or a.shape != b.shape or a.ndim < 3 or a.shape[1] <= _POSITION + 1:
+        for update in candidates:
+            before, after = (_output_of(trace, block, update, moved=moved) for moved in (False, True))
+            if before is None or after is None or before.shape != after.shape or before.ndim < 3:
                 continue
-            changed = (a - b).abs().flatten(2).amax(-1)
+            changed = (before - after).abs().flatten(2).amax(-1)
             others = torch.cat([changed[:, :_POSITION], changed[:, _POSITION + 1 :]], dim=1)
-            if float(others.max()) > 1e-6 * float(a.abs().max()):
+            if others.numel() and float(others.max()) > 1e-6 * float(before.abs().max()):
                 mixing.add(update)
     return frozenset(mixing)
 
 
-def _updates_of(
-    trace: Trace, block: Block, updates: Sequence[Update], moved: bool
-) -> Sequence[Tensor | None]:
-    """What the updates are when the layer is called again as in the trace, its input moved or not."""
+def _output_of(trace: Trace, block: Block, update: Update, *, moved: bool) -> Tensor | None:
+    """What an update is when the layer is called again as in the trace, its input moved or not."""
     call = block.call
-    seen: dict[nn.Module, Tensor] = {}
-    args, kwargs = call.arguments
     entering = block.entering.tensor.clone()
     if moved:
         entering[:, _POSITION] = entering[:, _POSITION] * 1.5 + 0.5
+    seen: list[Tensor] = []
 
     def replaced(thing: Any) -> Any:
         return entering if isinstance(thing, Tensor) and thing is block.entering.tensor else thing
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
-        seen[module] = output
+        seen.append(_term(output, update))
 
+    args, kwargs = call.arguments
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(call.module))
-        for update in updates:
-            if update.call is not None:
-                stack.callback(update.call.module.register_forward_hook(keep).remove)
+        for other in block.updates:
+            if other.call is not None:
+                hook = keep if other is update else _holding(other)
+                stack.callback(other.call.module.register_forward_hook(hook).remove)
         try:
             call.module(*map(replaced, args), **{k: replaced(v) for k, v in kwargs.items()})
-        except Exception:
-            return [None] * len(updates)
-    return [_output(seen, update) for update in updates]
+        except Exception:  # a layer that cannot be called again tells nothing
+            return None
+    return seen[0] if seen else None
 
 
-def _output(seen: Mapping[nn.Module, Any], update: Update) -> Tensor | None:
-    if update.call is None or update.call.module not in seen:
-        return None
-    output = seen[update.call.module]
-    slot = next(s for s, v in update.call.outputs.items() if v is update.value)
-    found = output if slot is None else output[slot]
-    return found if isinstance(found, Tensor) else None
+def _term(output: Any, update: Update) -> Tensor:
+    """The tensor of an update in what its module returns."""
+    slot = _slot(update)
+    return output if slot is None else output[slot]
+
+
+def _slot(update: Update) -> Slot:
+    outputs = {} if update.call is None else update.call.outputs
+    return next(s for s, v in outputs.items() if v is update.value)
+
+
+def _holding(update: Update) -> Callable[..., Any]:
+    """A hook that has a module return what it returned in the trace."""
+    slot, value = _slot(update), update.value.tensor
+
+    def hold(module: nn.Module, _: Any, output: Any) -> Any:
+        if slot is None:
+            return value
+        if isinstance(output, tuple):
+            return tuple(value if i == slot else x for i, x in enumerate(output))
+        output[slot] = value
+        return output
+
+    return hold

@@ -18,8 +18,12 @@ def compile_taps(
     subgraphs: Sequence[AbstractSubgraph],
     observers: Mapping[Location, Observer] | None = None,
     differentiated: Iterable[Location] = (),
-) -> Taps:
-    """One tap for every whole location at which anything happens, those inside subgraphs included."""
+) -> dict[Location, Tap]:
+    """One tap for every whole location at which anything happens, those inside subgraphs included.
+
+    Clear the result when the pass is over: the frames of subgraphs refer to it and it to them, so that
+    they, and every tensor that they and the observers hold, would otherwise live until collected.
+    """
     observers = observers or {}
     needs_gradient = frozenset(differentiated)
     hooks: dict[Location, list[Registration]] = {}

@@ -140,8 +140,10 @@ class HookGraph:
         Raises:
             AlreadyAttachedError: a graph holds the model already.
         """
-        with self.binding.attached(compile_taps(self.registrations, self.subgraphs)):
+        taps = compile_taps(self.registrations, self.subgraphs)
+        with self.binding.attached(taps):
             yield self
+        taps.clear()
 
     def run(
         self,
@@ -220,16 +222,16 @@ class HookGraph:
         recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad))
         needs_graph = bool(grad) or bool(recorder.differentiated)
         taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.tracked)
-        if after is not None:
-            taps = taps_from(after, taps)[0]
+        reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
         frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
-        attached = self.binding.attached(taps, start)
+        attached = self.binding.attached(reached, start)
         with frozen, torch.set_grad_enabled(needs_graph), attached, suppress(EnoughSeen):
             logits = self.binding.forward(inputs)
         with torch.set_grad_enabled(needs_graph):
             measured = None if metric is None or logits is None else _measure(metric, logits)
             values = recorder.values(measured)
+        taps.clear()
         if not grad:
             measured = None if measured is None else measured.detach()
             logits = None if logits is None else logits.detach()

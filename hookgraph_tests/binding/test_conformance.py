@@ -40,7 +40,7 @@ from hookgraph.ontology.transformer import (
 )
 from hookgraph_tests.families import (
     FAMILIES,
-    LAYERS,
+    Size,
     binding_of,
     bound,
     build,
@@ -118,18 +118,23 @@ def test_shapes_are_named_by_the_axes(family: str):
 def slope_and_change(
     graph: HookGraph, location: Location, gradient: Tensor, value: Tensor, step: float
 ) -> tuple[float, float]:
-    """(gradient along a direction, central difference along it): half gradient, half random."""
+    """(gradient along a direction, central difference along it, extrapolated from two steps).
+
+    The direction is half gradient, half random.
+    """
     generator = torch.Generator().manual_seed(len(str(location)))
     live = value > torch.finfo(value.dtype).min / 2
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * live
     direction = gradient.double() / gradient.double().norm() + noise / noise.norm()
+
+    def measured(size: float) -> float:
+        run = graph.hook(location, lambda x: x + (size * direction).to(x.dtype)).run(IDS, metric=metric)
+        assert run.metric is not None
+        return float(run.metric.sum())
+
     size = step * float((value * live).norm())
-    moved = [
-        graph.hook(location, lambda x, s=sign: x + (s * size * direction).to(x.dtype)).run(IDS, metric=metric)
-        for sign in (1, -1)
-    ]
-    up, down = (float(run.metric.sum()) for run in moved if run.metric is not None)
-    return float((gradient.double() * direction).sum()), (up - down) / (2 * size)
+    near, far = ((measured(h) - measured(-h)) / (2 * h) for h in (size, 2 * size))
+    return float((gradient.double() * direction).sum()), (4 * near - far) / 3
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -145,9 +150,11 @@ def test_an_edit_has_the_effect_that_the_gradient_says(family: str):
     run = graph.run(IDS, save=[*locations, *(x.grad for x in locations)], metric=metric)
     for location in locations:
         exact = FAMILIES[family].double_throughout and location.type.name not in UPCASTS
-        step, tolerance = (1e-5, 1e-5) if exact else (3e-3, 2e-3)
-        slope, change = slope_and_change(graph, location, run[location.grad], run[location], step)
-        assert abs(change - slope) <= tolerance * abs(slope), (location, change, slope)
+        # Small steps are lost in the roundings of single precision, large ones in the curvature.
+        steps, tolerance = ((1e-5,), 1e-5) if exact else ((2e-3, 2e-2), 2e-3)
+        found = [slope_and_change(graph, location, run[location.grad], run[location], s) for s in steps]
+        errors = [abs(change - slope) / abs(slope) for slope, change in found]
+        assert min(errors) <= tolerance, (location, found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,7 +205,12 @@ def broken(family: str, location: Location, **change: Any) -> ConformanceReport:
     anchors = binding.findings.anchors
     wrong = {**anchors, location: replace(anchors[location], **change)}
     candidate = HuggingFaceBinding(binding.model, replace(binding.findings, anchors=wrong))
-    return conformance.check(candidate, EXAMPLE)
+    return conformance.check(candidate, EXAMPLE, middle(candidate))
+
+
+def middle(binding: HuggingFaceBinding) -> list[Location]:
+    """The locations of one layer, and those without layers: enough to see what goes wrong there."""
+    return [x for x in binding.locations if x.layer in (1, None)]
 
 
 def failed(report: ConformanceReport) -> set[tuple[Location, str]]:
@@ -257,7 +269,6 @@ FIRING: dict[str, tuple[str, Location, dict[str, Any]]] = {
     "a slot that is not there": ("llama", ATTN_IN[1], {"slot": "nothing"}),
     "a module that is not called": ("neox", MLP_OUT[1], {"module": "gpt_neox.layers"}),
     "a module called in every layer": ("gemma2", MLP_OUT[1], {"module": "model.rotary_emb"}),
-    "two locations in one place": ("llama", ATTN_PATTERN[1], {"role": "scores"}),
 }
 
 
@@ -283,7 +294,8 @@ def straight_through(layer: nn.Module) -> None:
 
 
 def test_an_effect_that_the_gradient_does_not_see_is_found():
-    report = check(changed_copy("gpt2", straight_through))
+    graph = changed_copy("gpt2", straight_through)
+    report = conformance.check(binding_of(graph), EXAMPLE, middle(binding_of(graph)))
     found = failed(report)
     assert {(x, "edit = gradient") for x in (RESID_PRE[1], ATTN_OUT[1], RESID_MID[1])} <= found
     assert (RESID_POST[1], "edit = gradient") not in found
@@ -294,9 +306,8 @@ def test_an_effect_that_the_gradient_does_not_see_is_found():
 def test_an_edit_without_effect_is_found():
     report = broken("gemma2", ATTN_PATTERN[1], mechanism="output", module="model.layers.1.self_attn", slot=1)
     assert (ATTN_PATTERN[1], "edit = gradient") in failed(report)
-    assert {"the logits do not depend on it"} >= {
-        p.note for p in report.failures if p.invariant == "edit = gradient"
-    }
+    (note,) = (p.note for p in report.failures if p.invariant == "edit = gradient")
+    assert note.startswith("finite difference 0, gradient ")
 
 
 def test_a_hook_that_changes_the_model_by_being_there_is_found(monkeypatch: pytest.MonkeyPatch):
@@ -309,8 +320,9 @@ def test_a_hook_that_changes_the_model_by_being_there_is_found(monkeypatch: pyte
         return eager(*args, **{**kwargs, "scaling": 1.01 * kwargs["scaling"]})
 
     monkeypatch.setattr(module, slightly_off)
-    found = failed(check(graph_of("llama")))
-    inside = {(kind[layer], "transparent") for kind in (ATTN_SCORES, ATTN_PATTERN) for layer in range(LAYERS)}
+    binding = binding_of(graph_of("llama"))
+    found = failed(conformance.check(binding, EXAMPLE, middle(binding)))
+    inside = {(ATTN_SCORES[1], "transparent"), (ATTN_PATTERN[1], "transparent")}
     assert {x for x in found if x[1] == "transparent"} == inside
 
 
@@ -326,8 +338,9 @@ def test_something_left_behind_is_found(monkeypatch: pytest.MonkeyPatch):
             yield
 
     monkeypatch.setattr(huggingface, "installed", careless)
-    found = failed(check(graph))
-    assert found == {(x, "removed") for x in graph.locations}
+    binding = binding_of(graph)
+    found = failed(conformance.check(binding, EXAMPLE, middle(binding)))
+    assert found == {(x, "removed") for x in middle(binding)}
 
 
 # --- what becomes of it -------------------------------------------------------------------------
@@ -348,7 +361,7 @@ def test_what_fails_is_absent_with_the_reason():
 
 
 def test_a_bound_model_can_be_checked_again_as_it_is():
-    model = build("neox", torch.float64)
+    model = build("neox", torch.float64, Size(layers=1))
     graph = bind(model, check=False)
     assert graph.report.proofs == ()
     report = check(graph)

@@ -40,6 +40,7 @@ from hookgraph_tests.families import (
     FAMILIES,
     LAYERS,
     STORY_SIZE,
+    Size,
     binding_of,
     bound,
     build,
@@ -179,8 +180,8 @@ def test_larger_models_are_resolved_alike(family: str):
 @pytest.mark.parametrize("proven", [True, False], ids=["proven", "bound only"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_binding_leaves_the_model_as_it_was(family: str, proven: bool):
-    model = build(family)
-    some = layers_of(family, model)[1]
+    model = build(family, size=Size(layers=1))
+    (some,) = layers_of(family, model)
     some.train()
     next(model.parameters()).requires_grad_(False)
     flags = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
@@ -275,10 +276,10 @@ def test_a_model_that_is_no_transformer_says_why(make: type[nn.Module], message:
 
 
 def test_a_model_without_logits_has_its_layers_and_says_what_is_missing():
-    base = build("llama").get_submodule("model")
+    base = build("llama", size=Size(layers=1)).get_submodule("model")
     assert isinstance(base, PreTrainedModel)
     graph = bind(base)
-    assert len(graph.every(RESID_POST)) == LAYERS
+    assert graph.every(RESID_POST) == (RESID_POST[0],)
     assert EMBED in graph.locations
     with pytest.raises(UnknownLocationError, match="no location logits: the model returns no logits"):
         graph.check(LOGITS)
