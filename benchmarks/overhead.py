@@ -446,7 +446,7 @@ def on_tiny() -> Iterator[tuple[Subject, Comparison]]:
 
 def main(
     model: Annotated[Size, typer.Option(help="Which models to measure.")] = Size.ALL,
-    rounds: Annotated[int, typer.Option(help="Rounds of a comparison on the small model.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Rounds of a comparison on the small model.")] = 7,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     only: Annotated[str, typer.Option(help="Only comparisons whose name contains this.")] = "",

@@ -40,7 +40,8 @@ class Anchor:
         epsilon: for `norm scale`: what the norm adds to the mean square.
         flat: the tensor has one axis for batch and position.
         overwritten: the model changes the tensor in place afterwards, so that a copy goes on.
-        call, calls: which of the module's calls in one pass, of how many.
+        call: which of the module's calls in one pass.
+        calls: how many calls of the module there are in one pass.
     """
 
     location: Location

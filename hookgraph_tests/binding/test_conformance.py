@@ -186,6 +186,16 @@ def test_an_edit_in_place_is_an_edit(family: str):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_work_in_inference_mode(family: str):
+    graph = bound(family)
+    for location in [x for x in graph.locations if x.layer in (1, None)]:
+        graph = graph.hook(location.at(pos=[0, 1]), lambda x: 0.9 * x).hook(location, lambda x: None)
+    expected = graph.run(IDS).logits
+    with torch.inference_mode():
+        assert torch.equal(graph.run(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_hook_keeps_is_not_changed_by_later_edits(family: str):
     graph = bound(family)
     clean = graph.run(IDS, save=graph.locations)
@@ -200,12 +210,13 @@ def test_what_a_hook_keeps_is_not_changed_by_later_edits(family: str):
 
 
 def broken(family: str, location: Location, **change: Any) -> ConformanceReport:
-    """What the check says of a binding in which one anchor is wrong."""
+    """What the check says of a binding in which one anchor is wrong, of it and the locations around it."""
     binding = binding_of(graph_of(family))
     anchors = binding.findings.anchors
     wrong = {**anchors, location: replace(anchors[location], **change)}
     candidate = HuggingFaceBinding(binding.model, replace(binding.findings, anchors=wrong))
-    return conformance.check(candidate, EXAMPLE, middle(candidate))
+    around = [x for x in middle(candidate) if group_of(x) == group_of(location)]
+    return conformance.check(candidate, EXAMPLE, around)
 
 
 def middle(binding: HuggingFaceBinding) -> list[Location]:
@@ -213,13 +224,22 @@ def middle(binding: HuggingFaceBinding) -> list[Location]:
     return [x for x in binding.locations if x.layer in (1, None)]
 
 
+def group_of(location: Location) -> str:
+    """What a location's equations are about: the stream, the inside of attention or of the MLP, the ends."""
+    part, _, name = location.type.name.partition(".")
+    return "stream" if part == "resid" or name == "out" else part
+
+
 def failed(report: ConformanceReport) -> set[tuple[Location, str]]:
     return {(p.location, p.invariant) for p in report.failures}
 
 
-def test_the_anchors_as_found_pass_the_same_check():
-    for family in FAMILIES:
-        assert broken(family, RESID_MID[1] if family != "neox" else RESID_PRE[1]).ok
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_anchors_as_found_pass_the_same_check(family: str):
+    for location in (RESID_PRE[1], ATTN_V[1], MLP_POST[1], FINAL_LN_OUT):
+        report = broken(family, location)
+        assert report.ok, report
+        assert location in {p.location for p in report.proofs}
 
 
 CONSERVED: dict[str, tuple[str, Location, dict[str, Any]]] = {

@@ -117,10 +117,11 @@ def metric(logits: Tensor) -> Tensor:
     return logits[:, -1, 3] - logits[:, -1, 4]
 
 
-def everywhere(graph: HookGraph) -> HookGraph:
-    """Something at every location: a forward hook that replaces, and a gradient hook."""
+def everywhere(graph: HookGraph, layer: int | None = 1) -> HookGraph:
+    """Something at every location, of one layer or of all: a forward hook that replaces, a gradient hook."""
     for location in graph.locations:
-        graph = graph.hook(location, torch.clone).hook(location.grad, torch.clone)
+        if layer is None or location.layer in (layer, None):
+            graph = graph.hook(location, torch.clone).hook(location.grad, torch.clone)
     return graph
 
 
@@ -390,7 +391,7 @@ def test_copies_everywhere_change_nothing_beyond_rounding(family: str):
     graph = bound(family)
     model = model_of(graph)
     before = outcome(model)
-    with everywhere(graph).attached():
+    with everywhere(graph, layer=None).attached():
         inside = outcome(model)
     for got, expected in zip(inside, before, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hookgraph import demo
-from hookgraph.demo import Pair
+from hookgraph.demo import Pair, evaluation
 from hookgraph.demo.card import model_card, stated_figures
 from hookgraph.demo.evaluation import (
     Figures,
@@ -254,6 +254,7 @@ def test_padding_bears_no_loss(model: GPT2LMHeadModel, tokenizer: PreTrainedToke
 def test_the_script_writes_a_folder_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    monkeypatch.setattr(evaluation, "PROMPTS", 20)
     figures = run(Recipe(steps=1, batch=4), tmp_path)
     monkeypatch.setattr(demo, "model_path", lambda: tmp_path)
     model, tokenizer = demo.load()

@@ -98,6 +98,16 @@ def test_no_gradient_of_the_parameters_is_computed_for_a_gradient_that_is_saved(
     assert all(w.grad is None and w.requires_grad for w in weights)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=["no_grad", "enable_grad"])
+def test_gradients_are_computed_whatever_the_callers_mode(mode: Callable[[], Any]):
+    graph, here = toy_graph(), RESID_POST[0]
+    expected = graph.run(IDS, save=[here.grad], metric=metric)[here.grad]
+    with mode():
+        enabled = torch.is_grad_enabled()
+        assert torch.equal(graph.run(IDS, save=[here.grad], metric=metric)[here.grad], expected)
+        assert torch.is_grad_enabled() == enabled
+
+
 def test_a_mapping_of_arguments_is_run_like_token_ids():
     graph = toy_graph()
     assert torch.equal(graph.run({"input_ids": IDS}).logits, plain(graph))

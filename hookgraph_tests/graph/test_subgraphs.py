@@ -9,6 +9,7 @@ from hookgraph.graph.abstract import AbstractSubgraph, Frame
 from hookgraph.ontology.autoencoder import ERROR, LATENTS
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import LOGITS, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
+from hookgraph_tests.families import FAMILIES, bound, tokens
 from hookgraph_tests.toy import Coordinates, orthonormal, toy_graph, toy_of, toy_tokens
 
 IDS = toy_tokens()
@@ -203,6 +204,21 @@ def test_a_frame_tells_what_is_asked_for():
         (False, False),
         (True, True),
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_subgraph_works_alike_on_every_model(family: str):
+    graph, q = bound(family, torch.float64), orthonormal(32, 3)
+    subgraph = Coordinates(SITE, "c", q)
+    injected = graph.inject(subgraph)
+    asked = [subgraph.latents, subgraph.latents.grad]
+    run = injected.run(tokens(), save=asked, metric=lambda logits: logits[:, -1, 3])
+    plain = graph.run(tokens(), save=[SITE, SITE.grad], metric=lambda logits: logits[:, -1, 3])
+    torch.testing.assert_close(run[subgraph.latents], plain[SITE] @ q)
+    torch.testing.assert_close(run[subgraph.latents.grad], plain[SITE.grad] @ q)
+    torch.testing.assert_close(run.logits, plain.logits)
+    edited = injected.hook(subgraph.latents.at(latent=1), lambda z: z + 1).run(tokens()).logits
+    torch.testing.assert_close(edited, graph.hook(SITE, lambda x: x + q[:, 1]).run(tokens()).logits)
 
 
 # --- errors -----------------------------------------------------------------------------------
