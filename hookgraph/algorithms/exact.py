@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.graph.abstract import Inputs
-from hookgraph.graph.hook_graph import HookGraph, Metric
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
 from hookgraph.hooks.slicing import read, write
 from hookgraph.ontology.locations import Location

@@ -1,61 +1,181 @@
-"""Metrics: logits -> one number per example. Values that call, print, and remember what they measure."""
+"""Metrics: logits -> one number per example. Values that call, print, and remember what they measure.
 
+Each says at which positions it reads the logits, so that a pass that asks for nothing else computes no
+others: see `hookgraph.graph.measuring.ReadingMetric`. Any function logits -> (batch,) is a metric too.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, final
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hookgraph.errors import MetricError
+from hookgraph.graph.measuring import Reads, take
 
 Tokens: TypeAlias = int | Sequence[int] | Tensor
-"""One token id for all examples, or one per example."""
+"""One token id, or position, for all examples, or one per example."""
 
 Logits: TypeAlias = Float[Tensor, "batch pos vocab"]
 PerExample: TypeAlias = Float[Tensor, " batch"]
 
 
+class PositionedMetric(ABC):
+    """A metric that reads the logits at `reads`. Subclasses are frozen dataclasses: one field per fact."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> Reads | None:
+        """The positions read: one for all examples, one or several per example; None for all of them."""
+
+    @abstractmethod
+    def of(self, logits: Logits) -> PerExample:
+        """The value of each example, from the logits at those positions alone."""
+
+    def __call__(self, logits: Logits) -> PerExample:
+        """The value of each example, from the logits at every position.
+
+        Raises:
+            MetricError: a position is out of range, or there is not one entry per example.
+        """
+        reads = self.reads
+        return self.of(logits if reads is None else take(logits, reads))
+
+    def rows(self, chosen: slice) -> "PositionedMetric":
+        """The same metric for some examples of the batch only."""
+        parts = {f.name: _rows(getattr(self, f.name), chosen) for f in fields(self)}  # pyright: ignore[reportArgumentType] (dataclasses)
+        return replace(self, **parts)  # pyright: ignore[reportArgumentType]
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class LogitDifference:
+class LogitDifference(PositionedMetric):
     """logit[correct] - logit[wrong] at the answer position. Made by `logit_diff`."""
 
     correct: Tokens
     wrong: Tokens
     pos: Tokens = -1
 
-    def __call__(self, logits: Logits) -> PerExample:
+    @property
+    def reads(self) -> Reads:
+        """The answer position."""
+        return _reads(self.pos)
+
+    def of(self, logits: Logits) -> PerExample:
         """The value of each example."""
-        at = _at(logits, self.pos)
-        return _of(at, self.correct) - _of(at, self.wrong)
+        return _pick(logits[:, 0], self.correct) - _pick(logits[:, 0], self.wrong)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class LogProbability:
+class LogProbability(PositionedMetric):
     """log softmax(logits)[token] at the answer position, in nats. Made by `log_prob`."""
 
     token: Tokens
     pos: Tokens = -1
 
-    def __call__(self, logits: Logits) -> PerExample:
+    @property
+    def reads(self) -> Reads:
+        """The answer position."""
+        return _reads(self.pos)
+
+    def of(self, logits: Logits) -> PerExample:
         """The value of each example."""
-        return _of(_at(logits, self.pos).log_softmax(-1), self.token)
+        return _pick(logits[:, 0].log_softmax(-1), self.token)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Probability:
+class Probability(PositionedMetric):
     """softmax(logits)[token] at the answer position. Made by `prob`."""
 
     token: Tokens
     pos: Tokens = -1
 
-    def __call__(self, logits: Logits) -> PerExample:
+    @property
+    def reads(self) -> Reads:
+        """The answer position."""
+        return _reads(self.pos)
+
+    def of(self, logits: Logits) -> PerExample:
         """The value of each example."""
-        return _of(_at(logits, self.pos).softmax(-1), self.token)
+        return _pick(logits[:, 0].softmax(-1), self.token)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Margin(PositionedMetric):
+    """logit[token] - the largest other logit, at the answer position. Made by `margin`."""
+
+    token: Tokens
+    pos: Tokens = -1
+
+    @property
+    def reads(self) -> Reads:
+        """The answer position."""
+        return _reads(self.pos)
+
+    def of(self, logits: Logits) -> PerExample:
+        """The value of each example."""
+        at = logits[:, 0]
+        chosen = _per_example(at, self.token, "token")[:, None]
+        rivals = at.scatter(1, chosen, -torch.inf).amax(-1)
+        return at.gather(1, chosen)[:, 0] - rivals
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class KullbackLeibler(PositionedMetric):
+    """KL(reference ‖ this) of the next-token distributions, in nats, mean over positions. Made by `kl_to`."""
+
+    reference: Float[Tensor, "batch pos vocab"]
+    """Log-probabilities at the positions read."""
+    pos: Tokens | None = -1
+
+    @property
+    def reads(self) -> Reads | None:
+        """The positions compared."""
+        return None if self.pos is None else _reads(self.pos)
+
+    def of(self, logits: Logits) -> PerExample:
+        """The value of each example."""
+        if logits.shape != self.reference.shape:
+            raise MetricError(
+                f"the logits have shape {tuple(logits.shape)}, the reference {tuple(self.reference.shape)}: "
+                "give the reference's logits on as many examples and positions"
+            )
+        gap = self.reference - logits.log_softmax(-1)
+        return (self.reference.exp() * gap).sum(-1).mean(-1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class CrossEntropy(PositionedMetric):
+    """-log p(next token) in nats, mean over the positions of an example. Made by `cross_entropy`."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"] | None = None
+
+    @property
+    def reads(self) -> None:
+        """All positions."""
+        return None
+
+    def of(self, logits: Logits) -> PerExample:
+        """The value of each example."""
+        if logits.shape[:2] != self.tokens.shape:
+            raise MetricError(
+                f"the logits have {tuple(logits.shape[:2])} examples and positions, the tokens "
+                f"{tuple(self.tokens.shape)}: give the tokens that are run"
+            )
+        surprise = -logits[:, :-1].log_softmax(-1).gather(2, self.tokens[:, 1:, None])[..., 0]
+        if self.mask is None:
+            return surprise.mean(-1)
+        real = (self.mask[:, 1:] & self.mask[:, :-1]).to(surprise.dtype)
+        return (surprise * real).sum(-1) / real.sum(-1)
 
 
 def logit_diff(correct: Tokens, wrong: Tokens, pos: Tokens = -1) -> LogitDifference:
@@ -77,15 +197,37 @@ def prob(token: Tokens, pos: Tokens = -1) -> Probability:
     return Probability(token, pos)
 
 
-def _at(logits: Logits, pos: Tokens) -> Float[Tensor, "batch vocab"]:
-    if isinstance(pos, int):
-        if not -logits.shape[1] <= pos < logits.shape[1]:
-            raise MetricError(f"pos={pos} is out of range, the logits have {logits.shape[1]} positions")
-        return logits[:, pos]
-    return logits[torch.arange(len(logits), device=logits.device), _per_example(logits, pos, "pos")]
+def margin(token: Tokens, pos: Tokens = -1) -> Margin:
+    """logit[token] - the largest other logit at position `pos`: above 0 where the token is the answer."""
+    return Margin(token, pos)
 
 
-def _of(values: Float[Tensor, "batch vocab"], token: Tokens) -> PerExample:
+def kl_to(reference: Logits, pos: Tokens | None = -1) -> KullbackLeibler:
+    """KL(softmax(reference) ‖ softmax(logits)) at position `pos`, in nats; with pos=None mean over all.
+
+    Args:
+        reference: logits of the run to compare with, at every position: `graph.run(clean).logits`.
+        pos: one position for all examples, one per example, or None.
+    """
+    read = reference if pos is None else take(reference, _reads(pos))
+    return KullbackLeibler(read.detach().log_softmax(-1), pos)
+
+
+def cross_entropy(tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> CrossEntropy:
+    """Mean over positions of -log p(next token), in nats.
+
+    Args:
+        tokens: the tokens that are run.
+        mask: which of them are real, as an attention mask says; all by default.
+    """
+    return CrossEntropy(tokens, None if mask is None else mask.bool())
+
+
+def _reads(pos: Tokens) -> Reads:
+    return pos if isinstance(pos, int) else torch.as_tensor(pos, dtype=torch.long)
+
+
+def _pick(values: Float[Tensor, "batch vocab"], token: Tokens) -> PerExample:
     if isinstance(token, int):
         return values[:, token]
     return values.gather(1, _per_example(values, token, "token")[:, None])[:, 0]
@@ -93,9 +235,17 @@ def _of(values: Float[Tensor, "batch vocab"], token: Tokens) -> PerExample:
 
 def _per_example(values: Tensor, chosen: Tokens, name: str) -> Int[Tensor, " batch"]:
     found = torch.as_tensor(chosen, device=values.device, dtype=torch.long)
+    found = found.expand(values.shape[0]) if found.ndim == 0 else found
     if found.shape != values.shape[:1]:
         raise MetricError(
             f"{name} has shape {tuple(found.shape)} for a batch of {values.shape[0]}: give one for all, "
             "or one per example"
         )
     return found
+
+
+def _rows(value: Any, chosen: slice) -> Any:
+    """The part of a field that belongs to some examples; what holds for all of them is kept."""
+    if isinstance(value, Tensor):
+        return value[chosen] if value.ndim else value
+    return value[chosen] if isinstance(value, Sequence) else value

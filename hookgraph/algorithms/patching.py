@@ -11,7 +11,8 @@ from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.results import Convention, PatchingEffect
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs
-from hookgraph.graph.hook_graph import HookGraph, Metric
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
 

@@ -19,7 +19,8 @@ from hookgraph.binding.identities import Identity, identities, watching
 from hookgraph.binding.state import model_state
 from hookgraph.errors import MetricError
 from hookgraph.graph.conformance import ConformanceReport, Proof
-from hookgraph.graph.hook_graph import HookGraph, Metric
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location

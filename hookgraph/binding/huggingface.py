@@ -16,15 +16,17 @@ from hookgraph.binding.anchors import Anchor, Role
 from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import embedding_of, prepare, vocabulary_size
-from hookgraph.binding.mechanisms import PassState, install, needs_state
+from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.measuring import Reads, take
 from hookgraph.hooks.handles import Handle, installed
 from hookgraph.hooks.taps import Tap, Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
+from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS
 from hookgraph.ontology.weights import WeightType
 
 _attached: set[nn.Module] = set()
@@ -163,6 +165,22 @@ class HuggingFaceBinding(AbstractBinding):
         if not eager:
             return lambda: OwnSoftmax(self._modules[path], taps, state)
         return lambda: Interior(self._modules[path], taps, eager, state)
+
+    @contextmanager
+    def reading(self, reads: Reads) -> Generator[bool]:
+        """Within this context the unembedding sees these positions only, if one module is known to be it."""
+        anchor = self.findings.anchors.get(FINAL_LN_OUT)
+        if anchor is None or anchor.mechanism != "input" or anchor.calls > 1 or LOGITS not in self._place:
+            yield False
+            return
+
+        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return replaced(args, kwargs, anchor.slot, take(element(args, kwargs, anchor.slot), reads))
+
+        # Not prepended: the taps at this place see every position.
+        head = self._modules[anchor.module]
+        with installed(lambda: head.register_forward_pre_hook(choose, with_kwargs=True)):
+            yield True
 
     @contextmanager
     def frozen(self) -> Generator[None]:

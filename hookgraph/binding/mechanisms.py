@@ -86,6 +86,16 @@ def element(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Tensor
     return kwargs[slot] if isinstance(slot, str) else args[slot or 0]
 
 
+def replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another tensor in a slot."""
+    if isinstance(slot, str):
+        return args, {**kwargs, slot: new}
+    place = slot or 0
+    return (*args[:place], new, *args[place + 1 :]), kwargs
+
+
 def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
     """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
     view = anchor.view

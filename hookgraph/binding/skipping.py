@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hookgraph.binding.findings import Layer
-from hookgraph.binding.mechanisms import element
+from hookgraph.binding.mechanisms import element, replaced
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import installed
@@ -53,13 +53,8 @@ def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> 
 
 @contextmanager
 def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Generator[None]:
-    slot = layer.input_slot
-
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(slot, str):
-            return args, {**kwargs, slot: value}
-        place = slot or 0
-        return (*args[:place], value, *args[place + 1 :]), kwargs
+        return replaced(args, kwargs, layer.input_slot, value)
 
     with installed(lambda: module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)):
         yield

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hookgraph.errors import UnknownLocationError
 from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.measuring import Reads
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.weights import WeightType
@@ -71,6 +72,13 @@ class AbstractBinding(ABC):
     @abstractmethod
     def frozen(self) -> AbstractContextManager[None]:
         """Within this context no parameter of the model asks for a gradient."""
+
+    def reading(self, reads: Reads) -> AbstractContextManager[bool]:
+        """Within this context `forward` returns the logits at these positions only, if the context says so.
+
+        A binding that cannot leave logits out returns all of them, and says False.
+        """
+        return nullcontext(False)
 
     def weight(
         self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK

@@ -1,6 +1,6 @@
 """`HookGraph`: a model's locations together with what is to happen at them, as a frozen value."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import final
@@ -9,20 +9,19 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import InputError, MetricError, SubgraphError, UnknownLocationError, nearest
+from hookgraph.errors import InputError, SubgraphError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.measuring import Metric, measure, positions_read
 from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import start_at, taps_from
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
+from hookgraph.ontology.transformer import LOGITS
 from hookgraph.ontology.weights import WeightType
-
-Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
-"""Logits -> one number per example."""
 
 
 @final
@@ -152,6 +151,7 @@ class HookGraph:
         save: Sequence[Location] = (),
         metric: Metric | None = None,
         grad: bool | None = None,
+        logits: bool = True,
     ) -> Run:
         """One forward pass, and one backward pass if a gradient is asked for.
 
@@ -164,13 +164,15 @@ class HookGraph:
             metric: logits -> one number per example.
             grad: True keeps the autograd graph of everything returned. By default there is one only
                 while gradients are asked for, without those of the model's parameters.
+            logits: False computes only the logits that the metric reads, if it says which; reading
+                `run.logits` then takes one more pass.
 
         Raises:
             UnknownLocationError: this graph has no such location.
             MetricError: the metric is not one number per example, or has no gradient at a location.
             InputError: the inputs cannot be run.
         """
-        return self._pass(self.binding.prepare(inputs), save, metric, grad)
+        return self._pass(self.binding.prepare(inputs), save, metric, grad, whole=logits)
 
     def replay(
         self,
@@ -181,6 +183,7 @@ class HookGraph:
         save: Sequence[Location] = (),
         metric: Metric | None = None,
         grad: bool | None = None,
+        logits: bool = True,
     ) -> Run:
         """Like `run` on the inputs of an earlier run, executing only what lies after a location.
 
@@ -206,7 +209,7 @@ class HookGraph:
             if self.check(location).root.precedes(after):
                 raise UnknownLocationError(f"{location} comes before {after}, where this replay starts")
         inputs = self.binding.prepare(dict(run.inputs), copies=copies)
-        return self._pass(inputs, save, metric, grad, start=start, after=after)
+        return self._pass(inputs, save, metric, grad, start=start, after=after, whole=logits)
 
     def _pass(
         self,
@@ -216,6 +219,8 @@ class HookGraph:
         grad: bool | None,
         start: Start | None = None,
         after: Location | None = None,
+        *,
+        whole: bool = True,
     ) -> Run:
         for location in save:
             self.check(location)
@@ -224,12 +229,16 @@ class HookGraph:
         taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.tracked)
         reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
+        reads = None if whole or LOGITS in taps else positions_read(metric)
+        reading = nullcontext(False) if reads is None else self.binding.reading(reads)
         frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
         attached = self.binding.attached(reached, start)
-        with frozen, torch.set_grad_enabled(needs_graph), attached, suppress(EnoughSeen):
+        with frozen, torch.set_grad_enabled(needs_graph), attached, reading as taken, suppress(EnoughSeen):
             logits = self.binding.forward(inputs)
         with torch.set_grad_enabled(needs_graph):
-            measured = None if metric is None or logits is None else _measure(metric, logits)
+            measured = None
+            if metric is not None and logits is not None:
+                measured = measure(metric, logits, taken=taken)
             values = recorder.values(measured)
         taps.clear()
         if not grad:
@@ -239,19 +248,8 @@ class HookGraph:
         def complete() -> Tensor:
             return self._pass(inputs, (), None, False, start, after).logits
 
-        return Run(values, measured, inputs, self.binding.metadata, complete if logits is None else logits)
-
-
-def _measure(metric: Metric, logits: Tensor) -> Float[Tensor, " batch"]:
-    found = metric(logits)
-    if not isinstance(found, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
-        raise MetricError(f"the metric returned {type(found).__name__}; return one number per example")
-    if found.shape != logits.shape[:1]:
-        raise MetricError(
-            f"the metric returned shape {tuple(found.shape)} for a batch of {logits.shape[0]}: "
-            "return one number per example, without averaging over the batch"
-        )
-    return found
+        known = None if taken else logits
+        return Run(values, measured, inputs, self.binding.metadata, complete if known is None else known)
 
 
 def _batch_size(inputs: Prepared) -> int:

@@ -14,5 +14,5 @@ LATENTS: Final = LocationType("latents", _LATENTS, 20, layered=False)
 """f = enc(x), the activations of the dictionary's latents."""
 RECONSTRUCTION: Final = LocationType("reconstruction", _STREAM, 30, layered=False)
 """x̂ = dec(f)."""
-ERROR: Final = LocationType("error", _STREAM, 30, layered=False)
-"""e = x - x̂, computed from the unedited latents."""
+ERROR: Final = LocationType("error", _STREAM, 30, layered=False, joint=(Dimension.D_MODEL,))
+"""e = x - x̂, computed from the unedited latents: one node per position."""

@@ -42,9 +42,11 @@ class LocationType:
         layered: whether there is one such location per layer. A type without layers and with a
             negative stage comes before all layers of its stack, otherwise after them.
         stack: which stack of layers it belongs to.
+        joint: axes along which the values are one node of an analysis, not one each: an error is a whole
+            vector per position.
 
     Raises:
-        LocationError: a malformed name, an unknown stack, or repeated dimensions.
+        LocationError: a malformed name, an unknown stack, repeated dimensions, or a joint one it lacks.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LocationType:
     stage: int
     layered: bool = True
     stack: str = MAIN_STACK
+    joint: tuple[Dimension, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or self.name.endswith(".grad"):
@@ -63,6 +66,8 @@ class LocationType:
             raise LocationError(f"unknown stack {self.stack!r}: {nearest(self.stack, STACKS)}")
         if len(set(self.dims)) != len(self.dims):
             raise LocationError(f"{self.name} repeats a dimension: {' '.join(self.dims)}")
+        if not set(self.joint) <= set(self.dims):
+            raise LocationError(f"{self.name} has no {' '.join(self.joint)} to be joint along")
         _declared[self.qualified_name] = self
 
     def __hash__(self) -> int:

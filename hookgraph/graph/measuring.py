@@ -1,0 +1,126 @@
+"""Metrics: logits -> one number per example, and what a metric may say of the logits that it reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, final, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hookgraph.errors import MetricError
+
+Metric: TypeAlias = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
+"""Logits -> one number per example."""
+
+Reads: TypeAlias = int | Int[Tensor, "..."]
+"""Positions whose logits are read: one for all examples, one per example, or several per example."""
+
+
+@runtime_checkable
+class ReadingMetric(Protocol):
+    """A metric that says which positions it reads, so that no other logits need be computed.
+
+    `metric(logits)` equals `metric.of(take(logits, metric.reads))`.
+    """
+
+    @property
+    def reads(self) -> Reads | None:
+        """The positions; None for all of them."""
+        ...
+
+    def of(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """The metric, from the logits at those positions alone."""
+        ...
+
+    def rows(self, chosen: slice) -> "ReadingMetric":
+        """The same metric for some examples of the batch only."""
+        ...
+
+
+def take(values: Float[Tensor, "batch pos ..."], reads: Reads) -> Float[Tensor, "batch ..."]:
+    """The chosen positions of each example.
+
+    Raises:
+        MetricError: a position is out of range, or there is not one row of them per example.
+    """
+    batch, length = values.shape[:2]
+    if isinstance(reads, int):
+        if not -length <= reads < length:
+            raise MetricError(f"pos={reads} is out of range, the logits have {length} positions")
+        return values[:, reads : reads + 1 or None]
+    if reads.shape[:1] != (batch,):
+        raise MetricError(
+            f"pos has shape {tuple(reads.shape)} for a batch of {batch}: give one for all, or one per example"
+        )
+    chosen = reads.to(values.device).view(batch, -1)
+    lowest, highest = int(chosen.min()), int(chosen.max())
+    if not -length <= lowest <= highest < length:
+        outside = lowest if lowest < -length else highest
+        raise MetricError(f"pos={outside} is out of range, the logits have {length} positions")
+    return values[torch.arange(batch, device=values.device)[:, None], chosen]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Tiled:
+    """A metric of `batch` examples, for a batch in which they stand several times, one after the other.
+
+    Row i of the larger batch belongs to example i modulo `batch`, as in a replay.
+    """
+
+    metric: Metric
+    batch: int
+    copies: int
+
+    @property
+    def reads(self) -> Reads | None:
+        """The positions that the metric reads, for each copy."""
+        if not isinstance(self.metric, ReadingMetric):
+            return None
+        reads = self.metric.reads
+        return reads.repeat(self.copies, *([1] * (reads.ndim - 1))) if isinstance(reads, Tensor) else reads
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """The metric of each copy."""
+        return torch.cat([self.metric(part) for part in self._parts(logits)])
+
+    def of(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """The metric of each copy, from the logits at its positions."""
+        part = self.metric.of if isinstance(self.metric, ReadingMetric) else self.metric
+        return torch.cat([part(logits) for logits in self._parts(logits)])
+
+    def _parts(self, logits: Float[Tensor, "batch pos vocab"]) -> list[Tensor]:
+        return [logits[i : i + self.batch] for i in range(0, len(logits), self.batch)]
+
+    def rows(self, chosen: slice) -> "ReadingMetric":
+        """Not meaningful: copies are not divided.
+
+        Raises:
+            MetricError: always.
+        """
+        raise MetricError("a metric over copies of a batch cannot be divided: divide the metric itself")
+
+
+def positions_read(metric: Metric | None) -> Reads | None:
+    """The positions that a metric says it reads; None where it may read any."""
+    return metric.reads if isinstance(metric, ReadingMetric) else None
+
+
+def measure(
+    metric: Metric, logits: Float[Tensor, "batch pos vocab"], *, taken: bool
+) -> Float[Tensor, " batch"]:
+    """One number per example. `taken`: the logits are those of the positions that the metric reads.
+
+    Raises:
+        MetricError: the metric is something else.
+    """
+    found = metric.of(logits) if taken and isinstance(metric, ReadingMetric) else metric(logits)
+    if not isinstance(found, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
+        raise MetricError(f"the metric returned {type(found).__name__}; return one number per example")
+    if found.shape != logits.shape[:1]:
+        raise MetricError(
+            f"the metric returned shape {tuple(found.shape)} for a batch of {logits.shape[0]}: "
+            "return one number per example, without averaging over the batch"
+        )
+    return found
