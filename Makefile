@@ -1,5 +1,5 @@
 # The contributor's interface. Every target makes its own environment on first use:
-#   make demo | test | lint | types | docs | bench | format | clean
+#   make demo | test | lint | types | docs | bench | sweep | format | clean
 # PYTHON names the interpreter that makes the environment, VENV its folder,
 # ARGS what is passed on to the tool (make test ARGS="-k patching").
 
@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs bench format clean
+.PHONY: help demo test lint types docs bench sweep format clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -53,6 +53,10 @@ docs: $(DEV)
 bench: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MALLOC_MMAP_THRESHOLD_=1073741824 \
 	MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864 $(BIN)/python -m benchmarks $(ARGS)
+
+# Every architecture of transformers, built tiny and bound: writes docs/reference/architectures.md.
+sweep: $(DEV)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m hookgraph_tests.sweep --write $(ARGS)
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,82 @@
+"""Which architectures there are, and a tiny random instance of each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hookgraph_tests.tiny.configs import tiny_config
+
+TABLES: Final = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "base": "MODEL_MAPPING_NAMES",
+}
+"""The mappings of transformers' automatic classes."""
+
+_DECODERS: Final = ("LMHeadModel", "ForCausalLM", "Decoder")
+
+
+def architectures(table: str) -> dict[str, str]:
+    """Every architecture of a table with the name of its class."""
+    names: dict[str, str | Sequence[str]] = getattr(modeling_auto, TABLES[table])
+    return {kind: found if isinstance(found, str) else found[0] for kind, found in names.items()}
+
+
+def build(table: str, architecture: str, *, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model, in evaluation mode. No gain is 1, no bias 0 and no matrix close to 0.
+
+    Args:
+        table: one of `TABLES`.
+        architecture: the `model_type` of its configuration.
+        attention: the implementation of attention; by default the model's own choice.
+        seed: of the weights.
+    """
+    name = architectures(table)[architecture]
+    cls = getattr(transformers, name)
+    config = _for_class(tiny_config(CONFIG_MAPPING[architecture]), cls)
+    if table == "causal" and name.endswith(_DECODERS):
+        for part in (config, *_parts(config)):
+            if hasattr(part, "is_decoder"):
+                part.is_decoder = True
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls._from_config(config, dtype=torch.float32, **options).eval()
+    _roughen(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def _for_class(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The configuration, or the one inside it that the class is made of."""
+    wanted = cls.config_class
+    if wanted is None or isinstance(config, wanted):
+        return config
+    return next((part for part in _parts(config) if isinstance(part, wanted)), config)
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    found = [getattr(config, name, None) for name in (config.sub_configs or {})]
+    return [part for part in found if isinstance(part, PreTrainedConfig)]
+
+
+@torch.no_grad()
+def _roughen(model: nn.Module, generator: torch.Generator) -> None:
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if parameter.ndim < 2:
+            parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0) + 0.1 * noise)
+            continue
+        fan = parameter.shape[-1] if parameter.ndim < 4 else math.prod(parameter.shape[1:])
+        if not float(parameter.std()) >= fan**-0.5:  # nor if it is not a number
+            parameter.copy_(noise * fan**-0.5)

@@ -1,0 +1,135 @@
+"""What an architecture needs beyond the rules: by `model_type`, the fields of its configuration.
+
+A field that is `UNSET` keeps its default. The configuration inside another is a mapping of its own fields;
+with a `model_type` where any class would do.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from hookgraph_tests.tiny.rules import EXPERTS, HEAD_WIDTH, HEADS, NEURONS, VOCABULARY, WIDTH
+
+UNSET: Final = object()
+
+_ROPE: Final = {"rope_type": "default", "rope_theta": 1e4}
+_SECTIONS: Final = {**_ROPE, "mrope_section": [2, 1, 1]}
+_GRANITE: Final = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
+_ALTERNATING: Final = ["sliding_attention", "full_attention"] * 2
+_MIXED: Final = ["linear_attention", "full_attention", "linear_attention"]
+_HYBRID: Final = ["linear_attention", "hybrid"] * 2
+
+OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
+    # Layers of several kinds
+    "bailing_hybrid": {"layer_group_size": 2, "layer_types": _MIXED},
+    "bamba": {"attn_layer_indices": [1]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_hidden_layers": UNSET},
+    "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 2, "prefix_lm": False},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "kimi_linear": {"layer_types": _MIXED},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": _HYBRID,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+        "num_key_value_heads": HEADS,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": _HYBRID,
+        "n_mamba_heads": 4,
+        "num_key_value_heads": HEADS,
+        "head_dim": UNSET,
+        "mamba_ngroups": 1,
+    },
+    # Mixers
+    "mamba2": {"num_heads": HEADS, "head_dim": 16, "expand": 2, "n_groups": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_WIDTH,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "hc_count": 2,
+    },
+    "xlstm": {
+        "hidden_size": 2 * WIDTH,
+        "num_heads": HEADS,
+        "qk_dim_factor": 1.0,
+        "v_dim_factor": 1.0,
+        "chunk_size": 7,
+        "ffn_round_up_to_multiple_of": 8,
+        "mode": "train",
+    },
+    # Attention
+    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "esmc": {"num_key_value_heads": HEADS},
+    "neomme": {"head_dim": 16},
+    "reformer": {
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh", "local"],
+        "num_buckets": 4,
+        "lsh_attn_chunk_length": 7,
+        "local_attn_chunk_length": 7,
+    },
+    # Experts
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": WIDTH,
+            "ffn_hidden_size": NEURONS,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": 2,
+        },
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    "granitemoehybrid": {
+        **_GRANITE,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_hidden_layers": 3,
+        "mamba_n_heads": 4,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "mamba_d_head": 16,
+    },
+    # Multipliers and caps that the defaults leave out
+    "gemma2": {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    "gemma3_text": {"final_logit_softcapping": 10.0},
+    "granite": _GRANITE,
+    "granite_swa": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitemoe_swa": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    # Keys and values shared between layers
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 4,
+        "layer_types": _ALTERNATING,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [NEURONS] * 4,
+    },
+    "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _ALTERNATING},
+    "gemma4_unified_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _ALTERNATING},
+    # Tokens and languages
+    "esm": {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 1,
+        "mask_token_id": 5,
+        "position_embedding_type": "rotary",
+    },
+    "xmod": {"default_language": "en_XX"},
+    # Positions of several axes
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
