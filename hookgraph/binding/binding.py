@@ -1,9 +1,8 @@
 """`bind`: from a model to a graph of proven locations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,15 +11,11 @@ from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import example_inputs, one_row
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
+from hookgraph.binding.proving import prove
 from hookgraph.binding.tracing import Trace, evaluating
-from hookgraph.binding.twins import make_twin
 from hookgraph.errors import BindingError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.locations import Location
-
-_SMALL = 30_000_000
-"""Models up to this many parameters are proven whole, on a copy in double precision."""
 
 
 def bind(
@@ -52,7 +47,10 @@ def bind(
         raise BindingError(f"{type(model).__name__} is not a transformers model")
     inputs = dict(example) if example is not None else example_inputs(model)
     binding = HuggingFaceBinding(model, _discover(model, inputs), tokenizer, example=inputs)
-    return HookGraph(binding.proven(_prove(binding)) if check else binding)
+    if not check:
+        return HookGraph(binding)
+    outcome = prove(binding)
+    return HookGraph(binding.proven(outcome.findings, outcome.report))
 
 
 def check(graph: HookGraph) -> ConformanceReport:
@@ -77,38 +75,3 @@ def _discover(model: PreTrainedModel, example: Mapping[str, Any]) -> Findings:
             f"failed with {type(error).__name__}: {error}"
         ) from error
     return discover(trace)
-
-
-def _prove(binding: HuggingFaceBinding) -> ConformanceReport:
-    """Check a small model whole, on a copy in double precision; of a large one some layers, as it is."""
-    model, example = binding.model, one_row(binding.example, binding.findings.batch)
-    if sum(p.numel() for p in model.parameters()) > _SMALL:
-        with evaluating(model):
-            return conformance.check(binding, example, _representatives(binding))
-    for dtype in (torch.float64, torch.float32):
-        twin, precise = make_twin(model, example, dtype)
-        candidate = HuggingFaceBinding(twin, binding.findings)
-        try:
-            if dtype != torch.float32 and not HookGraph(candidate).run(precise).logits.isfinite().all():
-                continue
-            return conformance.check(candidate, precise)
-        except RuntimeError:
-            if dtype == torch.float32:
-                raise
-            # The model mixes precisions inside and cannot be run, or replayed, in double precision.
-    raise BindingError(f"{type(model).__name__} could not be proven")
-
-
-def _representatives(binding: HuggingFaceBinding) -> Sequence[Location]:
-    """The locations of one layer of each kind: layers are of a kind if they are reached alike."""
-    kinds: dict[tuple[object, ...], tuple[str, int]] = {}
-    by_layer: dict[tuple[str, int], list[Location]] = {}
-    for location in binding.locations:
-        if location.layer is not None:
-            by_layer.setdefault((location.type.stack, location.layer), []).append(location)
-    for layer, locations in by_layer.items():
-        anchors = [binding.findings.anchors[x] for x in locations]
-        kind = tuple((a.location.type, a.mechanism, a.slot, a.view, a.epsilon) for a in anchors)
-        kinds.setdefault(kind, layer)
-    chosen = set(kinds.values())
-    return [x for x in binding.locations if x.layer is None or (x.type.stack, x.layer) in chosen]

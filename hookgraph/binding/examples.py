@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hookgraph.binding.inputs import embedding_of, vocabulary_size
+from hookgraph.binding.inputs import device_of, embedding_of, vocabulary_size
 from hookgraph.errors import BindingError
 
 _TOKENS = 7
@@ -42,7 +42,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
         inputs["decoder_input_ids"] = _token_ids(model)[:, :-2]
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    device = device_of(model)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _token_ids(model: PreTrainedModel) -> Tensor:

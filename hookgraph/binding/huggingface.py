@@ -4,7 +4,6 @@ import inspect
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hookgraph.binding.anchors import Anchor, Role
 from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.findings import Findings
-from hookgraph.binding.inputs import embedding_of, prepare, vocabulary_size
+from hookgraph.binding.inputs import device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
@@ -68,17 +67,10 @@ class HuggingFaceBinding(AbstractBinding):
         """What was proven when the model was bound."""
         return self._report
 
-    def proven(self, report: ConformanceReport) -> "HuggingFaceBinding":
-        """This binding with what failed in `report` taken out, each with its reason."""
-        findings = self.findings.without(
-            {p.location: f"{p.invariant} fails: {p.note}" for p in report.failures}
-        )
+    def proven(self, findings: Findings, report: ConformanceReport) -> "HuggingFaceBinding":
+        """A binding of the same model to what is left of the findings after a proof."""
         binding = HuggingFaceBinding(self.model, findings, self.tokenizer, example=self.example)
-        binding._report = replace(
-            report,
-            absent=findings.reasons,
-            mechanisms={k: v for k, v in report.mechanisms.items() if k in findings.anchors},
-        )
+        binding._report = report
         return binding
 
     def layers(self, stack: str) -> int:
@@ -102,7 +94,7 @@ class HuggingFaceBinding(AbstractBinding):
             tokenizer=self.tokenizer,
             accepted=self._accepted,
             vocabulary=vocabulary_size(self.model, self._embedding),
-            device=self._parameter.device,
+            device=self._device,
             copies=copies,
         )
 
@@ -212,6 +204,12 @@ class HuggingFaceBinding(AbstractBinding):
             raise UnknownLocationError(f"this model has no weight {wanted}: {nearest(wanted, known)}")
         with torch.no_grad():
             return normal_form(self._modules[source.module], source, bias=bias).detach()
+
+    @property
+    def _device(self) -> torch.device:
+        """Where inputs go: where the model is now, or where its weights are brought."""
+        device = self._parameter.device
+        return device_of(self.model) if device.type == "meta" else device
 
     @property
     def _parameter(self) -> Tensor:

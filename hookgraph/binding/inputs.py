@@ -58,6 +58,17 @@ def embedding_of(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs: where its weights are, or where they are brought for each pass."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    # accelerate keeps the weights elsewhere, and tells where it brings them.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(place) for place in places if place is not None), torch.device("cpu"))
+
+
 def vocabulary_size(model: PreTrainedModel, embedding: nn.Module | None) -> int:
     """How many tokens the embedding of a model has; a large number where neither of them says."""
     weight = getattr(embedding, "weight", None)

@@ -166,9 +166,17 @@ class Trace:
         """The value that this tensor is now; a source if nothing in the pass computed it."""
         found = self._current.get(id(tensor))
         if found is None:
-            name = self._names.get(id(tensor), "")
+            name = self._names.get(id(tensor)) or self._brought(tensor)
             found = self.add("parameter" if name else "", (), tensor, name=name)
         return found
+
+    def _brought(self, tensor: Tensor) -> str:
+        """The name of a weight that was brought from elsewhere for this pass, as accelerate does."""
+        if not isinstance(tensor, nn.Parameter) or not self._stack:
+            return ""
+        call = self._stack[-1]
+        own = next((name for name, p in call.module._parameters.items() if p is tensor), None)
+        return f"{call.path}.{own}" if own else ""
 
     def add(self, op: str, inputs: tuple[Value, ...], tensor: Tensor, **details: Any) -> Value:
         """Record that `op` computed `tensor`."""

@@ -1,6 +1,7 @@
 """Weights by name in their normal form, read off what a projection does rather than what it is called."""
 
 import torch
+from accelerate.utils import align_module_device
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ def affine_map(
     Where no parameter explains what the module does (quantised or adapted layers), W is what it returns
     for the unit vectors.
     """
+    with align_module_device(module):  # weights may lie elsewhere between passes
+        return _affine_map(module)
+
+
+def _affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
     tables = [p for p in module.parameters(recurse=False) if p.ndim == 2]
     for table in tables:
         for matrix in (table.mT, table):
@@ -55,9 +61,9 @@ def _width_in(module: nn.Module, tables: list[nn.Parameter]) -> int:
 def normal_form(module: nn.Module, source: WeightSource, *, bias: bool) -> Float[Tensor, "..."]:
     """The weight, or the bias, of a projection in the form that `WeightType` states."""
     if source.side == "table":
-        rows = next(module.parameters()).shape[0]
-        numbers = torch.arange(rows, device=next(module.parameters()).device)
-        return module.forward(numbers)
+        with align_module_device(module):
+            table = next(module.parameters())
+            return module.forward(torch.arange(table.shape[0], device=table.device))
     matrix, offset = affine_map(module)
     view = source.view
     if source.side == "input":

@@ -37,6 +37,8 @@ class ConformanceReport:
     mechanisms: Mapping[Location, str] = field(default_factory=dict[Location, str])
     absent: Mapping[Location, str] = field(default_factory=dict[Location, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    peers: Mapping[Location, Location] = field(default_factory=dict[Location, Location])
+    """For a location that was not checked itself: the one, reached alike, whose proofs stand for it."""
 
     @property
     def ok(self) -> bool:

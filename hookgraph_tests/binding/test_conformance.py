@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookgraph.binding import HuggingFaceBinding, bind, check, conformance, huggingface
+from hookgraph.binding import HuggingFaceBinding, bind, check, conformance, huggingface, proving
 from hookgraph.binding.views import Columns, Scaled
 from hookgraph.errors import UnknownLocationError
 from hookgraph.graph.conformance import INVARIANTS, ConformanceReport
@@ -369,7 +369,8 @@ def test_something_left_behind_is_found(monkeypatch: pytest.MonkeyPatch):
 def test_what_fails_is_absent_with_the_reason():
     binding = binding_of(graph_of("llama"))
     report = broken("llama", RESID_MID[1], mechanism="input")
-    graph = HookGraph(binding.proven(report))
+    outcome = proving.conclude(binding, report.proofs)
+    graph = HookGraph(binding.proven(outcome.findings, outcome.report))
     assert RESID_MID[1] not in graph.locations
     assert RESID_MID[2] in graph.locations
     with pytest.raises(

@@ -1,0 +1,239 @@
+"""Prove a binding where it is cheap: a small model whole, of a large one a tiny twin, or some layers."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, final
+
+import torch
+from transformers import PreTrainedModel
+
+from hookgraph.binding import conformance
+from hookgraph.binding.discovery import discover
+from hookgraph.binding.examples import example_inputs, one_row
+from hookgraph.binding.findings import Findings
+from hookgraph.binding.huggingface import HuggingFaceBinding
+from hookgraph.binding.peers import (
+    Agreement,
+    Place,
+    agreement,
+    first_of_each,
+    peers_among,
+    place_of,
+)
+from hookgraph.binding.tracing import Trace, evaluating
+from hookgraph.binding.twins import in_precision, make_excerpt, make_twin, tiny_twins
+from hookgraph.errors import BindingError
+from hookgraph.graph.conformance import ConformanceReport, Proof
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.locations import Location
+
+_SMALL: Final = 30_000_000
+"""Models up to this many parameters are proven whole, on a copy in double precision."""
+
+_EXCERPT: Final = 2_000_000_000
+"""Layers of a large model are copied up to this many parameters, together with what is outside of them."""
+
+_FEW: Final = 150
+"""Up to this many locations of a twin are proven each, above that only those of one layer of each kind."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What proving a model led to: what is left of what was found in it, and what was proven."""
+
+    findings: Findings
+    report: ConformanceReport
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Proven:
+    """Proofs on some model, for which locations of the one to bind they stand, and what the model is."""
+
+    proofs: tuple[Proof, ...] = ()
+    peers: Mapping[Location, tuple[Location, ...]] = field(
+        default_factory=dict[Location, tuple[Location, ...]]
+    )
+    text: str = ""
+
+
+def prove(binding: HuggingFaceBinding) -> Outcome:
+    """Prove every location, or one of each kind; what fails is left out, its peers too.
+
+    A small model is proven whole, on a copy in double precision. Of a large one, or one whose weights lie
+    elsewhere or are quantised, a tiny twin is made, of the same class and with the same kinds of layers; it
+    is resolved and proven whole, and speaks for those locations of the model that are reached like its own.
+    For the others copies of layers of the model are taken, one of each kind.
+    """
+    if _is_small(binding.model):
+        return conclude(binding, _on_copy(binding.model, binding.findings, binding.example))
+    findings, parts = binding.findings, list[_Proven]()
+    twin = _best_twin(binding)
+    rest = list(findings.anchors)
+    if twin is not None:
+        model, found, example, agreed = twin
+        parts.append(_on_twin(model, found, example, agreed))
+        findings = _fitted(binding.findings, found, agreed)
+        rest = agreed.alone(binding.findings)
+    if rest:
+        parts.append(_on_layers(binding, rest))
+    return _concluded(binding, findings, parts)
+
+
+def conclude(binding: HuggingFaceBinding, proofs: Sequence[Proof]) -> Outcome:
+    """What proofs of every location by itself lead to."""
+    return _concluded(binding, binding.findings, [_Proven(tuple(proofs), {}, "the whole model, copied")])
+
+
+def _is_small(model: PreTrainedModel) -> bool:
+    """Whether a copy of a model can be made and cast."""
+    parameters = list(model.parameters())
+    whole = all(p.is_floating_point() and p.device.type != "meta" for p in parameters)
+    return whole and sum(p.numel() for p in parameters) <= _SMALL
+
+
+def _best_twin(
+    binding: HuggingFaceBinding,
+) -> tuple[PreTrainedModel, Findings, Mapping[str, Any], Agreement] | None:
+    """A tiny twin that resolves like the model, or the one that is most like it."""
+    first = first_of_each(binding.model, binding.findings)
+    best: tuple[PreTrainedModel, Findings, Mapping[str, Any], Agreement] | None = None
+    for twin in tiny_twins(binding.model, _depths(binding.findings, first), _SMALL):
+        try:
+            example = example_inputs(twin)
+            found = discover(Trace(twin, example))
+        except Exception:
+            continue  # It cannot be run, or has no residual stream: these numbers are too small.
+        agreed = agreement(binding.model, binding.findings, twin, found)
+        if best is None or len(agreed.peers) > len(best[3].peers):
+            best = twin, found, example, agreed
+        if not agreed.alone(binding.findings):
+            break
+    return best if best is not None and best[3].peers else None
+
+
+def _depths(findings: Findings, first: Mapping[Place, Place]) -> dict[int, int]:
+    """How many layers a stack must keep to have one of each kind, by how many it has."""
+    depths: dict[int, int] = {}
+    for stack, layers in findings.layers.items():
+        last = max((layer for s, layer in first.values() if s == stack and layer is not None), default=0)
+        depths[len(layers)] = min(len(layers), max(2, last + 1, depths.get(len(layers), 0)))
+    return depths
+
+
+def _on_twin(
+    model: PreTrainedModel, found: Findings, example: Mapping[str, Any], agreed: Agreement
+) -> _Proven:
+    first = first_of_each(model, found)
+    stands = peers_among(list(found.anchors), first)
+    chosen = list(found.anchors) if len(found.anchors) <= _FEW else sorted(set(stands.values()), key=_order)
+    proofs = _on_copy(model, found, example, chosen)
+    known = set(chosen)
+    peers = {
+        x: tuple(dict.fromkeys(t if t in known else stands[t] for t in alike))
+        for x, alike in agreed.peers.items()
+    }
+    size = sum(p.numel() for p in model.parameters())
+    layers = ", ".join(f"{len(x)} layers" for x in found.layers.values())
+    return _Proven(tuple(proofs), peers, f"a tiny twin ({layers}, {size:,} parameters)")
+
+
+def _order(location: Location) -> tuple[object, ...]:
+    return location.order
+
+
+def _fitted(findings: Findings, found: Findings, agreed: Agreement) -> Findings:
+    """The findings with numbers that were fitted in double precision in place of those that were not."""
+    better = {
+        x: replace(anchor, epsilon=found.anchors[agreed.peers[x][0]].epsilon)
+        for x, anchor in findings.anchors.items()
+        if x in agreed.peers
+    }
+    return replace(findings, anchors={**findings.anchors, **better})
+
+
+def _on_layers(binding: HuggingFaceBinding, rest: Sequence[Location]) -> _Proven:
+    """Prove locations on copies of layers, one of each kind; on the model itself if it cannot be copied."""
+    findings = binding.findings
+    stands = peers_among(rest, first_of_each(binding.model, findings))
+    chosen = sorted(set(stands.values()), key=_order)
+    peers = {x: (stand,) for x, stand in stands.items()}
+    places = {place_of(x) for x in chosen}
+    kept = {findings.layers[s][n].module for s, n in places if n is not None}
+    paths = [x.module for stack in findings.layers.values() for x in stack]
+    kept |= {p for p in paths for x in chosen if findings.anchors[x].module.startswith(f"{p}.")}
+    example = one_row(binding.example, findings.batch)
+    # An equation is between all the locations of a layer, so all of them are looked at.
+    inside = {x: a for x, a in findings.anchors.items() if x.layer is None or place_of(x) in places}
+    if not _can_be_copied(binding.model, findings, kept):
+        with evaluating(binding.model):
+            proofs = conformance.check(binding, example, list(inside)).proofs
+        return _Proven(_about(proofs, chosen), peers, f"{len(kept)} layers of the model itself")
+    excerpt = make_excerpt(binding.model, findings, kept, torch.float32)
+    modules = dict(excerpt.named_modules())
+    weights = {k: w for k, w in findings.weights.items() if w.module in modules}
+    candidate = HuggingFaceBinding(excerpt, replace(findings, anchors=inside, weights=weights))
+    proofs = conformance.check(candidate, in_precision(example, torch.float32)).proofs
+    return _Proven(_about(proofs, chosen), peers, f"{len(kept)} layers of the model, copied")
+
+
+def _about(proofs: Sequence[Proof], locations: Sequence[Location]) -> tuple[Proof, ...]:
+    wanted = set(locations)
+    return tuple(p for p in proofs if p.location in wanted)
+
+
+def _can_be_copied(model: PreTrainedModel, findings: Findings, kept: Collection[str]) -> bool:
+    """Whether what is outside the layers, and the layers kept, have plain weights, and not too many."""
+    layers = {x.module for stack in findings.layers.values() for x in stack} - set(kept)
+    skipped = {id(p) for path in layers for p in model.get_submodule(path).parameters()}
+    copied = [p for p in model.parameters() if id(p) not in skipped]
+    plain = all(p.is_floating_point() and p.device.type != "meta" for p in copied)
+    return plain and sum(p.numel() for p in copied) <= _EXCERPT
+
+
+def _on_copy(
+    model: PreTrainedModel,
+    findings: Findings,
+    example: Mapping[str, Any],
+    chosen: Sequence[Location] | None = None,
+) -> tuple[Proof, ...]:
+    """Prove on a copy in double precision, or in single where the model mixes precisions inside."""
+    row = one_row(example, findings.batch)
+    for dtype in (torch.float64, torch.float32):
+        twin, precise = make_twin(model, row, dtype)
+        candidate = HuggingFaceBinding(twin, findings)
+        try:
+            if dtype != torch.float32 and not HookGraph(candidate).run(precise).logits.isfinite().all():
+                continue
+            return conformance.check(candidate, precise, chosen).proofs
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            # The model cannot be run, or replayed, in double precision.
+    raise BindingError(f"{type(model).__name__} could not be proven")
+
+
+def _concluded(binding: HuggingFaceBinding, findings: Findings, parts: Sequence[_Proven]) -> Outcome:
+    """Leave out what failed, in its peers too, and write the report."""
+    failed: dict[Location, str] = {}
+    stands: dict[Location, Location] = {}
+    for part in parts:
+        reasons = {p.location: f"{p.invariant} fails: {p.note}" for p in part.proofs if not p.holds}
+        for location in findings.anchors:
+            peers = part.peers.get(location, ()) if part.peers else (location,)
+            bad = next((x for x in peers if x in reasons), None)
+            if bad is not None:
+                failed.setdefault(location, reasons[bad] if bad == location else f"{reasons[bad]} ({bad})")
+            elif peers and location not in peers:
+                stands.setdefault(location, peers[0])
+    left = findings.without(failed)
+    proofs = [p for part in parts for p in part.proofs]
+    report = ConformanceReport(
+        tuple(proofs),
+        {k: str(a) for k, a in sorted(left.anchors.items(), key=lambda pair: pair[0].order)},
+        dict(sorted(left.reasons.items(), key=lambda pair: pair[0].order)),
+        {**binding.metadata, "proven on": "; ".join(part.text for part in parts)},
+        {k: v for k, v in stands.items() if k in left.anchors},
+    )
+    return Outcome(left, report)
