@@ -16,7 +16,6 @@ from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
 from hookgraph.hooks.slicing import read, write
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import RESID_PRE
 
 
 def exact_effects(
@@ -60,11 +59,8 @@ def exact_effects(
 def _by_entry(graph: HookGraph, nodes: Sequence[Location]) -> list[tuple[Location | None, list[Location]]]:
     """Nodes by the boundary between blocks at which a replay that patches them may start."""
     groups: dict[Location | None, list[Location]] = {}
-    known = frozenset(graph.locations)
     for node in dict.fromkeys(nodes):
-        layer, stack = node.root.layer, node.root.type.stack
-        entry = RESID_PRE[layer] if layer is not None and stack == RESID_PRE.stack else None
-        groups.setdefault(entry if entry in known else None, []).append(node)
+        groups.setdefault(graph.entry(node), []).append(node)
     return list(groups.items())
 
 

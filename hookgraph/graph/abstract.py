@@ -9,10 +9,11 @@ from typing import TypeAlias, final
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import UnknownLocationError
+from hookgraph.errors import SubgraphError, UnknownLocationError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads
 from hookgraph.hooks.taps import Taps
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.weights import WeightType
 
@@ -114,38 +115,76 @@ class Frame:
     taps: Taps
     memory: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
-    def wanted(self, location: Location) -> bool:
-        """Whether anyone hooks, saves or splices at this location: if not, it need not be computed."""
-        return location in self.taps
+    def wanted(self, *locations: Location) -> bool:
+        """Whether anyone hooks, saves or splices at one of these: if not, none need be computed."""
+        return any(location in self.taps for location in locations)
 
     def edited(self, location: Location) -> bool:
         """Whether the value at this location may be replaced."""
         tap = self.taps.get(location)
         return tap is not None and tap.edits
 
-    def tap(self, location: Location, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Let everything happen that is asked for at this location; returns the value to go on with."""
+    def asked(self, location: Location, dim: Dimension) -> tuple[int, ...] | None:
+        """The indices along one axis of which anything is asked; None where that may be all of them.
+
+        It is enough to compute these, and to hand them over: `frame.tap(location.at(latent=[3, 5]), part)`.
+        """
         tap = self.taps.get(location)
-        return value if tap is None else tap(value)
+        return () if tap is None else tap.asked(dim)
+
+    def tap(self, location: Location, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Let everything happen that is asked for at this location; returns the value to go on with.
+
+        What is handed over stays as it is: hooks see a copy, and the gradient at the location is that of
+        what is returned, whatever else `value` is used for. `value` itself comes back if it was not
+        replaced and no gradient goes through it.
+        """
+        tap = self.taps.get(location.whole)
+        if tap is None:
+            return value
+        apart = value.clone() if tap.edits else value.view_as(value) if value.is_floating_point() else value
+        new = tap(apart, location if location.index else None)
+        return value if new is apart and not new.requires_grad else new
+
+
+@final
+class _Name:
+    """`name`, which a subclass gives as a field, a property or a class attribute."""
+
+    def __get__(self, subgraph: "AbstractSubgraph | None", kind: type) -> str:
+        if subgraph is None:
+            raise AttributeError("no default for a field of a dataclass")
+        raise SubgraphError(f"{kind.__name__} has no name: give it a field or a property `name`")
+
+
+@final
+class _Sites:
+    """`sites`, unless a subclass has a field, a property or a class attribute of that name."""
+
+    def __get__(self, subgraph: "AbstractSubgraph | None", kind: type) -> tuple[Location, ...]:
+        if subgraph is None:
+            raise AttributeError("no default for a field of a dataclass")
+        return tuple(dict.fromkeys(x.site for x in subgraph.locations if x.site is not None))
 
 
 class AbstractSubgraph(ABC):
-    """Something injected into a model that brings locations of its own into being."""
+    """Something injected into a model that brings locations of its own into being.
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Its name, unique among the subgraphs of one site; a part of its locations' names."""
+    A subclass is usually a frozen dataclass (with `eq=False` if it holds tensors).
+    """
 
-    @property
-    @abstractmethod
-    def sites(self) -> tuple[Location, ...]:
-        """The whole locations that it reads or writes, of the model or of another subgraph."""
+    # Neither annotated nor abstract, so that a subclass may have fields of these names.
+    name = _Name()
+    """Its name, unique among the subgraphs of one site; a part of its locations' names."""
+
+    sites = _Sites()
+    """The whole locations that it reads or writes, of the model or of another subgraph: unless stated
+    otherwise, those at which its locations stand."""
 
     @property
     @abstractmethod
     def locations(self) -> tuple[Location, ...]:
-        """The locations it brings into being, each made by `Location.within(site, self.name)`."""
+        """The locations it brings into being, each made by `TYPE().within(site, self.name)`."""
 
     @abstractmethod
     def visit(self, site: Location, value: Shaped[Tensor, "..."], frame: Frame) -> Shaped[Tensor, "..."]:

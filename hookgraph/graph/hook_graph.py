@@ -15,7 +15,7 @@ from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Metric, measure, positions_read
 from hookgraph.graph.recording import EnoughSeen, Recorder
-from hookgraph.graph.replay import start_at, taps_from
+from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_from
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
@@ -89,11 +89,15 @@ class HookGraph:
         if whole in self._known:
             return location
         if whole.site is not None:
-            near = nearest(str(whole), map(str, self._known))
-            raise UnknownLocationError(
-                f"this graph has no location {whole}: inject its subgraph first; {near}"
-            )
+            raise UnknownLocationError(f"this graph has no location {whole}: {self._why_not_inside(whole)}")
         raise UnknownLocationError(f"this model has no location {whole}: {self.binding.why_absent(whole)}")
+
+    def _why_not_inside(self, whole: Location) -> str:
+        for subgraph in self.subgraphs:
+            if subgraph.name == whole.subgraph and whole.site in subgraph.sites:
+                near = nearest(str(whole), map(str, subgraph.locations))
+                return f"subgraph {subgraph.name!r} brings none such into being; {near}"
+        return f"inject its subgraph first; {nearest(str(whole), map(str, self._known))}"
 
     @property
     def _known(self) -> frozenset[Location]:
@@ -199,17 +203,25 @@ class HookGraph:
         Raises:
             LocationError: `after` is no boundary between blocks, or something asked for precedes it.
             ShapeMismatchError: the batch of the value is no multiple of the earlier one.
+            SubgraphError: a subgraph has sites before `after` and others behind it.
             InputError: the earlier run holds no inputs.
         """
+        check_entry(self.check(after), self.subgraphs)
         entering = run[after] if value is None else value
         if not entering.requires_grad:  # a tensor of its own, since gradients may be asked for there
             entering = entering.detach()
-        start, copies = start_at(self.check(after), entering, _batch_size(run.inputs))
+        start, copies = start_at(after, entering, _batch_size(run.inputs))
         for location in save:
             if self.check(location).root.precedes(after):
                 raise UnknownLocationError(f"{location} comes before {after}, where this replay starts")
         inputs = self.binding.prepare(dict(run.inputs), copies=copies)
         return self._pass(inputs, save, metric, grad, start=start, after=after, whole=logits)
+
+    def entry(self, location: Location) -> Location | None:
+        """The last `resid.pre` from which a replay reaches `location`, and whole every subgraph that it
+        reaches; None if there is none.
+        """
+        return latest_entry(self.check(location), self._known, self.subgraphs)
 
     def _pass(
         self,
@@ -260,23 +272,29 @@ def _batch_size(inputs: Prepared) -> int:
 
 
 def _check_injectable(graph: HookGraph, subgraph: AbstractSubgraph) -> None:
+    name = subgraph.name
     if not subgraph.sites:
-        raise SubgraphError(f"subgraph {subgraph.name!r} names no site at which to inject it")
+        raise SubgraphError(f"subgraph {name!r} names no site at which to inject it")
     for site in subgraph.sites:
         if site != site.whole:
-            raise SubgraphError(f"subgraph {subgraph.name!r}: a site is a whole location, not {site}")
+            raise SubgraphError(f"subgraph {name!r}: a site is a whole location, not {site}")
         try:
             graph.check(site)
         except UnknownLocationError as error:
-            raise SubgraphError(f"subgraph {subgraph.name!r} cannot be injected: {error}") from error
+            raise SubgraphError(f"subgraph {name!r} cannot be injected: {error}") from error
         for other in graph.subgraphs:
-            if other.name == subgraph.name and site in other.sites:
-                raise SubgraphError(f"a subgraph called {subgraph.name!r} is at {site} already")
+            if other.name == name and site in other.sites:
+                raise SubgraphError(f"a subgraph called {name!r} is at {site} already")
     for location in subgraph.locations:
-        if location.site not in subgraph.sites or location.subgraph != subgraph.name:
+        if location.site not in subgraph.sites or location.subgraph != name:
             raise SubgraphError(
-                f"subgraph {subgraph.name!r} declares {location}: its locations stand at one of its "
-                f"sites and bear its name, as {location.type}.within(site, {subgraph.name!r}) makes them"
+                f"subgraph {name!r} declares {location}: its locations stand at one of its "
+                f"sites and bear its name, as {location.type}.within(site, {name!r}) makes them"
+            )
+        if location.layer not in (None, location.root.layer):
+            raise SubgraphError(
+                f"subgraph {name!r} declares {location}: inside a subgraph the layer is that of the "
+                f"site; declare {location.type} with layered=False"
             )
         if subgraph.locations.count(location) > 1:
-            raise SubgraphError(f"subgraph {subgraph.name!r} declares {location} twice")
+            raise SubgraphError(f"subgraph {name!r} declares {location} twice")

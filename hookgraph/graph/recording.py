@@ -1,6 +1,6 @@
 """Saves: keep what was asked for, stop the pass when nothing more is asked for, be complete."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast, final
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hookgraph.errors import HookGraphError, MetricError
-from hookgraph.hooks.slicing import read
+from hookgraph.hooks.slicing import read, relative
 from hookgraph.hooks.taps import Observer
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
@@ -41,14 +41,16 @@ class Recorder:
         """The whole locations whose saved value the model goes on with, so that it can be differentiated."""
         self._missing = len(self._wholes)
         self._seen: dict[Location, Tensor] = {}
+        self._given: dict[Location, Location] = {}
+        """Which part of a whole location was seen, where it was not all of it."""
         self._parts: dict[Location, Tensor] = {}
         self._gradients: dict[Location, Tensor] = {}
 
     def observers(self) -> Mapping[Location, Observer]:
-        """What to call with the value at each whole location."""
-        return {whole: self._observer(whole, parts) for whole, parts in self._wholes.items()}
+        """What is to see the value at each whole location."""
+        return {w: Observer(self._see(w, parts), tuple(parts)) for w, parts in self._wholes.items()}
 
-    def _observer(self, whole: Location, parts: list[Location]) -> Observer:
+    def _see(self, whole: Location, parts: list[Location]) -> Callable[[Tensor, Location | None], None]:
         # A part is copied so that the whole tensor need not be kept alive for it.
         copy = not self._keep_graph and all(p.index and p.pass_type is PassType.FORWARD for p in parts)
         differentiated = whole in self.differentiated
@@ -58,11 +60,13 @@ class Recorder:
             # Not through self, which holds the value that will hold this hook: nothing frees such a cycle.
             gradients[whole] = gradient
 
-        def observe(value: Tensor) -> None:
+        def see(value: Tensor, given: Location | None) -> None:
             if whole in self._seen:
                 raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
+            if given is not None:
+                self._given[whole] = given
             if copy:
-                self._parts.update({p: read(p, value).clone() for p in parts})
+                self._parts.update({p: read(self._here(p), value).clone() for p in parts})
             self._seen[whole] = self._parts[parts[0]] if copy else value
             if differentiated and value.requires_grad:
                 # What autograd returns may lie before or after the gradient hooks; this lies after.
@@ -71,7 +75,12 @@ class Recorder:
             if self._stop and self._missing == 0:
                 raise EnoughSeen
 
-        return observe
+        return see
+
+    def _here(self, location: Location) -> Location:
+        """A location in the coordinates of what was seen of it."""
+        given = self._given.get(location.whole)
+        return location if given is None else relative(location, given)
 
     def values(self, metric: Float[Tensor, " batch"] | None) -> dict[Location, Shaped[Tensor, "..."]]:
         """Everything asked for, in the order of asking.
@@ -87,11 +96,11 @@ class Recorder:
         values: dict[Location, Tensor] = {}
         for location in self.asked:
             if location.pass_type is PassType.BACKWARD:
-                values[location] = read(location, self._gradients[location.whole])
+                values[location] = read(self._here(location), self._gradients[location.whole])
             elif location in self._parts:
                 values[location] = self._parts[location]
             else:
-                value = read(location, self._seen[location.whole])
+                value = read(self._here(location), self._seen[location.whole])
                 values[location] = value if self._keep_graph else value.detach()
         return values
 

@@ -1,10 +1,12 @@
 """Re-execute only what lies after a location of an earlier run."""
 
+from collections.abc import Sequence
+
 from jaxtyping import Shaped
 from torch import Tensor
 
-from hookgraph.errors import LocationError, ShapeMismatchError
-from hookgraph.graph.abstract import Start
+from hookgraph.errors import LocationError, ShapeMismatchError, SubgraphError
+from hookgraph.graph.abstract import AbstractSubgraph, Start
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import RESID_POST, RESID_PRE
@@ -36,3 +38,35 @@ def taps_from(after: Location, taps: Taps) -> tuple[Taps, list[Location]]:
     """The taps that a replay from `after` reaches, and the locations of those that it does not."""
     reached = {k: v for k, v in taps.items() if not k.root.precedes(after)}
     return reached, [k for k in taps if k not in reached]
+
+
+def check_entry(after: Location, subgraphs: Sequence[AbstractSubgraph]) -> None:
+    """Refuse a replay that would reach some sites of a subgraph and not the others.
+
+    Raises:
+        SubgraphError: naming the subgraph, and what it would not see.
+    """
+    for subgraph in subgraphs:
+        missed = _missed(subgraph, after)
+        if missed:
+            raise SubgraphError(
+                f"a replay from {after} would reach subgraph {subgraph.name!r} without {missed[0]}, which it "
+                "reads or writes too: start before that"
+            )
+
+
+def latest_entry(
+    location: Location, known: frozenset[Location], subgraphs: Sequence[AbstractSubgraph]
+) -> Location | None:
+    """The last `resid.pre` from which a replay reaches a location, and subgraphs whole or not at all."""
+    stack, layer = location.root.type.stack, location.root.layer
+    if stack != RESID_PRE.stack or layer is None:
+        return None
+    entries = (RESID_PRE[i] for i in reversed(range(layer + 1)))
+    return next((x for x in entries if x in known and not any(_missed(s, x) for s in subgraphs)), None)
+
+
+def _missed(subgraph: AbstractSubgraph, after: Location) -> list[Location]:
+    """The sites that a replay does not reach, of a subgraph of which it reaches others."""
+    missed = [site for site in subgraph.sites if site.root.precedes(after)]
+    return missed if len(missed) < len(subgraph.sites) else []

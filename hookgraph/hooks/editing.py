@@ -6,22 +6,26 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from hookgraph.errors import ShapeMismatchError
-from hookgraph.hooks.slicing import read, write
+from hookgraph.hooks.slicing import read, relative, write
 from hookgraph.ontology.locations import Location
 
 Hook = Callable[[Tensor], Tensor | None]
 """What a user registers: gets the tensor, returns a replacement, or None to leave it."""
 
 
-def apply_hook(location: Location, hook: Hook, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+def apply_hook(
+    location: Location, hook: Hook, value: Shaped[Tensor, "..."], given: Location | None = None
+) -> Shaped[Tensor, "..."]:
     """`value` after `hook` was given the part that `location` names; `value` itself if unchanged.
 
-    A hook that changes its tensor in place, and returns it or None, has edited it too.
+    With `given`, `value` is no more than that part of the activation. A hook that changes its tensor in
+    place, and returns it or None, has edited it too.
 
     Raises:
         ShapeMismatchError: the hook returned no tensor, or one of another shape, dtype or device.
     """
-    part = read(location, value)
+    here = location if given is None else relative(location, given)
+    part = read(here, value)
     version = _version(part)
     new = hook(part)
     if new is None or new is part:
@@ -38,7 +42,7 @@ def apply_hook(location: Location, hook: Hook, value: Shaped[Tensor, "..."]) -> 
             f"the hook at {location} was given {_describe(part)} and returned {_describe(new)}; "
             "an edit keeps shape, dtype and device"
         )
-    return write(location, value, new)
+    return write(here, value, new)
 
 
 def _version(value: Tensor) -> int | None:

@@ -15,14 +15,16 @@ def differentiable(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return value
 
 
-def hook_gradient(value: Float[Tensor, "..."], hooks: tuple[tuple[Location, Hook], ...]) -> None:
-    """Let `hooks`, in order, see and replace the gradient of `value`."""
+def hook_gradient(
+    value: Float[Tensor, "..."], hooks: tuple[tuple[Location, Hook], ...], given: Location | None = None
+) -> None:
+    """Let `hooks`, in order, see and replace the gradient of `value`, the part `given` of an activation."""
     if not differentiable(value).requires_grad:
         return
 
     def on_gradient(gradient: Tensor) -> Tensor:
         for location, hook in hooks:
-            gradient = apply_hook(location, hook, gradient)
+            gradient = apply_hook(location, hook, gradient, given)
         return gradient
 
     value.register_hook(on_gradient)  # pyright: ignore[reportUnknownMemberType]

@@ -26,6 +26,23 @@ def read(location: Location, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..
     return view
 
 
+def relative(location: Location, given: Location) -> Location:
+    """`location` in the coordinates of `given`: a part of the same activation, by lists, that holds it.
+
+    Raises:
+        LocationError: `given` does not hold all of `location`.
+    """
+    chosen = dict(location.index)
+    for dim, held in given.index:
+        part = chosen.get(dim)
+        asked = (part,) if isinstance(part, int) else part
+        if not isinstance(held, tuple) or not isinstance(asked, tuple) or not set(asked) <= set(held):
+            raise LocationError(f"{location} was asked for, and only {given} was handed over")
+        place = {index: i for i, index in enumerate(held)}
+        chosen[dim] = place[part] if isinstance(part, int) else tuple(place[i] for i in asked)
+    return location if not given.index else location.at(**{d.value: i for d, i in chosen.items()})
+
+
 def write(
     location: Location, value: Shaped[Tensor, "..."], part: Shaped[Tensor, "..."]
 ) -> Shaped[Tensor, "..."]:

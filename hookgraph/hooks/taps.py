@@ -3,6 +3,8 @@
 Order of events: forward hooks in order of registration; gradient hooks, which see the gradient of
 the final hooked value; saves; then subgraphs, in order of injection. Locations inside a subgraph
 have taps of their own, which obey the same rule.
+
+A subgraph may hand a tap only that part of its location of which anything is asked.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,13 +16,29 @@ from torch import Tensor
 
 from hookgraph.hooks.editing import Hook, apply_hook
 from hookgraph.hooks.gradients import differentiable, hook_gradient
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 Splice = Callable[[Location, Tensor], Tensor]
 """What a subgraph does at one of its sites: gets site and value, returns the value that goes on."""
 
-Observer = Callable[[Tensor], None]
-"""What receives the value of a location after its hooks."""
+
+@final
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """What receives the value of a location after its hooks.
+
+    Args:
+        see: is given the value, and the part of the location that it is; None for the whole.
+        parts: what it makes use of; nothing said is the whole.
+    """
+
+    see: Callable[[Tensor, Location | None], None]
+    parts: tuple[Location, ...] = ()
+
+    def __call__(self, value: Shaped[Tensor, "..."], given: Location | None = None) -> None:
+        """See a value."""
+        self.see(value, given)
 
 
 @final
@@ -35,7 +53,7 @@ class Tap:
         location: the whole activation.
         hooks: forward hooks, with the part each is for.
         gradient_hooks: gradient hooks, with the part each is for.
-        observers: are given the value after the hooks, before the subgraphs.
+        observers: see the value after the hooks, before the subgraphs.
         splices: the subgraphs at this site.
         needs_gradient: make the value the start of the autograd graph if nothing before it is.
     """
@@ -56,16 +74,33 @@ class Tap:
         tracks = bool(self.gradient_hooks) or self.needs_gradient
         object.__setattr__(self, "tracks_gradient", tracks)
 
-    def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Let everything happen, in order; returns what the model goes on with."""
+    def asked(self, dim: Dimension) -> tuple[int, ...] | None:
+        """The indices along one axis of which anything is asked; None where that may be all of them."""
+        if self.splices or not all(observer.parts for observer in self.observers):
+            return None
+        found: set[int] = set()
+        named = [location for location, _ in (*self.hooks, *self.gradient_hooks)]
+        for location in (*named, *(part for observer in self.observers for part in observer.parts)):
+            part = dict(location.index).get(dim)
+            chosen = (part,) if isinstance(part, int) else part
+            if not isinstance(chosen, tuple) or min(chosen) < 0:
+                return None
+            found.update(chosen)
+        return tuple(sorted(found))
+
+    def __call__(self, value: Shaped[Tensor, "..."], given: Location | None = None) -> Shaped[Tensor, "..."]:
+        """Let everything happen, in order; returns what the model goes on with.
+
+        With `given`, `value` is no more than that part of the location, which holds all that is asked for.
+        """
         for location, hook in self.hooks:
-            value = apply_hook(location, hook, value)
+            value = apply_hook(location, hook, value, given)
         if self.gradient_hooks:
-            hook_gradient(value, self.gradient_hooks)
+            hook_gradient(value, self.gradient_hooks, given)
         elif self.needs_gradient:
             differentiable(value)
         for observe in self.observers:
-            observe(value)
+            observe(value, given)
         for splice in self.splices:
             value = splice(self.location, value)
         return value

@@ -1,10 +1,11 @@
+from dataclasses import dataclass
 from typing import final
 
 import pytest
 import torch
 from torch import Tensor
 
-from hookgraph.errors import SubgraphError
+from hookgraph.errors import SubgraphError, UnknownLocationError
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
 from hookgraph.ontology.autoencoder import ERROR, LATENTS
 from hookgraph.ontology.locations import Location
@@ -221,6 +222,150 @@ def test_a_subgraph_works_alike_on_every_model(family: str):
     torch.testing.assert_close(edited, graph.hook(SITE, lambda x: x + q[:, 1]).run(tokens()).logits)
 
 
+# --- how a class may state its name and its sites ----------------------------------------------
+
+
+class Moving(AbstractSubgraph):
+    """Adds one at its site, and nothing else: the base of classes that say who they are in many ways."""
+
+    def visit(self, site: Location, value: Tensor, frame: Frame) -> Tensor:
+        return value + 1
+
+
+@dataclass(frozen=True)
+class Fields(Moving):
+    sites: tuple[Location, ...]
+    name: str
+    locations: tuple[Location, ...] = ()
+
+
+@dataclass(frozen=True)
+class Derived(Moving):
+    site: Location
+    name: str = "default"
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        return (LATENTS().within(self.site, self.name), ERROR().within(self.site, self.name))
+
+
+class Attributes(Moving):
+    name = "attributes"
+    sites = (SITE,)
+    locations = ()
+
+
+class Nameless(Moving):
+    sites = (SITE,)
+    locations = ()
+
+
+@pytest.mark.parametrize(
+    "subgraph", [Fields((SITE,), "fields"), Derived(SITE), Attributes()], ids=lambda x: x.name
+)
+def test_name_and_sites_are_fields_or_attributes_or_follow_from_the_locations(subgraph: Moving):
+    assert subgraph.sites == (SITE,)
+    expected = toy_graph().hook(SITE, lambda x: x + 1).run(IDS).logits
+    assert torch.equal(toy_graph().inject(subgraph).run(IDS).logits, expected)
+
+
+def test_a_field_without_a_default_has_to_be_given():
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'sites' and 'name'"):
+        Fields()  # pyright: ignore[reportCallIssue]
+
+
+def test_a_subgraph_without_a_name_is_an_error():
+    with pytest.raises(SubgraphError, match="Nameless has no name: give it a field or a property `name`"):
+        toy_graph().inject(Nameless())
+
+
+# --- what is handed to a tap -------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Careless(AbstractSubgraph):
+    """x + (z' - z) Qᵀ, handing out the very z that it goes on to subtract."""
+
+    site: Location
+    name: str = "careless"
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        return (LATENTS().within(self.site, self.name),)
+
+    def visit(self, site: Location, value: Tensor, frame: Frame) -> Tensor:
+        before = value @ Q
+        return value + (frame.tap(self.locations[0], before) - before) @ Q.T
+
+
+def test_what_is_handed_to_a_tap_is_apart_from_other_uses_of_it():
+    careful, careless = Coordinates(SITE, "c", Q), Careless(SITE)
+    (latents,) = careless.locations
+    asked = [careful.latents.grad, latents.grad, SITE.grad]
+    run = toy_graph().inject(careful, careless).run(IDS, save=asked, metric=metric)
+    assert run[latents.grad].abs().min() > 1e-3
+    torch.testing.assert_close(run[latents.grad], run[SITE.grad] @ Q)
+    torch.testing.assert_close(run[latents.grad], run[careful.latents.grad])
+
+
+def test_a_hook_that_edits_in_place_edits_what_goes_on_alone():
+    careless = Careless(SITE)
+    (latents,) = careless.locations
+    graph = toy_graph().inject(careless)
+    in_place = graph.hook(latents.at(latent=0), Tensor.zero_).run(IDS).logits
+    torch.testing.assert_close(in_place, graph.hook(latents.at(latent=0), torch.zeros_like).run(IDS).logits)
+    assert not torch.allclose(in_place, toy_graph().run(IDS).logits)
+
+
+def test_a_hook_on_the_parent_sees_the_total_gradient_through_what_was_injected():
+    subgraph = Coordinates(SITE, "c", Q)
+    seen: list[Tensor] = []
+    graph = toy_graph().inject(subgraph).hook(subgraph.latents, lambda z: 3 * z)
+    graph = graph.hook(SITE.grad, lambda g: seen.append(g.clone()))
+    run = graph.run(IDS, save=[SITE.grad, RESID_POST[1].grad], metric=metric)
+    # The output is x + 2 z Qᵀ with z = x Q: of the gradient behind it, the part along Q counts three times.
+    behind = run[RESID_POST[1].grad]
+    torch.testing.assert_close(seen[0], behind + 2 * behind @ Q @ Q.T)
+    assert torch.equal(seen[0], run[SITE.grad])
+
+
+# --- replay and early stop ---------------------------------------------------------------------
+
+
+def test_a_pass_stops_inside_a_subgraph_when_all_that_is_asked_for_has_fired():
+    graph = toy_graph().inject(Coordinates(SITE, "c", Q))
+    toy_of(graph).executed.clear()
+    run = graph.run(IDS, save=[LATENTS().within(SITE, "c")])
+    assert toy_of(graph).executed == [0, 1]
+    assert torch.equal(run.logits, toy_graph().run(IDS).logits)
+
+
+def test_a_replay_reaches_subgraphs_whole_or_not_at_all():
+    early, bridge = Coordinates(MLP_OUT[0], "early", Q), Bridge(MLP_OUT[0], MLP_OUT[2])
+    first = toy_graph().run(IDS, save=[RESID_PRE[0], RESID_PRE[1], RESID_PRE[2]])
+    graph = toy_graph().inject(early)
+    assert torch.equal(graph.replay(first, RESID_PRE[1]).logits, first.logits)
+    with_bridge = graph.inject(bridge)
+    expected = with_bridge.run(IDS).logits
+    assert torch.equal(with_bridge.replay(first, RESID_PRE[0]).logits, expected)
+    with pytest.raises(
+        SubgraphError,
+        match=r"a replay from resid.pre\[1\] would reach subgraph 'bridge' without mlp.out\[0\], which it",
+    ):
+        with_bridge.replay(first, RESID_PRE[1])
+
+
+def test_a_graph_tells_where_a_replay_that_reaches_a_location_may_enter():
+    graph = toy_graph()
+    assert [graph.entry(x) for x in (MLP_OUT[2], RESID_PRE[1], LOGITS)] == [RESID_PRE[2], RESID_PRE[1], None]
+    bridge = Bridge(MLP_OUT[0], MLP_OUT[1])
+    bridged = graph.inject(bridge)
+    assert bridged.entry(bridge.carried) == RESID_PRE[0]
+    assert bridged.entry(RESID_POST[1]) == RESID_PRE[0]
+    assert bridged.entry(RESID_POST[2]) == RESID_PRE[2]
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 LATENT = LATENTS().within(SITE, "x")
@@ -242,6 +387,10 @@ WRONG: dict[str, tuple[Made, str]] = {
         r"subgraph 'x' declares mlp.out\[2\]/x/latents: its locations stand at one of its sites",
     ),
     "other name": (Made("y", (SITE,), LATENT), r"subgraph 'y' declares mlp.out\[1\]/x/latents"),
+    "layered": (
+        Made("x", (SITE,), MLP_OUT[2].within(SITE, "x")),
+        "inside a subgraph the layer is that of the site; declare mlp.out with layered=False",
+    ),
     "no scope": (Made("x", (SITE,), RESID_POST[0]), r"declares resid.post\[0\]: its locations stand at"),
 }
 
@@ -251,6 +400,14 @@ def test_a_subgraph_that_cannot_be_injected_says_why(wrong: Made, message: str):
     graph = toy_graph().inject(Coordinates(SITE, "taken", Q))
     with pytest.raises(SubgraphError, match=message):
         graph.inject(wrong)
+
+
+def test_a_location_that_an_injected_subgraph_lacks_is_told_from_one_that_is_not_injected():
+    graph = toy_graph().inject(Coordinates(SITE, "c", Q))
+    with pytest.raises(UnknownLocationError, match=r"subgraph 'c' brings none such into being; did you mean"):
+        graph.check(ERROR().within(SITE, "c"))
+    with pytest.raises(UnknownLocationError, match="inject its subgraph first"):
+        graph.check(ERROR().within(SITE, "d"))
 
 
 def test_subgraphs_of_one_name_stand_at_different_sites():

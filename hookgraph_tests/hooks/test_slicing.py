@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hookgraph.errors import LocationError
-from hookgraph.hooks.slicing import read, write
+from hookgraph.hooks.slicing import read, relative, write
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import ATTN_SCORES, ATTN_Z, RESID_POST
 
@@ -107,6 +107,25 @@ def test_writing_passes_gradients_to_the_part_and_to_the_rest(part: Part):
     of_whole, of_new = torch.autograd.grad((write(location, whole, new) * weights).sum(), (whole, new))
     assert torch.equal(of_new, read(location, weights))
     assert torch.equal(of_whole, write(location, weights, torch.zeros_like(new)))
+
+
+# --- a part of a part -------------------------------------------------------------------------
+
+
+def test_a_location_in_the_coordinates_of_a_part_that_holds_it():
+    given = ATTN_Z[0].at(head=[0, 2], pos=[1, 3])
+    asked = ATTN_Z[0].at(head=2, pos=[3, 1, 1], d_head=slice(1, 3))
+    here = relative(asked, given)
+    assert here == ATTN_Z[0].at(head=1, pos=[1, 0, 0], d_head=slice(1, 3))
+    assert torch.equal(read(here, read(given, values())), read(asked, values()))
+    assert relative(asked, ATTN_Z[0]) is asked
+
+
+@pytest.mark.parametrize("part", [{}, {"head": 1}, {"head": [0, 1]}, {"head": slice(0, 1)}, {"head": -1}])
+def test_a_part_that_was_not_handed_over_is_an_error(part: Part):
+    given = ATTN_Z[0].at(head=[0, 2])
+    with pytest.raises(LocationError, match=r"was asked for, and only attn.z\[0\]@head=0,2 was handed over"):
+        relative(ATTN_Z[0].at(**part), given)
 
 
 def out_of_range(dim: str, index: int | list[int], size: int) -> Any:

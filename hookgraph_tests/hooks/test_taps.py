@@ -3,7 +3,9 @@ import torch
 from torch import Tensor
 
 from hookgraph.hooks.editing import Hook
-from hookgraph.hooks.taps import Tap
+from hookgraph.hooks.taps import Observer, Tap
+from hookgraph.ontology.autoencoder import LATENTS
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import RESID_POST
 
@@ -24,7 +26,7 @@ class Log(list[tuple[str, Tensor]]):
 
         return called
 
-    def observer(self, value: Tensor) -> None:
+    def see(self, value: Tensor, given: Location | None) -> None:
         self.append(("save", value.detach().clone()))
 
     def splice(self, site: Location, value: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def test_events_happen_in_the_documented_order():
         HERE,
         hooks=((HERE, log.hook("first", 2.0)), (HERE, log.hook("second", 3.0))),
         gradient_hooks=((HERE.grad, log.hook("gradient", 5.0)), (HERE.grad, log.hook("again"))),
-        observers=(log.observer,),
+        observers=(Observer(log.see),),
         splices=(log.splice,),
     )
     x = stream().requires_grad_()
@@ -75,7 +77,7 @@ def test_gradient_hooks_see_the_gradient_of_the_final_hooked_value():
     "tap",
     [
         Tap(HERE),
-        Tap(HERE, observers=(lambda value: None,)),
+        Tap(HERE, observers=(Observer(lambda value, given: None),)),
         Tap(HERE, hooks=((HERE, lambda value: None),)),
         Tap(HERE, gradient_hooks=((HERE.grad, lambda value: None),)),
         Tap(HERE, needs_gradient=True),
@@ -88,9 +90,66 @@ def test_where_nothing_is_replaced_the_very_tensor_goes_on(tap: Tap):
 
 
 def test_a_tap_tells_what_a_binding_has_to_provide():
-    reading, splicing = Tap(HERE, observers=(Log().observer,)), Tap(HERE, splices=(Log().splice,))
+    reading, splicing = Tap(HERE, observers=(Observer(Log().see),)), Tap(HERE, splices=(Log().splice,))
     hooking = Tap(HERE, hooks=((HERE, torch.neg),))
     of_gradient = Tap(HERE, gradient_hooks=((HERE.grad, torch.neg),))
     assert [t.edits for t in (reading, splicing, hooking, of_gradient)] == [False, True, True, False]
     assert [t.tracks_gradient for t in (reading, of_gradient)] == [False, True]
     assert Tap(HERE, needs_gradient=True).tracks_gradient
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+LATENT = LATENTS()
+
+
+def code() -> Tensor:
+    return torch.arange(10.0).view(1, 2, 5)
+
+
+def seen(value: Tensor, given: Location | None) -> None:
+    raise AssertionError("nothing is handed over here")
+
+
+ASKED = {
+    "nothing": (Tap(LATENT), ()),
+    "hooks and saves": (
+        Tap(
+            LATENT,
+            hooks=((LATENT.at(latent=3), torch.neg), (LATENT.at(latent=[0, 3], pos=1), torch.neg)),
+            gradient_hooks=((LATENT.at(latent=1).grad, torch.neg),),
+            observers=(Observer(seen, (LATENT.at(latent=[4]), LATENT.at(latent=0).grad)),),
+        ),
+        (0, 1, 3, 4),
+    ),
+    "a whole hook": (Tap(LATENT, hooks=((LATENT.at(pos=1), torch.neg),)), None),
+    "a slice": (Tap(LATENT, hooks=((LATENT.at(latent=slice(0, 2)), torch.neg),)), None),
+    "counted from the end": (Tap(LATENT, hooks=((LATENT.at(latent=[0, -1]), torch.neg),)), None),
+    "a whole save": (Tap(LATENT, observers=(Observer(seen, (LATENT, LATENT.at(latent=1))),)), None),
+    "an observer that does not say": (Tap(LATENT, observers=(Observer(seen),)), None),
+    "a subgraph": (Tap(LATENT, splices=(lambda site, value: value,)), None),
+}
+
+
+@pytest.mark.parametrize(("tap", "expected"), ASKED.values(), ids=ASKED)
+def test_a_tap_tells_of_which_indices_anything_is_asked(tap: Tap, expected: tuple[int, ...] | None):
+    assert tap.asked(Dimension.LATENT) == expected
+
+
+def test_a_part_that_holds_what_is_asked_does_as_well_as_the_whole():
+    log = Log()
+    tap = Tap(
+        LATENT,
+        hooks=((LATENT.at(latent=3), lambda x: x + 100), (LATENT.at(latent=[1, 3], pos=1), lambda x: 2 * x)),
+        gradient_hooks=((LATENT.at(latent=1).grad, lambda g: 7 * g),),
+        observers=(Observer(lambda value, given: log.append((str(given), value.detach().clone()))),),
+    )
+    held = [1, 3, 4]
+    whole, part = code().requires_grad_(), code()[..., held].requires_grad_()
+    given = LATENT.at(latent=held)
+    out, out_part = tap(whole), tap(part, given)
+    assert torch.equal(out[..., held], out_part)
+    assert [name for name, _ in log] == ["None", str(given)]
+    (gradient,) = torch.autograd.grad(out.sum(), whole)
+    (gradient_part,) = torch.autograd.grad(out_part.sum(), part)
+    assert torch.equal(gradient[..., held], gradient_part)
