@@ -25,10 +25,12 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 
 __all__ = [
     "AbstractBinding",
     "AlreadyAttachedError",
+    "AutoencoderGraph",
     "BindingError",
     "Dimension",
     "Frame",
