@@ -1,6 +1,6 @@
 """`bind`: from a model to a graph of proven locations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -8,8 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding import conformance
 from hookgraph.binding.discovery import discover
-from hookgraph.binding.examples import example_inputs, one_row
-from hookgraph.binding.findings import Findings
+from hookgraph.binding.examples import candidates, one_row, unrunnable
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.proving import prove
 from hookgraph.binding.tracing import Trace, evaluating
@@ -45,8 +44,8 @@ def bind(
         raise BindingError(f"expected a transformers model, found {type(model).__name__}")
     if not isinstance(model, PreTrainedModel):
         raise BindingError(f"{type(model).__name__} is not a transformers model")
-    inputs = dict(example) if example is not None else example_inputs(model)
-    binding = HuggingFaceBinding(model, _discover(model, inputs), tokenizer, example=inputs)
+    inputs, trace = _traced(model, candidates(model) if example is None else [dict(example)])
+    binding = HuggingFaceBinding(model, discover(trace), tokenizer, example=inputs)
     if not check:
         return HookGraph(binding)
     outcome = prove(binding)
@@ -66,12 +65,12 @@ def check(graph: HookGraph) -> ConformanceReport:
         return conformance.check(binding, one_row(binding.example, binding.findings.batch))
 
 
-def _discover(model: PreTrainedModel, example: Mapping[str, Any]) -> Findings:
-    try:
-        trace = Trace(model, example)
-    except Exception as error:
-        raise BindingError(
-            f"{type(model).__name__} is not a transformer that hookgraph can bind: running it on the example "
-            f"failed with {type(error).__name__}: {error}"
-        ) from error
-    return discover(trace)
+def _traced(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Trace]:
+    """The first example that the model can be run on, and the trace of that run."""
+    first: Exception | None = None
+    for example in examples:
+        try:
+            return example, Trace(model, example)
+        except Exception as error:  # whatever a model raises that is given what it was not made for
+            first = first or error
+    raise unrunnable(model, first) from first

@@ -16,6 +16,7 @@ from hookgraph.binding.attention import masked_cells
 from hookgraph.binding.comparison import check_comparison
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
+from hookgraph.binding.outputs import per_example
 from hookgraph.binding.state import model_state
 from hookgraph.errors import MetricError
 from hookgraph.graph.conformance import ConformanceReport, Proof
@@ -207,9 +208,11 @@ def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -
     """Finite difference = gradient, along a direction that is half gradient, half random."""
     locations = list(clean)
     generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(clean.logits.shape[1:], generator=generator).to(clean.logits)
+    shape = tuple(clean.logits.shape[1:])
+    weights = torch.randn(shape, generator=generator).to(clean.logits)
 
     def metric(logits: Tensor) -> Tensor:
+        logits = per_example(logits, shape)
         finite = torch.where(torch.isfinite(logits), logits, 0.0)
         return (finite * weights).flatten(1).sum(1)
 

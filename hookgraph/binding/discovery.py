@@ -9,11 +9,12 @@ from hookgraph.binding.interiors import bind_mlp
 from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.roles import Role, assign_roles, is_ambiguous, values_from
+from hookgraph.binding.stacks import main_chain, name_stacks
 from hookgraph.binding.tracing import Call, Trace, Value
 from hookgraph.binding.views import Scaled
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, AttentionTypes, TransformerStack
+from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerStack
 
 
 def discover(trace: Trace) -> Findings:
@@ -30,13 +31,13 @@ def discover(trace: Trace) -> Findings:
             "layers feeds one layer's output into the next along a residual stream "
             f"(lists of modules: {', '.join(lists) or 'none'})"
         )
-    main = max(chains.values(), key=lambda blocks: blocks[-1].call.last)
+    main = main_chain(trace, list(chains.values()))
     found = Findings(batch=main[0].entering.tensor.shape[0])
     others = [blocks for blocks in chains.values() if blocks is not main]
     sources = [blocks[-1].leaving for blocks in others]
     outside = values_from(trace, sources, main[0].call.first)
     crossed = any(_bind_stack(trace, found, DECODER, main, outside))
-    for stack, blocks in zip((ENCODER, VISION) if crossed else (VISION, ENCODER), others, strict=False):
+    for stack, blocks in name_stacks(trace, others, crossed=crossed):
         _bind_stack(trace, found, stack, blocks, frozenset())
         bind_embedding(trace, found, stack, blocks[0])
     bind_embedding(trace, found, DECODER, main[0])

@@ -8,13 +8,14 @@ from hookgraph.binding.findings import Findings, WeightSource
 from hookgraph.binding.interiors import bind_scale
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.projections import is_projection
+from hookgraph.binding.stacks import values_behind
 from hookgraph.binding.tracing import Call, Trace, Value, alias_root
 from hookgraph.ontology.transformer import TransformerStack
 
 
 def bind_embedding(trace: Trace, found: Findings, stack: TransformerStack, first: Block) -> None:
     """The module that turned token ids into what the first layer of a stack reads."""
-    behind = _behind(first.entering)
+    behind = values_behind(first.entering)
     tokens = {v for v in trace.root.inputs.values() if not v.tensor.is_floating_point()}
     for call in trace.calls:
         out = call.outputs.get(None)
@@ -56,17 +57,6 @@ def _bind_last_norm(trace: Trace, found: Findings, stack: TransformerStack, last
             bind_scale(trace, found, stack.FINAL_LN_SCALE, call.outputs[None], trace.root)
             return
     found.absent("no norm reads the last layer", stack.FINAL_LN_OUT, stack.FINAL_LN_SCALE)
-
-
-def _behind(value: Value) -> set[Value]:
-    seen: set[Value] = set()
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if here not in seen:
-            seen.add(here)
-            waiting.extend(here.inputs)
-    return seen
 
 
 def _projections_behind(trace: Trace, value: Value) -> Iterator[Call]:

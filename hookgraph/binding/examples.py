@@ -1,8 +1,12 @@
-"""Inputs on which a model can be traced: a few tokens, a small picture, a little sound."""
+"""Inputs on which a model can be traced: a few tokens, a small picture, a little sound.
+
+What a model is given is told by the names of its arguments; of what shape, by trying.
+"""
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,39 +15,77 @@ from transformers import PreTrainedModel
 from hookgraph.binding.inputs import device_of, embedding_of, vocabulary_size
 from hookgraph.errors import BindingError
 
-_TOKENS = 7
-_BATCH = 2
+_TOKENS: Final = 7
+_BATCH: Final = 2
+_FRAMES: Final = 4
+_SAMPLES: Final = 2000
+
+Arguments: TypeAlias = dict[str, Tensor]
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Keyword arguments for one forward pass, always the same ones.
+    """Keyword arguments for one forward pass, always the same ones: the first that the model can be run on.
 
     Raises:
-        BindingError: the model takes no tokens, picture or sound; give `example` to `bind`.
+        BindingError: it can be run on no tokens, picture or sound; give `example` to `bind`.
     """
-    accepted = inspect.signature(model.forward).parameters
-    makers: dict[str, Callable[[PreTrainedModel], Tensor]] = {
-        "input_ids": _token_ids,
-        "pixel_values": _picture,
-        "input_features": _sound_features,
-        "input_values": _sound,
-    }
-    name = model.main_input_name if model.main_input_name in makers else "input_ids"
-    name = name if name in accepted else next((n for n in makers if n in accepted), "")
-    if not name:
-        raise BindingError(
-            f"{type(model).__name__} takes none of {', '.join(makers)}: give bind(model, example=...) "
-            "keyword arguments on which it can be run"
+    first: Exception | None = None
+    for candidate in candidates(model):
+        try:
+            with torch.no_grad():
+                model(**candidate)
+            return candidate
+        except Exception as error:  # whatever a model raises that is given what it was not made for
+            first = first or error
+    raise unrunnable(model, first) from first
+
+
+def unrunnable(model: PreTrainedModel, error: Exception | None) -> BindingError:
+    """What to raise for a model that runs on none of its examples; `error` is what the first one led to."""
+    name = type(model).__name__
+    if error is None:
+        return BindingError(
+            f"{name} takes none of {', '.join(_MAKERS)}: give bind(model, example=...) keyword arguments on "
+            "which it can be run"
         )
-    inputs: dict[str, Any] = {name: makers[name](model)}
-    if name == "input_ids" and "attention_mask" in accepted:
-        inputs["attention_mask"] = torch.ones_like(inputs[name])
+    return BindingError(
+        f"{name} is not a transformer that hookgraph can bind: running it on the example failed with "
+        f"{type(error).__name__}: {error}; if it needs other inputs, give bind(model, example=...)"
+    )
+
+
+def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Examples to try, the simplest first: the main input alone, then what is required, then everything."""
+    parameters = inspect.signature(model.forward).parameters
+    known = [name for name in _MAKERS if name in parameters]
+    stated = model.main_input_name
+    main = [n for n in ([stated] if isinstance(stated, str) else stated) if n in known]
+    required = [n for n in known if parameters[n].default is inspect.Parameter.empty]
+    tried: list[set[str]] = []
+    for names in (main or known[:1], [*main, *required], [*known[:1], *main, *required], known):
+        if not names or set(names) in tried:
+            continue
+        tried.append(set(names))
+        for made in product(*(_MAKERS[name](model) for name in dict.fromkeys(names))):
+            arguments = {k: v for part in made for k, v in part.items() if k in parameters}
+            yield _completed(model, arguments, frozenset(parameters))
+
+
+def _completed(model: PreTrainedModel, arguments: Arguments, accepted: frozenset[str]) -> dict[str, Any]:
+    """The arguments on the model's device, with what a decoder reads and without a cache."""
+    inputs: dict[str, Any] = dict(arguments)
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(model)[:, :-2]
+    device = device_of(model)
+    inputs = {k: v.to(device) for k, v in inputs.items()}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    device = device_of(model)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return inputs
+
+
+def _tokens(model: PreTrainedModel) -> list[Arguments]:
+    ids = _token_ids(model)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
 def _token_ids(model: PreTrainedModel) -> Tensor:
@@ -52,37 +94,76 @@ def _token_ids(model: PreTrainedModel) -> Tensor:
     return torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, _TOKENS), generator=generator)
 
 
+def _pictures(model: PreTrainedModel) -> list[Arguments]:
+    """A picture, or a film of a few."""
+    height, width = _size(model)
+    channels = _config(model, "num_channels", "in_channels", "in_chans", default=3)
+    frames = _config(model, "num_frames", default=_FRAMES)
+    shapes = [(channels, height, width), (frames, channels, height, width)]
+    return [{"pixel_values": _noise(model, *shape)} for shape in shapes]
+
+
+def _features(model: PreTrainedModel) -> list[Arguments]:
+    """A spectrogram, with its frames on the last axis or on the one before, as long as a model may want."""
+    bins = _config(model, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
+    longest = 2 * _config(model, "max_source_positions", default=50)
+    made: list[Arguments] = []
+    for shape in ((bins, longest), (longest, bins)):
+        mask = torch.ones(_BATCH, longest, dtype=torch.long)
+        made.append({"input_features": _noise(model, *shape)})
+        made.append({**made[-1], "attention_mask": mask, "input_features_mask": mask.bool()})
+    return made
+
+
+def _sounds(model: PreTrainedModel) -> list[Arguments]:
+    """A wave, with or without an axis of channels, or a spectrogram."""
+    frames = _config(model, "max_length", default=_SAMPLES)
+    bins = _config(model, "num_mel_bins", "feature_size", default=80)
+    return [{"input_values": _noise(model, *shape)} for shape in ((_SAMPLES,), (1, _SAMPLES), (frames, bins))]
+
+
+_MAKERS: Final[Mapping[str, Callable[[PreTrainedModel], list[Arguments]]]] = {
+    "input_ids": _tokens,
+    "pixel_values": _pictures,
+    "input_features": _features,
+    "input_values": _sounds,
+}
+"""By the name of an argument, ways to make it together with what belongs to it."""
+
+
 def _config(model: PreTrainedModel, *names: str, default: int) -> int:
     """The first of these numbers that the configuration, or one inside it, states."""
+    for value in _stated(model, *names):
+        value = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(value, int):
+            return value
+    return default
+
+
+def _size(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of the pictures that a model takes."""
+    for value in _stated(model, "image_size", "input_size"):
+        if isinstance(value, int):
+            return value, value
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            return int(value[0]), int(value[1])
+    return 32, 32
+
+
+def _stated(model: PreTrainedModel, *names: str) -> Iterator[Any]:
+    """These fields of the configuration and of those inside it, as far as they are there."""
     config: Any = model.config
     inner = [getattr(config, n, None) for n in getattr(config, "sub_configs", {}) or {}]
     for place in (config, *inner):
         for name in names:
             value = getattr(place, name, None)
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(value, int):
-                return value
-    return default
+            if value is not None:
+                yield value
 
 
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def _picture(model: PreTrainedModel) -> Tensor:
-    size = _config(model, "image_size", default=32)
-    picture = _noise(_BATCH, _config(model, "num_channels", "in_channels", default=3), size, size)
-    return picture.to(model.dtype)
-
-
-def _sound_features(model: PreTrainedModel) -> Tensor:
-    bins = _config(model, "num_mel_bins", "feature_size", default=80)
-    frames = 2 * _config(model, "max_source_positions", default=50)
-    return _noise(_BATCH, bins, frames).to(model.dtype)
-
-
-def _sound(model: PreTrainedModel) -> Tensor:
-    return _noise(_BATCH, 2000).to(model.dtype)
+def _noise(model: PreTrainedModel, *shape: int) -> Tensor:
+    drawn = torch.randn(_BATCH, *shape, generator=torch.Generator().manual_seed(0))
+    return drawn.to(model.dtype)
 
 
 def one_row(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:

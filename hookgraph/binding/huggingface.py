@@ -16,6 +16,7 @@ from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
+from hookgraph.binding.outputs import read_output
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, UnknownLocationError, nearest
@@ -98,11 +99,9 @@ class HuggingFaceBinding(AbstractBinding):
             copies=copies,
         )
 
-    def forward(self, inputs: Prepared) -> Float[Tensor, "batch pos vocab"]:
-        """One forward pass of the model; its logits, or its first output if it has none."""
-        output = self.model(**inputs)
-        logits = getattr(output, "logits", None)
-        return output[0] if logits is None else logits
+    def forward(self, inputs: Prepared) -> Float[Tensor, "batch ..."]:
+        """One forward pass of the model: its logits; without a head, its last hidden state."""
+        return read_output(self.model(**inputs))
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:

@@ -74,7 +74,9 @@ def vocabulary_size(model: PreTrainedModel, embedding: nn.Module | None) -> int:
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
         return weight.shape[0]
-    return int(getattr(model.config, "vocab_size", None) or 1 << 31)
+    inner = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}) or {}]
+    sizes = [getattr(config, "vocab_size", None) for config in (model.config, *inner)]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), 1 << 31)
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Mapping[str, Any]:

@@ -59,8 +59,11 @@ class AbstractBinding(ABC):
         """
 
     @abstractmethod
-    def forward(self, inputs: Prepared) -> Float[Tensor, "batch pos vocab"]:
-        """One forward pass of the model as it is now, taps included if it is attached."""
+    def forward(self, inputs: Prepared) -> Float[Tensor, "batch ..."]:
+        """One forward pass of the model as it is now, taps included if it is attached.
+
+        It returns the logits; of a model that has none, what it has instead.
+        """
 
     @abstractmethod
     def attached(self, taps: Taps, start: Start | None = None) -> AbstractContextManager[None]:

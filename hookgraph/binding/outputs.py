@@ -1,0 +1,38 @@
+"""What a pass of a model is measured by: one of the tensors that it returns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.binding.tracing import tensors_in
+from hookgraph.errors import BindingError
+
+_PREFERRED = ("logits", "last_hidden_state")
+
+
+def read_output(output: Any) -> Float[Tensor, "batch ..."]:
+    """The logits; without a head, the last hidden state; without either, the first tensor of activations.
+
+    Raises:
+        BindingError: the model returns no tensor.
+    """
+    for name in _PREFERRED if isinstance(output, Mapping) else ():
+        if isinstance(output.get(name), Tensor):
+            return output[name]
+    for tensor in tensors_in(output):
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            return tensor
+    raise BindingError(f"the model returns no tensor of activations, but {type(output).__name__}")
+
+
+def per_example(output: Float[Tensor, "batch ..."], shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
+    """An output of several equal examples, of which one alone has `shape` behind the batch axis.
+
+    A model that compares each text with each picture returns a square: what an example is to itself lies on
+    its diagonal.
+    """
+    if output.ndim == 2 and output.shape[1:] != shape and output.shape[0] == output.shape[1]:
+        return output.diagonal()[:, None]
+    return output
