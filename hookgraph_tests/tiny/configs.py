@@ -22,9 +22,19 @@ from hookgraph_tests.tiny.rules import (
 _UNKNOWN_ARGUMENT: Final = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
-def tiny_config(cls: type[PreTrainedConfig], overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """A small configuration of a class: by the rules, then by what is known of its architecture."""
-    known = {**OVERRIDES.get(cls.model_type, {}), **(overrides or {})}
+def tiny_config(
+    cls: type[PreTrainedConfig],
+    overrides: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """A small configuration of a class: by the rules, then by what is known of its architecture.
+
+    Args:
+        cls: the class.
+        overrides: fields that are to be as given.
+        defaults: fields whose default is not that of the class.
+    """
+    known = {**(defaults or {}), **OVERRIDES.get(cls.model_type, {}), **(overrides or {})}
     arguments = {k: v for k, v in {**_shrunk(cls), **known}.items() if v is not UNSET}
     arguments.update(_inner(cls, known))
     while True:
@@ -116,5 +126,8 @@ def _inner(cls: type[PreTrainedConfig], known: Mapping[str, Any]) -> dict[str, A
         if "model_type" in changes:
             kind = CONFIG_MAPPING[changes["model_type"]]
         if isinstance(kind, type) and issubclass(kind, PreTrainedConfig) and kind is not AutoConfig:
-            inner[name] = tiny_config(kind, {k: v for k, v in changes.items() if k != "model_type"}).to_dict()
+            stated = getattr(cls.sub_configs_defaults.get(name), "init_kwargs", {}) or {}
+            small = {k: rule_for(k, v) or v for k, v in stated.items()}
+            changed = {k: v for k, v in changes.items() if k != "model_type"}
+            inner[name] = tiny_config(kind, changed, small).to_dict()
     return inner

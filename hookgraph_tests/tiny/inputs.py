@@ -1,10 +1,121 @@
-"""What a model is run on, where made-up tokens, a picture or a sound alone do not do."""
+"""What a model is run on, where made-up tokens, a picture or a sound alone do not do.
 
-from typing import Any
+By `model_type`, a batch of two as keyword arguments. Everything else `bind` finds by itself.
+"""
 
-from transformers import PreTrainedModel
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_BATCH: Final = 2
+_TOKENS: Final = 7
 
 
 def example_of(model: PreTrainedModel) -> dict[str, Any] | None:
-    """None."""
-    return None
+    """Keyword arguments for one pass, or None where the model needs no help."""
+    make = EXAMPLES.get(model.config.model_type) or EXAMPLES.get(type(model).__name__)
+    return None if make is None else make(model.config)
+
+
+def _tokens(length: int = _TOKENS, rows: int = _BATCH) -> Tensor:
+    return torch.randint(8, 90, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _picture(*more: int) -> Tensor:
+    return _noise(_BATCH, *more, 3, 32, 32)
+
+
+def _with_picture_tokens(token: int, count: int) -> dict[str, Tensor]:
+    """Text after as many placeholders as a picture takes."""
+    ids = torch.cat([torch.full((_BATCH, count), token), _tokens()], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _queried(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "pixel_values": _picture(),
+        **_with_picture_tokens(config.image_token_index, config.num_query_tokens),
+    }
+
+
+def _instructed(config: PreTrainedConfig) -> dict[str, Any]:
+    return {**_queried(config), "qformer_input_ids": _tokens(5)}
+
+
+def _instructed_film(config: PreTrainedConfig) -> dict[str, Any]:
+    placeholders = _with_picture_tokens(config.video_token_index, 4 * config.num_query_tokens)
+    return {"pixel_values": _picture(4), "qformer_input_ids": _tokens(5), **placeholders}
+
+
+def _placed(config: PreTrainedConfig) -> dict[str, Any]:
+    places = torch.zeros(_BATCH, _TOKENS + config.latent_query_num, dtype=torch.long)
+    places[:, 1 : 1 + config.latent_query_num] = 1
+    ids = _tokens(places.shape[1])
+    mask = torch.ones_like(ids)
+    return {
+        "pixel_values": _picture(),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "image_embeds_position_mask": places,
+    }
+
+
+def _several_pictures(config: PreTrainedConfig) -> dict[str, Any]:
+    ids = _tokens()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _picture(2),
+        "image_attention_mask": torch.ones(_BATCH, _TOKENS, 2, dtype=torch.long),
+    }
+
+
+def _boxes(config: PreTrainedConfig) -> dict[str, Any]:
+    ids = _tokens()
+    corners = torch.rand(_BATCH, _TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "bbox": corners.sort(-1).values}
+
+
+def _boxes_to_decode(config: PreTrainedConfig) -> dict[str, Any]:
+    return {**_boxes(config), "decoder_input_ids": _tokens(5)}
+
+
+def _flattened_patches(config: PreTrainedConfig) -> dict[str, Any]:
+    patches = _noise(_BATCH, 6, 2 + config.vision_config.patch_embed_hidden_size)
+    patches[:, :, 0], patches[:, :, 1] = torch.arange(6) // 3, torch.arange(6) % 3
+    return {
+        "flattened_patches": patches,
+        "attention_mask": torch.ones(_BATCH, 6),
+        "decoder_input_ids": _tokens(5),
+    }
+
+
+def _codebooks(config: PreTrainedConfig) -> dict[str, Any]:
+    """One row of tokens per codebook."""
+    count = getattr(config, "num_codebooks", None) or config.decoder.num_codebooks
+    return {
+        "input_ids": _tokens(rows=_BATCH * count),
+        "attention_mask": torch.ones(_BATCH, _TOKENS, dtype=torch.long),
+    }
+
+
+EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
+    "MusicgenForCausalLM": _codebooks,
+    "MusicgenMelodyForCausalLM": _codebooks,
+    "blip-2": _queried,
+    "bros": _boxes,
+    "idefics": _several_pictures,
+    "instructblip": _instructed,
+    "instructblipvideo": _instructed_film,
+    "kosmos-2": _placed,
+    "pix2struct": _flattened_patches,
+    "udop": _boxes_to_decode,
+}
+"""By `model_type`, or by the name of a class where others of that type need none."""

@@ -7,7 +7,7 @@ with a `model_type` where any class would do.
 from collections.abc import Mapping
 from typing import Any, Final
 
-from hookgraph_tests.tiny.rules import EXPERTS, HEAD_WIDTH, HEADS, NEURONS, VOCABULARY, WIDTH
+from hookgraph_tests.tiny.rules import EXPERTS, HEAD_WIDTH, HEADS, NEURONS, PICTURE, VOCABULARY, WIDTH
 
 UNSET: Final = object()
 
@@ -17,6 +17,19 @@ _GRANITE: Final = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "log
 _ALTERNATING: Final = ["sliding_attention", "full_attention"] * 2
 _MIXED: Final = ["linear_attention", "full_attention", "linear_attention"]
 _HYBRID: Final = ["linear_attention", "hybrid"] * 2
+
+_WINDOWED: Final = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "num_layers": UNSET}
+_SECTIONED: Final = (
+    "cosmos3_edge_text",
+    "glm4v_text",
+    "glm_image_text",
+    "glm_ocr_text",
+    "hunyuan_vl_text",
+    "paddleocr_vl_text",
+    "qwen2_5_omni_text",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+)
 
 OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     # Layers of several kinds
@@ -45,6 +58,8 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     # Mixers
     "mamba2": {"num_heads": HEADS, "head_dim": 16, "expand": 2, "n_groups": 2},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 90, "vision_end_token_id": 91},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 90, "vision_end_token_id": 91},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -132,4 +147,71 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS},
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    **{name: {"rope_parameters": _SECTIONS} for name in _SECTIONED},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
+    "glm4v_moe_text": {"rope_parameters": _SECTIONS, "head_dim": 16},
+    # Parts that have to fit each other
+    "blt": {"encoder_hash_byte_group_size": [3, 4], "encoder_config": {"hidden_size": WIDTH}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 100, "IMGIMGA": 101},
+        "vq_config": {
+            "base_channels": WIDTH,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "resolution": PICTURE,
+            "embed_dim": WIDTH,
+            "latent_channels": WIDTH,
+            "num_embeddings": 16,
+        },
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": NEURONS},
+    "dots3_note": {
+        "vision_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "audio_config": {"num_key_value_heads": HEADS},
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 100, "<|visual token 000000|>": 101},
+        "vq_config": {
+            "base_channels": WIDTH,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "embed_dim": WIDTH,
+            "latent_channels": WIDTH,
+            "z_channels": WIDTH,
+            "codebook_size": 16,
+        },
+    },
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 4,
+        }
+    },
+    "glm5_next_text": {"index_topk": 16},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 2 * WIDTH},
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1, 1, 2],
+        "downsample_rate": "1/2",
+    },
+    "granite_speech5_encoder": {"context_size": 8},
+    "informer": {"prediction_length": 4},
+    "autoformer": {"prediction_length": 4},
+    "time_series_transformer": {"prediction_length": 4},
+    "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
+    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
+    "muse_spark_audio": {
+        "num_hidden_layers": 4,
+        "patch_sizes": [4, 2, 2, 2],
+        "hidden_sizes": [16, 16, 32, 32],
+        "depths": [1, 1, 1, 1],
+    },
+    "blip-2": {"image_token_index": 100},
+    "instructblip": {"image_token_index": 100},
+    "instructblipvideo": {"video_token_index": 100},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    **{name: _WINDOWED for name in ("donut-swin", "maskformer-swin", "swin", "swin2sr", "swinv2")},
+    "step3p5": {"sliding_window": 4},
 }

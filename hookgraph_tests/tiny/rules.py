@@ -59,7 +59,9 @@ RULES: Final = (
     Rule(r"first_k_dense_replace|moe_layer_start_index|num_dense_layers", 1),
 
     # Widths
-    Rule(r"((true|decoder|backbone|out|output|cross_attention|vision|text)_)?hidden_size|d_model|n_embd|dim"
+    Rule(r"((true|encoder|decoder|backbone|out|output|cross_attention|vision|text|audio|mm|llm|lm|bottleneck"
+         r"|encoder_seq|attention|relation)_)?hidden_size|d_model|n_embd|dim|condition_dim"
+         r"|adapter_(in|out)_dim|adapter_input_size|text_(embed|config)_dim|(text|vision)_embed_dim"
          r"|(input_|output_)?embedding_(size|dim)|emb(ed)?_dim|word_embed_proj_dim|lru_width|d_latents"
          r"|projection_dim|output_dim|audio_embed_dim|entity_emb_size|(pronunciation|shape)_embed_dim"
          r"|prediction_head_size", WIDTH),
@@ -87,8 +89,8 @@ RULES: Final = (
          r"|gated_norm_rank|num_latents", 8, above=8),
 
     # Pictures
-    Rule(r"image_size|input_resolution", PICTURE),
-    Rule(r"patch_size", PATCH),
+    Rule(r"image_size|input_size|input_resolution", PICTURE),
+    Rule(r"patch_size", PATCH, above=PATCH),
 )
 # fmt: on
 
