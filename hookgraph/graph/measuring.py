@@ -108,7 +108,7 @@ def positions_read(metric: Metric | None) -> Reads | None:
 
 
 def measure(
-    metric: Metric, logits: Float[Tensor, "batch pos vocab"], *, taken: bool
+    metric: Metric, logits: Float[Tensor, "batch ..."], *, taken: bool
 ) -> Float[Tensor, " batch"]:
     """One number per example. `taken`: the logits are those of the positions that the metric reads.
 

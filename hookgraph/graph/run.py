@@ -31,10 +31,10 @@ class Run(Mapping[Location, Tensor]):
     metric: Float[Tensor, " batch"] | None = None
     inputs: Mapping[str, object] = field(default_factory=dict[str, object])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    _logits: "Float[Tensor, 'batch pos vocab'] | Callable[[], Tensor] | None" = None
+    _logits: "Float[Tensor, 'batch ...'] | Callable[[], Tensor] | None" = None
 
     @property
-    def logits(self) -> Float[Tensor, "batch pos vocab"]:
+    def logits(self) -> Float[Tensor, "batch ..."]:
         """The logits. A pass that stopped early, after the last location asked for, is completed by
         one more pass when they are first read.
 

@@ -18,7 +18,7 @@ _ALTERNATING: Final = ["sliding_attention", "full_attention"] * 2
 _MIXED: Final = ["linear_attention", "full_attention", "linear_attention"]
 _HYBRID: Final = ["linear_attention", "hybrid"] * 2
 
-_WINDOWED: Final = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "num_layers": UNSET}
+_WINDOWED: Final = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 _SECTIONED: Final = (
     "cosmos3_edge_text",
     "glm4v_text",
@@ -212,6 +212,6 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
-    **{name: _WINDOWED for name in ("donut-swin", "maskformer-swin", "swin", "swin2sr", "swinv2")},
+    **dict.fromkeys(("donut-swin", "maskformer-swin", "swin", "swin2sr", "swinv2"), _WINDOWED),
     "step3p5": {"sliding_window": 4},
 }
