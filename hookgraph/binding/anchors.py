@@ -7,7 +7,7 @@ from hookgraph.binding.tracing import Call, Slot, Trace
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location
 
-Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "softmax", "norm scale", "head result"]
+Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "softmax", "norm scale", "head result", "experts", "product"]
 """How the tensor is read and replaced:
 
 * `output`: what a module returns, replaced in what it returns.
@@ -16,11 +16,15 @@ Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "softmax", 
 * `interior`: inside the attention function.
 * `softmax`: what the only softmax inside a module reads or returns.
 * `norm scale`: computed from a norm's input; an edit rescales its output.
+* `experts`: inside routed experts, by token and choice.
+* `product`: what the only matrix product inside a module returns.
 * `head result`: computed from the input of the output projection; an edit adds the difference.
 """
 
-Role: TypeAlias = Literal["", "query", "key", "value", "scores", "pattern", "out"]
-"""Which tensor of an attention function."""
+Role: TypeAlias = Literal[
+    "", "query", "key", "value", "scores", "pattern", "out", "neurons", "outputs", "product"
+]
+"""Which tensor of an attention function, of experts, or of a module that computes a product."""
 
 
 @final
@@ -34,12 +38,13 @@ class Anchor:
         module: path of the module.
         slot: which element of the module's arguments or outputs.
         view: how the value lies in that tensor.
-        role: for `interior`: which tensor of the attention function.
+        role: for `interior`, `experts` and `product`: which tensor.
         eager: for `interior`: the model's own eager function, as `module:name`.
         centred: for `norm scale`: whether the norm subtracts the mean.
         epsilon: for `norm scale`: what the norm adds to the mean square.
         flat: the tensor has one axis for batch and position.
         overwritten: the model changes the tensor in place afterwards, so that a copy goes on.
+        limit: the values are integers below it; 0 if they are none.
         call: which of the module's calls in one pass.
         calls: how many calls of the module there are in one pass.
     """
@@ -55,6 +60,7 @@ class Anchor:
     epsilon: float = 0.0
     flat: bool = False
     overwritten: bool = False
+    limit: int = 0
     call: int = 0
     calls: int = 1
 

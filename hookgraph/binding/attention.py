@@ -61,7 +61,7 @@ class Interior:
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
         self._eager = _function(eager)
-        replaced = _copied(self._original)
+        replaced = copied(self._original)
         replaced.__dict__["_attn_implementation_internal"] = NAME
         replaced.__dict__[_INTERIOR] = self
         module.__dict__["config"] = replaced
@@ -137,7 +137,7 @@ def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 AttentionInterface.register(NAME, attention)
 
 
-def _copied(config: Any) -> Any:
+def copied(config: Any) -> Any:
     """As `copy.copy` makes it. The protocol of that takes longer, and each pass copies for each layer."""
     result = object.__new__(type(config))
     result.__dict__.update(config.__dict__)

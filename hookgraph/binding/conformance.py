@@ -16,6 +16,7 @@ from hookgraph.binding.attention import masked_cells
 from hookgraph.binding.comparison import check_comparison
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
+from hookgraph.binding.mixtures import mixture_identities, rerouted
 from hookgraph.binding.outputs import per_example
 from hookgraph.binding.state import model_state
 from hookgraph.errors import MetricError
@@ -126,7 +127,10 @@ def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...
         if dim in (Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_MLP):
             # Latent and shared heads are made into others after the projection.
             before = location.type.name.endswith("_pre")
-            group = (location,) if before else (location.type.name.split(".")[0], location.layer)
+            alone = before or location.type.name.startswith("moe.")
+            group = (location,) if alone else (location.type.name.split(".")[0], location.layer)
+        elif dim in (Dimension.EXPERT, Dimension.CHOICE):
+            group = (location.layer,)
         known = sizes.setdefault((location.type.stack, *group, dim), size)
         if known != size:
             return f"{dim} has size {size} here, {known} elsewhere"
@@ -155,7 +159,7 @@ def _check_transparent(
 
 
 def _inside_kernel(location: Location) -> bool:
-    return location.type.name.split(".")[-1] in ("scores", "pattern")
+    return location.type.name.split(".")[-1] in ("scores", "pattern", "expert_post", "expert_out")
 
 
 def _change(
@@ -185,7 +189,8 @@ def _check_conserved(
     tolerance = _tolerances(clean)[0]
     proofs: list[Proof] = []
     row_of = {location: row for row, location in enumerate(locations)}
-    for identity in identities(binding, clean, plain, seen):
+    algebra = (*identities(binding, clean, plain, seen), *mixture_identities(binding, clean, seen))
+    for identity in algebra:
         errors = _errors(identity, edited)
         for location in identity.about:
             error = errors[row_of[location]]
@@ -205,8 +210,11 @@ def _errors(identity: Identity, values: Values) -> list[float]:
 
 
 def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> list[Proof]:
-    """Finite difference = gradient, along a direction that is half gradient, half random."""
-    locations = list(clean)
+    """Finite difference = gradient, along a direction that is half gradient, half random.
+
+    Integers have no gradient; what an edit of them does is told by the algebra.
+    """
+    locations = [x for x in clean if clean[x].is_floating_point()]
     generator = torch.Generator().manual_seed(2)
     shape = tuple(clean.logits.shape[1:])
     weights = torch.randn(shape, generator=generator).to(clean.logits)
@@ -288,6 +296,8 @@ def _live(location: Location, value: Tensor) -> Bool[Tensor, "..."]:
 
 def _moved(location: Location, value: Tensor, generator: torch.Generator) -> Tensor:
     """A value of similar size that is not the clean one; still positive where the clean one is."""
+    if not value.is_floating_point():
+        return rerouted(value)
     noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value)
     return torch.where(_live(location, value), value * (0.5 + noise), value)
 

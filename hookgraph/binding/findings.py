@@ -46,6 +46,15 @@ class Layer:
     """Whether other layers of the stack are the same module."""
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """Which modules compute a mixture of experts: the routed experts, and these with what is added to them."""
+
+    experts: str
+    whole: str
+
+
 Side: TypeAlias = Literal["output", "input", "table"]
 """Which side of a projection the view is of; `table` for an embedding."""
 
@@ -73,6 +82,8 @@ class Findings:
     reasons: dict[Location, str] = field(default_factory=dict[Location, str])
     layers: dict[str, list[Layer]] = field(default_factory=dict[str, list[Layer]])
     weights: dict[WeightKey, WeightSource] = field(default_factory=dict[WeightKey, WeightSource])
+    experts: dict[tuple[str, int], ExpertLayer] = field(default_factory=dict[tuple[str, int], ExpertLayer])
+    """By stack and layer."""
     batch: int = 0
     """How many examples the traced pass had."""
 
@@ -93,4 +104,4 @@ class Findings:
     def without(self, failed: Mapping[Location, str]) -> "Findings":
         """The same without some locations, for these reasons."""
         anchors = {k: v for k, v in self.anchors.items() if k not in failed}
-        return Findings(anchors, {**self.reasons, **failed}, self.layers, self.weights, self.batch)
+        return Findings(anchors, {**self.reasons, **failed}, self.layers, self.weights, self.experts, self.batch)

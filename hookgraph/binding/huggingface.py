@@ -11,12 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hookgraph.binding.anchors import Anchor, Role
+from hookgraph.binding.anchors import Anchor, Mechanism, Role
 from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
+from hookgraph.binding.experts import ExpertsInterior
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
 from hookgraph.binding.outputs import read_output
+from hookgraph.binding.products import OwnProduct
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, UnknownLocationError, nearest
@@ -28,6 +30,9 @@ from hookgraph.hooks.taps import Tap, Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS
 from hookgraph.ontology.weights import WeightType
+
+_INSIDE = frozenset[Mechanism]({"interior", "softmax", "experts", "product"})
+"""Mechanisms that reach several tensors inside one module at once."""
 
 _attached: set[nn.Module] = set()
 """The models that some graph holds, each by its identity. Whoever enters one takes it out again."""
@@ -130,19 +135,20 @@ class HuggingFaceBinding(AbstractBinding):
         installers: list[Callable[[], Handle]] = []
         state = PassState()
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
-        interiors: dict[str, dict[int, dict[Role, Tap]]] = {}
+        interiors: dict[tuple[Mechanism, str], dict[int, dict[Role, Tap]]] = {}
         eager: dict[str, str] = {}
         native = sorted((k for k in taps if k.site is None), key=self._place.__getitem__, reverse=True)
         for location in native:
             tap = taps[location]
             anchor = self.findings.anchors[location]
-            if anchor.mechanism in ("interior", "softmax"):
-                interiors.setdefault(anchor.module, {}).setdefault(anchor.call, {})[anchor.role] = tap
+            if anchor.mechanism in _INSIDE:
+                place = (anchor.mechanism, anchor.module)
+                interiors.setdefault(place, {}).setdefault(anchor.call, {})[anchor.role] = tap
                 eager[anchor.module] = anchor.eager
             else:
                 installers.append(self._installer(anchor, tap, state))
-        for path, inside in interiors.items():
-            installers.append(self._interior(path, inside, eager[path], state))
+        for (kind, path), inside in interiors.items():
+            installers.append(self._interior(kind, path, inside, eager[path], state))
         if any(needs_state(self.findings.anchors[location]) for location in native):
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
@@ -152,10 +158,13 @@ class HuggingFaceBinding(AbstractBinding):
     def _installer(self, anchor: Anchor, tap: Tap, state: PassState) -> Callable[[], Handle]:
         return lambda: install(self._modules[anchor.module], anchor, tap, state)
 
-    def _interior(self, path: str, taps: TapsByCall, eager: str, state: PassState) -> Callable[[], Handle]:
-        if not eager:
-            return lambda: OwnSoftmax(self._modules[path], taps, state)
-        return lambda: Interior(self._modules[path], taps, eager, state)
+    def _interior(
+        self, kind: Mechanism, path: str, taps: TapsByCall, eager: str, state: PassState
+    ) -> Callable[[], Handle]:
+        if kind == "interior":
+            return lambda: Interior(self._modules[path], taps, eager, state)
+        own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
+        return lambda: own(self._modules[path], taps, state)
 
     @contextmanager
     def reading(self, reads: Reads) -> Generator[bool]:

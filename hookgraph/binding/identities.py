@@ -95,6 +95,9 @@ def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
     paths = {a.module for a in anchors if a.mechanism in watched or a.location.type.name in _PROJECTED}
     paths |= {w.module for w in binding.findings.weights.values() if w.side != "table"}
     paths -= {a.module for a in anchors if a.calls > 1 or a.flat}
+    repeated = {a.module for a in anchors if a.calls > 1}
+    layers = binding.findings.experts.values()
+    paths |= {p for e in layers if e.experts not in repeated for p in (e.experts, e.whole) if p}
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -205,7 +208,7 @@ def _of_pattern(types: AttentionTypes, layer: int, present: Values) -> Iterator[
             (pattern,),
         )
     if all(x in present for x in (pattern, v, z)) and _mixable(present[pattern], present[v], present[z]):
-        if _agrees(_weighted(present[pattern], present[v]), present[z]):
+        if agrees(_weighted(present[pattern], present[v]), present[z]):
             yield Identity("z = pattern v", (pattern, v), lambda x: (_weighted(x[pattern], x[v]), x[z]), (z,))
         else:  # a sink takes its share of the pattern: what is left has the same direction
             yield Identity(
@@ -248,7 +251,7 @@ def _of_attention(
 def _is_given(clean: Seen, module: str, value: Tensor) -> bool:
     """Whether a module was given this very value in the clean pass: a norm may come between."""
     given = clean.get(module)
-    return given is not None and _agrees(given[0], value)
+    return given is not None and agrees(given[0], value)
 
 
 def _heads(source: Location, target: Location, weight: Tensor, bias: Tensor) -> Sides:
@@ -273,7 +276,7 @@ def _affine(source: Location, target: Location, weight: Tensor, bias: Tensor) ->
     return lambda x: (x[source] @ weight + bias, x[target])
 
 
-def _agrees(expected: Tensor, got: Tensor) -> bool:
+def agrees(expected: Tensor, got: Tensor) -> bool:
     """Whether an equation holds on the clean values: where a norm or a multiplier comes between it does not,
     and is not claimed.
     """

@@ -4,7 +4,8 @@ from hookgraph.binding.anchors import Anchor, on_call
 from hookgraph.binding.blocks import Block, Update
 from hookgraph.binding.findings import Findings, WeightSource
 from hookgraph.binding.norms import find_norm
-from hookgraph.binding.projections import Reached, as_output, is_projection
+from hookgraph.binding.projections import Reached, as_output, floating_input, is_projection, last_projection
+from hookgraph.binding.routing import bind_experts
 from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_root
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import TransformerStack
@@ -25,7 +26,11 @@ def bind_mlp(
 ) -> None:
     """Bind what one MLP update reads and computes. `source` is the module that computes it."""
     bind_reading(trace, found, stack.MLP_IN[layer], stack.MLP_LN_SCALE[layer], block, update, source)
-    down = None if source is None else _last_projection(trace, source)
+    if bind_experts(trace, found, stack, layer, block, update):
+        reason = f"the MLP is a mixture of experts: see {stack.EXPERT_POST}"
+        found.absent(reason, stack.MLP_POST, stack.MLP_PRE, layer=layer)
+        return
+    down = None if source is None else last_projection(trace, source)
     if down is None:
         found.absent("no single projection ends this MLP", stack.MLP_POST, stack.MLP_PRE, layer=layer)
         return
@@ -160,20 +165,6 @@ def bind_scale(trace: Trace, found: Findings, scale: Location, value: Value, wit
         scale, "norm scale", path, norm.slot, centred=norm.centred, epsilon=norm.epsilon, flat=flat
     )
     found.add(on_call(trace, norm.call, anchor))
-
-
-def floating_input(call: Call) -> tuple[Slot, Value] | None:
-    """The first argument of a module that is a floating-point tensor."""
-    return next(((s, v) for s, v in call.inputs.items() if v.tensor.is_floating_point()), None)
-
-
-def _last_projection(trace: Trace, source: Call) -> Call | None:
-    """The projection whose output is what `source` returns."""
-    results = {alias_root(v) for v in source.outputs.values()}
-    for call in reversed([source, *trace.inside(source)]):
-        if is_projection(trace, call) and results & {alias_root(v) for v in call.outputs.values()}:
-            return call
-    return None
 
 
 def _activation(trace: Trace, neurons: Value, block: Block) -> Call | None:

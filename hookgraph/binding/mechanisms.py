@@ -11,6 +11,7 @@ from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.norms import scale_of
 from hookgraph.binding.tracing import Slot, tensors_in
 from hookgraph.binding.weights import affine_map
+from hookgraph.errors import ShapeMismatchError
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.taps import Tap
 
@@ -99,7 +100,7 @@ def replaced(
 def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
     """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
     view = anchor.view
-    if view is None and not anchor.flat and not anchor.overwritten:
+    if view is None and not anchor.flat and not anchor.overwritten and not anchor.limit:
         if anchor.mechanism == "input" and tap.tracks_gradient:
             # Others may be given the same tensor: the gradient is that of this module's use of it.
             return lambda raw: tap(raw.view_as(raw))
@@ -112,11 +113,21 @@ def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], T
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return raw
+        if anchor.limit:
+            _check_limit(anchor, new)
         result = new if view is None else view.put(shaped, new)
         result = result.flatten(0, 1) if anchor.flat else result
         return result.clone() if anchor.overwritten else result
 
     return change
+
+
+def _check_limit(anchor: Anchor, new: Tensor) -> None:
+    if new.numel() and not 0 <= int(new.min()) <= int(new.max()) < anchor.limit:
+        raise ShapeMismatchError(
+            f"the edit at {anchor.location} holds {int(new.min())} to {int(new.max())}; "
+            f"these are indices of {anchor.limit} experts, 0 to {anchor.limit - 1}"
+        )
 
 
 def _in_place(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:

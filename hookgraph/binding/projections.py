@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value
+from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_root
 from hookgraph.binding.views import Columns, View, view_along
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_int_mm", "_scaled_mm"})
@@ -84,7 +84,26 @@ def is_projection(trace: Trace, call: Call) -> bool:
     if set(call.outputs) != {None} or any(True for _ in call.module.children()):
         return False
     products = [v for v in trace.values[call.first : call.last] if v.op in _PRODUCTS]
-    return len(products) == 1 and any(_is_parameter(v) for v in products[0].inputs)
+    return len(products) == 1 and is_matrix_product(products[0])
+
+
+def is_matrix_product(value: Value) -> bool:
+    """Whether a value is a matrix product with a parameter."""
+    return value.op in _PRODUCTS and any(_is_parameter(v) for v in value.inputs)
+
+
+def floating_input(call: Call) -> tuple[Slot, Value] | None:
+    """The first argument of a module that is a floating-point tensor."""
+    return next(((s, v) for s, v in call.inputs.items() if v.tensor.is_floating_point()), None)
+
+
+def last_projection(trace: Trace, source: Call) -> Call | None:
+    """The projection whose output is what `source` returns."""
+    results = {alias_root(v) for v in source.outputs.values()}
+    for call in reversed([source, *trace.inside(source)]):
+        if is_projection(trace, call) and results & {alias_root(v) for v in call.outputs.values()}:
+            return call
+    return None
 
 
 def _is_parameter(value: Value) -> bool:

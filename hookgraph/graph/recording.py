@@ -87,7 +87,7 @@ class Recorder:
 
         Raises:
             HookGraphError: a location did not fire.
-            MetricError: the metric has no gradient at a location.
+            MetricError: the metric has no gradient at a location, or the location holds integers.
         """
         missing = [str(whole) for whole in self._wholes if whole not in self._seen]
         if missing:
@@ -114,6 +114,9 @@ class Recorder:
         if not metric.requires_grad:
             raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         inputs = [self._seen[whole] for whole in wholes]
+        for whole, value in zip(wholes, inputs, strict=True):
+            if not value.is_floating_point():
+                raise MetricError(f"{whole} holds integers, so it has no gradient: read or edit it instead")
         total = metric.sum()
         found = cast(
             "tuple[Tensor | None, ...]",

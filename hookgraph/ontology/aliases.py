@@ -32,6 +32,7 @@ _TRANSFORMER_LENS: Final[dict[str, Location | LocationType]] = {
     "blocks.{}.ln2.hook_normalized": t.MLP_IN,
     "blocks.{}.mlp.hook_pre": t.MLP_PRE,
     "blocks.{}.mlp.hook_post": t.MLP_POST,
+    "blocks.{}.mlp.hook_expert_indices": t.ROUTER_INDICES,
     "blocks.{}.hook_mlp_out": t.MLP_OUT,
     "blocks.{}.hook_resid_post": t.RESID_POST,
     "ln_final.hook_scale": t.FINAL_LN_SCALE,

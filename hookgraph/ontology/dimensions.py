@@ -24,6 +24,8 @@ class Dimension(StrEnum):
     """Neurons of an MLP."""
     EXPERT = "expert"
     """Experts of a mixture-of-experts layer."""
+    CHOICE = "choice"
+    """The experts that a token is sent to, in the router's order: which ones, `moe.router_indices` tells."""
     LATENT = "latent"
     """Latents of a dictionary, or coordinates of a subspace."""
     VOCAB = "vocab"

@@ -19,6 +19,7 @@ _HEAD, _KV_HEAD, _D_HEAD = Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_HEAD
 _STREAM = (_BATCH, _POS, Dimension.D_MODEL)
 _SCALE = (_BATCH, _POS, Dimension.ONE)
 _NEURONS = (_BATCH, _POS, Dimension.D_MLP)
+_CHOICES = (_BATCH, _POS, Dimension.CHOICE)
 _QUERY = (_BATCH, _POS, _HEAD, _D_HEAD)
 _KEY = (_BATCH, _POS, _KV_HEAD, _D_HEAD)
 _OTHER_KEY = (_BATCH, _KEY_POS, _KV_HEAD, _D_HEAD)
@@ -62,6 +63,7 @@ class TransformerStack:
         """Next-token logits, soft-cap and scale included."""
         self._declare_attention(stack)
         self._declare_cross_attention(stack)
+        self._declare_experts(stack)
         self._declare_stream(stack)
 
     def _declare_stream(self, stack: str) -> None:
@@ -139,6 +141,27 @@ class TransformerStack:
         self.RESID_XMID = per_layer("resid.xmid", _STREAM, 109)
         """x after attention and cross-attention."""
 
+    def _declare_experts(self, stack: str) -> None:
+        per_layer = partial(LocationType, stack=stack)
+        self.ROUTER_LOGITS = per_layer("moe.router_logits", (_BATCH, _POS, Dimension.EXPERT), 122)
+        """r = x W_router + b: one number per token and expert, from which choice and weights are made."""
+        self.ROUTER_INDICES = per_layer("moe.router_indices", _CHOICES, 124)
+        """e[k]: the experts a token is sent to, integers. An edit sends it elsewhere; weights stay."""
+        self.ROUTER_WEIGHTS = per_layer("moe.router_weights", _CHOICES, 124)
+        """w[k]: with what weight each chosen expert's output is added."""
+        self.EXPERT_POST = per_layer("moe.expert_post", (*_CHOICES, Dimension.D_MLP), 135)
+        """n[k]: the neurons of expert e[k], one row per token and choice: what its down projection reads."""
+        self.EXPERT_OUT = per_layer("moe.expert_out", (*_CHOICES, Dimension.D_MODEL), 137)
+        """y[k] = n[k] W_out[e[k]] + b: what each chosen expert returns, before it is weighted."""
+        self.ROUTED_OUT = per_layer("moe.routed_out", _STREAM, 139)
+        """Σ_k w[k] · y[k]: what the routed experts give together."""
+        self.SHARED_GATE = per_layer("moe.shared_gate", _SCALE, 122)
+        """g, where the shared experts are gated: sigmoid(g) multiplies `moe.shared_out`."""
+        self.SHARED_POST = per_layer("moe.shared_post", _NEURONS, 135)
+        """The neurons of the shared experts, which see every token."""
+        self.SHARED_OUT = per_layer("moe.shared_out", _STREAM, 139)
+        """What the shared experts return, before a gate. The MoE returns routed_out + [sigmoid(g)] shared_out."""
+
     @property
     def attention(self) -> AttentionTypes:
         """The types of a layer's own attention."""
@@ -211,6 +234,15 @@ MLP_LN_SCALE: Final = DECODER.MLP_LN_SCALE
 MLP_IN: Final = DECODER.MLP_IN
 MLP_PRE: Final = DECODER.MLP_PRE
 MLP_POST: Final = DECODER.MLP_POST
+ROUTER_LOGITS: Final = DECODER.ROUTER_LOGITS
+ROUTER_INDICES: Final = DECODER.ROUTER_INDICES
+ROUTER_WEIGHTS: Final = DECODER.ROUTER_WEIGHTS
+EXPERT_POST: Final = DECODER.EXPERT_POST
+EXPERT_OUT: Final = DECODER.EXPERT_OUT
+ROUTED_OUT: Final = DECODER.ROUTED_OUT
+SHARED_GATE: Final = DECODER.SHARED_GATE
+SHARED_POST: Final = DECODER.SHARED_POST
+SHARED_OUT: Final = DECODER.SHARED_OUT
 MLP_OUT: Final = DECODER.MLP_OUT
 EXTRA_OUT: Final = DECODER.EXTRA_OUT
 RESID_POST: Final = DECODER.RESID_POST

@@ -38,7 +38,16 @@ XATTN_OUT       xattn.out       batch pos d_model
 RESID_XMID      resid.xmid      batch pos d_model
 MLP_LN_SCALE    mlp.ln_scale    batch pos one
 MLP_IN          mlp.in          batch pos d_model
+ROUTER_LOGITS   moe.router_logits   batch pos expert
+SHARED_GATE     moe.shared_gate     batch pos one
+ROUTER_INDICES  moe.router_indices  batch pos choice
+ROUTER_WEIGHTS  moe.router_weights  batch pos choice
 MLP_PRE         mlp.pre         batch pos d_mlp
+EXPERT_POST     moe.expert_post     batch pos choice d_mlp
+SHARED_POST     moe.shared_post     batch pos d_mlp
+EXPERT_OUT      moe.expert_out      batch pos choice d_model
+ROUTED_OUT      moe.routed_out      batch pos d_model
+SHARED_OUT      moe.shared_out      batch pos d_model
 MLP_POST        mlp.post        batch pos d_mlp
 MLP_OUT         mlp.out         batch pos d_model
 EXTRA_OUT       extra.out       batch pos d_model
@@ -53,6 +62,10 @@ SAME_STAGE = (
     {"attn.q", "attn.k", "attn.v"},
     {"attn.out", "mixer.out"},
     {"xattn.q", "xattn.k", "xattn.v"},
+    {"moe.router_logits", "moe.shared_gate"},
+    {"moe.router_indices", "moe.router_weights"},
+    {"moe.expert_post", "moe.shared_post"},
+    {"moe.routed_out", "moe.shared_out"},
 )
 """What does not depend on each other."""
 
