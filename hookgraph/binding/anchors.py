@@ -7,7 +7,9 @@ from hookgraph.binding.tracing import Call, Slot, Trace
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location
 
-Mechanism: TypeAlias = Literal["output", "input", "sum", "interior", "softmax", "norm scale", "head result", "experts", "product"]
+Mechanism: TypeAlias = Literal[
+    "output", "input", "sum", "interior", "softmax", "norm scale", "head result", "experts", "product"
+]
 """How the tensor is read and replaced:
 
 * `output`: what a module returns, replaced in what it returns.

@@ -28,6 +28,11 @@ def is_experts(module: nn.Module) -> bool:
     return getattr(module, "_is_expert_parallel", None) is False and "config" in vars(module)
 
 
+def expert_count(module: Any) -> int:
+    """How many experts a module holds."""
+    return int(module.num_experts)
+
+
 @final
 class ExpertsInterior:
     """The taps inside one experts module, by its calls in a pass, while a graph is attached."""
@@ -50,17 +55,17 @@ class ExpertsInterior:
     def __call__(
         self,
         module: nn.Module,
-        hidden: Float[Tensor, "token d_model"],
-        indices: Int[Tensor, "token choice"],
-        weights: Float[Tensor, "token choice"],
-    ) -> Float[Tensor, "token d_model"]:
+        hidden: Float[Tensor, "... d_model"],
+        indices: Int[Tensor, "... choice"],
+        weights: Float[Tensor, "... choice"],
+    ) -> Float[Tensor, "... d_model"]:
         """What the experts give together, with every tap called on the way."""
         taps = self._turn.next()
         if not taps:
             own = type(module).forward.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
             function = ALL_EXPERTS_FUNCTIONS.get_interface(self._implementation, own)
             return function(module, hidden, indices, weights)
-        rows = list(_rows(indices, int(module.num_experts)))
+        rows = list(_rows(indices, expert_count(module)))
         neurons = [_neurons(module, expert, hidden[token]) for expert, token, _ in rows]
         neurons = self._tapped(taps.get("neurons"), neurons, rows, indices)
         outputs = [_outputs(module, row[0], n) for row, n in zip(rows, neurons, strict=True)]
@@ -71,7 +76,7 @@ class ExpertsInterior:
         return total
 
     def _tapped(
-        self, tap: Tap | None, parts: list[Tensor], rows: list["_Rows"], indices: Int[Tensor, "token choice"]
+        self, tap: Tap | None, parts: list[Tensor], rows: list["_Rows"], indices: Int[Tensor, "... choice"]
     ) -> list[Tensor]:
         """Call a tap on the rows of all experts, by token and choice."""
         if tap is None or not parts:
@@ -87,11 +92,11 @@ class ExpertsInterior:
         return [flat[token, choice] for _, token, choice in rows]
 
 
-_Rows = tuple[int, Int[Tensor, " row"], Int[Tensor, " row"]]
+_Rows = tuple[int, Int[Tensor, "..."], Int[Tensor, "..."]]
 """An expert, and the tokens and choices that it is for."""
 
 
-def _rows(indices: Int[Tensor, "token choice"], count: int) -> Iterator[_Rows]:
+def _rows(indices: Int[Tensor, "... choice"], count: int) -> Iterator[_Rows]:
     """The rows of each expert that some token is sent to, in the order of the models' own code."""
     for expert in indices.unique().tolist():
         if expert < count:
@@ -99,13 +104,13 @@ def _rows(indices: Int[Tensor, "token choice"], count: int) -> Iterator[_Rows]:
             yield expert, token, choice
 
 
-def _neurons(module: Any, expert: int, given: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_mlp"]:
+def _neurons(module: Any, expert: int, given: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_mlp"]:
     into = "gate_up_proj" if module.has_gate else "up_proj"
     before = _projected(module, into, expert, given)
     return module._apply_gate(before) if module.has_gate else module.act_fn(before)
 
 
-def _outputs(module: Any, expert: int, neurons: Float[Tensor, "row d_mlp"]) -> Float[Tensor, "row d_model"]:
+def _outputs(module: Any, expert: int, neurons: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
     output = _projected(module, "down_proj", expert, neurons)
     return module.post_expert_norm(output) if module.has_post_expert_norm else output
 

@@ -49,7 +49,7 @@ class Layer:
 @final
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """Which modules compute a mixture of experts: the routed experts, and these with what is added to them."""
+    """The modules of a mixture: the routed experts, and what returns these with what is added to them."""
 
     experts: str
     whole: str
@@ -104,4 +104,6 @@ class Findings:
     def without(self, failed: Mapping[Location, str]) -> "Findings":
         """The same without some locations, for these reasons."""
         anchors = {k: v for k, v in self.anchors.items() if k not in failed}
-        return Findings(anchors, {**self.reasons, **failed}, self.layers, self.weights, self.experts, self.batch)
+        return Findings(
+            anchors, {**self.reasons, **failed}, self.layers, self.weights, self.experts, self.batch
+        )

@@ -10,7 +10,7 @@ from typing import final
 
 from hookgraph.binding.anchors import Anchor, Role, on_call
 from hookgraph.binding.blocks import Block, Update
-from hookgraph.binding.experts import is_experts
+from hookgraph.binding.experts import expert_count, is_experts
 from hookgraph.binding.findings import ExpertLayer, Findings
 from hookgraph.binding.projections import floating_input, is_matrix_product, last_projection
 from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_root
@@ -59,7 +59,7 @@ def bind_experts(
         found.absent("the experts are not given which of them each token is for", *kinds, layer=layer)
     else:
         _bind_routing(trace, found, stack, layer, routing)
-        cone, count = _cone(routing.weights[1], block.call.first), int(call.module.num_experts)
+        cone, count = _cone(routing.weights[1], block.call.first), expert_count(call.module)
         products = {v for v in cone if is_matrix_product(v) and v.tensor.shape[-1] == count}
         _bind_logits(trace, found, stack.ROUTER_LOGITS[layer], block, cone, products)
     slot, routed = next(iter(call.outputs.items()))
@@ -88,7 +88,7 @@ def _bind_routing(
     call = routing.call
     given = ((stack.ROUTER_INDICES, *routing.indices), (stack.ROUTER_WEIGHTS, *routing.weights))
     for kind, slot, value in given:
-        limit = 0 if value.tensor.is_floating_point() else int(call.module.num_experts)
+        limit = 0 if value.tensor.is_floating_point() else expert_count(call.module)
         flat = value.tensor.ndim == 2
         found.add(on_call(trace, call, Anchor(kind[layer], "input", call.path, slot, flat=flat, limit=limit)))
     computed: tuple[tuple[LocationType, Role], ...] = (
@@ -198,10 +198,10 @@ def _sum_with(trace: Trace, block: Block, update: Update, routed: Value) -> Call
 def _terms(value: Value, first: int) -> list[Value]:
     """What a value is the sum of."""
     root = alias_root(value)
-    if root.op == "add" and root.number >= first and len(root.inputs) == 2:
-        if len({i.tensor.numel() for i in root.inputs}) == 1:
-            return [t for i in root.inputs for t in _terms(i, first)]
-    return [value]
+    sizes = [i.tensor.numel() for i in root.inputs]
+    if root.op != "add" or root.number < first or len(sizes) != 2 or sizes[0] != sizes[1]:
+        return [value]
+    return [t for i in root.inputs for t in _terms(i, first)]
 
 
 def _bind_shared(

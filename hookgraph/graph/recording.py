@@ -109,14 +109,14 @@ class Recorder:
         if not self.differentiated:
             return
         wholes = [whole for whole in self._wholes if whole in self.differentiated]
+        for whole in wholes:
+            if not self._seen[whole].is_floating_point():
+                raise MetricError(f"{whole} holds integers, so it has no gradient: read or edit it instead")
         if metric is None:
             raise MetricError(f"{wholes[0].grad} is the gradient of a metric: give `metric`")
         if not metric.requires_grad:
             raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         inputs = [self._seen[whole] for whole in wholes]
-        for whole, value in zip(wholes, inputs, strict=True):
-            if not value.is_floating_point():
-                raise MetricError(f"{whole} holds integers, so it has no gradient: read or edit it instead")
         total = metric.sum()
         found = cast(
             "tuple[Tensor | None, ...]",

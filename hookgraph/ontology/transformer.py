@@ -160,7 +160,7 @@ class TransformerStack:
         self.SHARED_POST = per_layer("moe.shared_post", _NEURONS, 135)
         """The neurons of the shared experts, which see every token."""
         self.SHARED_OUT = per_layer("moe.shared_out", _STREAM, 139)
-        """What the shared experts return, before a gate. The MoE returns routed_out + [sigmoid(g)] shared_out."""
+        """What the shared experts return. The mixture returns routed_out + [sigmoid(g)] shared_out."""
 
     @property
     def attention(self) -> AttentionTypes:
