@@ -57,8 +57,8 @@ ABSENT = {
     "neox": {RESID_MID: "updates read the layer's input, so no such sum exists"},
     "gemma2": {},
 }
-OTHERS = ("XATTN_", "MIXER_OUT", "EXTRA_OUT", "RESID_XMID")
-"""Locations of models that attend to another stack, mix without attention, or have a third branch."""
+OTHERS = ("XATTN_", "MIXER_", "ROUTER_", "ROUTED_", "EXPERT_", "SHARED_", "EXTRA_OUT", "RESID_XMID")
+"""Locations of models that attend to another stack, mix without attention, have experts or a third branch."""
 EVERYTHING = [kind for name, kind in vars(DECODER).items() if not name.startswith(OTHERS)]
 
 
