@@ -107,9 +107,7 @@ def positions_read(metric: Metric | None) -> Reads | None:
     return metric.reads if isinstance(metric, ReadingMetric) else None
 
 
-def measure(
-    metric: Metric, logits: Float[Tensor, "batch ..."], *, taken: bool
-) -> Float[Tensor, " batch"]:
+def measure(metric: Metric, logits: Float[Tensor, "batch ..."], *, taken: bool) -> Float[Tensor, " batch"]:
     """One number per example. `taken`: the logits are those of the positions that the metric reads.
 
     Raises:
