@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.patching import Method, patching_effect
-from hookgraph.algorithms.results import PatchingEffect, Ranking
+from hookgraph.algorithms.ranking import Ranking
+from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.binding import bind
 from hookgraph.binding.binding import check as check_all
 from hookgraph.binding.examples import example_inputs

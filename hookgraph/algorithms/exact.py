@@ -1,20 +1,29 @@
 """Exact patching: set one node to its corrupt value in the clean run, and measure.
 
-Nodes are packed into one batch, and only the blocks after the first patched location are executed.
+Nodes are rows of one batch that sweeps through the layers: a row joins where its node is, so that only
+what lies after a node is executed for it, and rows of all layers share the passes they have in common.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hookgraph.algorithms.pairs import prepare_pair
+from hookgraph.algorithms.copies import per_copy, run_copies, tile
+from hookgraph.algorithms.memory import in_pieces
+from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.sites import Contrast
+from hookgraph.errors import HookGraphError, LocationError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
 from hookgraph.hooks.slicing import read, write
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 
@@ -26,6 +35,7 @@ def exact_effects(
     nodes: Sequence[Location],
     *,
     batch_size: int = 256,
+    progress: bool | None = None,
 ) -> Float[Tensor, "... batch"]:
     """m(clean with the node set to its corrupt value) - m(clean), for each node and example.
 
@@ -35,78 +45,147 @@ def exact_effects(
         corrupt: where the nodes' values come from; None sets them to zero.
         metric: logits -> one number per example.
         nodes: parts of locations, such as one head at one position.
-        batch_size: how many rows are run at once, at most.
+        batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
+        MetricError: the metric of the clean run is not a finite number.
     """
-    first, second = prepare_pair(graph, clean, corrupt)
     wholes = list(dict.fromkeys(node.whole for node in nodes))
-    if second is None:
-        values: Mapping[Location, Tensor] = {}
-    else:
-        values = graph.run(second, save=wholes)
+    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True)
+    return effects_of(contrast, nodes, batch_size, progress)
+
+
+def effects_of(
+    contrast: Contrast, nodes: Sequence[Location], batch_size: int, progress: bool | None
+) -> Float[Tensor, "... batch"]:
+    """The exact effects of parts of a contrast's places, all of which are whole locations.
+
+    Raises:
+        HookGraphError: a node is a part of the batch.
+        LocationError: the index of one is out of range.
+    """
+    for node in nodes:
+        if any(dim == Dimension.BATCH for dim, _ in node.index):
+            raise HookGraphError(
+                f"{node}: a node is patched in every example, leave `batch` out of its index"
+            )
+    ordered = sorted(
+        ((contrast.entries[node.whole], node) for node in dict.fromkeys(nodes)),
+        key=lambda pair: () if pair[0] is None else pair[0].order,
+    )
+    found: dict[Location, Tensor] = {}
+    batch = len(contrast.measured)
+    with Progress("exact patching", len(ordered), shown=progress) as bar:
+        for piece, effects in in_pieces(ordered, max(1, batch_size // batch), lambda p: _sweep(contrast, p)):
+            found.update({node: effect for (_, node), effect in zip(piece, effects, strict=True)})
+            bar.advance(len(piece))
+    empty = contrast.measured.new_zeros(0, batch)
+    return torch.stack([found[node] for node in nodes]) if nodes else empty
+
+
+def _sweep(
+    contrast: Contrast, piece: Sequence[tuple[Location | None, Location]]
+) -> Float[Tensor, "... batch"]:
+    """The effects of some nodes, in causal order: a copy of the batch each, which joins where its node is."""
+    base, metric, clean = contrast.base, contrast.metric, contrast.measured
+    graph = per_copy(contrast.graph, len(clean))
     effects: list[Tensor] = []
-    for entry, group in _by_entry(graph, nodes):
-        base = graph.run(first, save=[] if entry is None else [entry], metric=metric)
-        effects += _measure_group(graph, base, entry, group, values, metric, batch_size)
-    order = [node for _, group in _by_entry(graph, nodes) for node in group]
-    by_node = dict(zip(order, effects, strict=True))
-    return torch.stack([by_node[node] for node in nodes])
+    whole = [node for entry, node in piece if entry is None]
+    if whole:
+        patched = _patched(graph, whole, contrast.corrupt, offset=0, batch=len(clean))
+        effects.append(_gains(run_copies(patched, base, None, len(whole), metric=metric), clean))
+    stations = list(dict.fromkeys(entry for entry, _ in piece if entry is not None))
+    rows: Tensor | None = None
+    for station, until in zip_longest(stations, stations[1:]):
+        joining = [node for entry, node in piece if entry == station]
+        new, offset = tile(base[station], len(joining)), 0 if rows is None else len(rows)
+        patched = _patched(graph, joining, contrast.corrupt, offset=offset, batch=len(clean))
+        rows = new if rows is None else torch.cat([rows, new])
+        if until is not None:
+            rows = patched.replay(base, station, value=rows, save=[until])[until]
+        else:
+            copies = len(rows) // len(clean)
+            run = run_copies(patched, base, station, copies, metric=metric, value=rows)
+            effects.append(_gains(run, clean))
+    return torch.cat(effects)
 
 
-def _by_entry(graph: HookGraph, nodes: Sequence[Location]) -> list[tuple[Location | None, list[Location]]]:
-    """Nodes by the boundary between blocks at which a replay that patches them may start."""
-    groups: dict[Location | None, list[Location]] = {}
-    for node in dict.fromkeys(nodes):
-        groups.setdefault(graph.entry(node), []).append(node)
-    return list(groups.items())
+def _gains(run: Run, clean: Float[Tensor, " batch"]) -> Float[Tensor, "... batch"]:
+    if run.metric is None:
+        raise ValueError("the run was measured")
+    return run.metric.view(-1, len(clean)) - clean
 
 
-def _measure_group(
-    graph: HookGraph,
-    base: Run,
-    entry: Location | None,
-    nodes: Sequence[Location],
-    values: Mapping[Location, Tensor],
-    metric: Metric,
-    batch_size: int,
-) -> list[Float[Tensor, " batch"]]:
-    if base.metric is None:
-        raise ValueError("the clean run was measured")
-    batch = len(base.metric)
-    if entry is None:
-        return [_one(graph, base, node, values, metric) - base.metric for node in nodes]
-    effects: list[Tensor] = []
-    size = max(1, batch_size // batch)
-    for i in range(0, len(nodes), size):
-        packed = nodes[i : i + size]
-        patched = graph
-        for row, node in enumerate(packed):
-            rows = slice(row * batch, (row + 1) * batch)
-            patched = patched.hook(node.whole, _patch(node, values.get(node.whole), rows))
-        value = base[entry].repeat(len(packed), *([1] * (base[entry].ndim - 1)))
-        run = patched.replay(base, entry, value=value)
-        effects += [metric(part) - base.metric for part in run.logits.split(batch)]
-    return effects
+def _patched(
+    graph: HookGraph, nodes: Sequence[Location], values: Mapping[Location, Tensor], *, offset: int, batch: int
+) -> HookGraph:
+    """The graph in which node i has its corrupt value in the i-th copy of the batch after row `offset`."""
+    by_location: dict[Location, list[tuple[int, Location]]] = {}
+    for i, node in enumerate(nodes):
+        by_location.setdefault(node.whole, []).append((offset + i * batch, node))
+    for whole, placed in by_location.items():
+        graph = graph.hook(whole, _Patch(placed, values[whole], batch))
+    return graph
 
 
-def _one(
-    graph: HookGraph, base: Run, node: Location, values: Mapping[Location, Tensor], metric: Metric
-) -> Float[Tensor, " batch"]:
-    patched = graph.hook(node.whole, _patch(node, values.get(node.whole), slice(None)))
-    return metric(patched.run(base.inputs).logits)
+@final
+@dataclass(frozen=True, eq=False)
+class _Patch:
+    """A hook: each node gets its corrupt value in its own copy of the batch."""
 
+    placed: Sequence[tuple[int, Location]]
+    """The first row of the copy, and the node."""
+    corrupt: Shaped[Tensor, "batch ..."]
+    batch: int
 
-def _patch(node: Location, corrupt: Tensor | None, rows: slice) -> Callable[[Tensor], Tensor]:
-    """Set the node to its corrupt value, or to zero, in some rows of the batch."""
-
-    def patch(value: Tensor) -> Tensor:
-        clean = value[rows]
-        part = torch.zeros_like(read(node, clean)) if corrupt is None else read(node, corrupt)
+    def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         result = value.clone()
-        result[rows] = write(node, clean, part)
+        kinds: dict[tuple[Dimension, ...] | None, list[tuple[int, Location]]] = {}
+        for row, node in self.placed:
+            points = all(isinstance(i, int) for _, i in node.index)
+            kinds.setdefault(tuple(d for d, _ in node.index) if points else None, []).append((row, node))
+        for dims, placed in kinds.items():
+            if dims is None:
+                self._by_part(result, placed)
+            else:
+                self._by_points(result, dims, placed)
         return result
 
-    return patch
+    def _by_points(
+        self, result: Shaped[Tensor, "..."], dims: Sequence[Dimension], placed: Sequence[tuple[int, Location]]
+    ) -> None:
+        """Nodes that are single entries along some axes: all of them in one assignment."""
+        axes = placed[0][1].type.dims
+        here: list[Int[Tensor, "..."] | slice] = [slice(None)] * len(axes)
+        device = result.device
+        rows = torch.tensor([row for row, _ in placed], device=device)
+        examples = torch.arange(self.batch, device=device)
+        for dim in dims:
+            axis = axes.index(dim)
+            chosen = [dict(node.index)[dim] for _, node in placed]
+            here[axis] = _within(chosen, result.shape[axis], placed[0][1], dim).to(device)[:, None]
+        there = [examples[None], *here[1:]]
+        here[0] = rows[:, None] + examples[None]
+        result[tuple(here)] = self.corrupt[tuple(there)]
+
+    def _by_part(self, result: Shaped[Tensor, "..."], placed: Sequence[tuple[int, Location]]) -> None:
+        """Nodes that are slices or lists, one by one."""
+        for row, node in placed:
+            rows = slice(row, row + self.batch)
+            result[rows] = write(node, result[rows], read(node, self.corrupt))
+
+
+def _within(chosen: Sequence[object], size: int, node: Location, dim: Dimension) -> Int[Tensor, "..."]:
+    """The numbers themselves if they are indices of an axis of this size.
+
+    Raises:
+        LocationError: one is out of range.
+    """
+    found = torch.tensor(chosen)
+    if int(found.min()) < -size or int(found.max()) >= size:
+        outside = next(i for i in found.tolist() if not -size <= i < size)
+        raise LocationError(f"{node.whole}: {dim}={outside} is out of range, {dim} has size {size}")
+    return found

@@ -1,23 +1,36 @@
 """`patching_effect`: how much each node matters for a metric."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, TypeAlias, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms import rules
+from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.enumeration import measured_exactly
 from hookgraph.algorithms.exact import exact_effects
-from hookgraph.algorithms.pairs import prepare_pair
+from hookgraph.algorithms.examples import by_examples
+from hookgraph.algorithms.gradients import (
+    Estimate,
+    Path,
+    attribution,
+    integrated,
+    integrated_over_inputs,
+)
+from hookgraph.algorithms.quadrature import Quadrature
 from hookgraph.algorithms.results import Convention, PatchingEffect
+from hookgraph.algorithms.sites import Contrast, chosen_places
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.passes import PassType
 
-Method: TypeAlias = Literal["attrib"]
-_METHODS: tuple[Method, ...] = ("attrib",)
+Method: TypeAlias = Literal["attrib", "ig", "ig_inputs", "exact", "atp_star", "relp"]
+
+_INTEGRALS = ("ig", "ig_inputs")
 
 
 def patching_effect(
@@ -27,20 +40,45 @@ def patching_effect(
     metric: Metric,
     at: Sequence[Location],
     method: Method = "attrib",
+    *,
+    steps: int = 10,
+    quadrature: Quadrature = "gauss-legendre",
+    tolerance: float | None = None,
+    joint: Sequence[str] = (),
+    batch_size: int = 256,
+    progress: bool | None = None,
 ) -> PatchingEffect:
     """How m(clean) would change if a node were set to its corrupt value.
 
-    `attrib` (attribution patching): effect = (corrupt - clean) · dm/dnode at the clean point, for all
-    locations in one forward and backward pass of clean and one forward pass of corrupt. A first-order
-    estimate: `.check(top=k)` measures the top nodes exactly.
+    With delta = corrupt - clean at a node, the effect is by
+
+    * `attrib`, attribution patching: delta · dm/dnode at the clean point, for all locations in one forward
+      and backward pass of clean and one forward pass of corrupt.
+    * `ig`, integrated gradients: delta · the mean of dm/dnode on the way from clean to corrupt, one site
+      at a time; latents and error of a dictionary move together. The effects at a site add up to what
+      patching the whole site changes, up to `.residuals`.
+    * `ig_inputs`: the same with the embeddings moving, which takes `steps` passes for all locations.
+    * `exact`: the change itself, each node patched alone. Where delta is 0 the effect is.
+    * `atp_star`: `attrib` with the change of attention patterns computed exactly for queries and keys, and
+      averaged absolute effects over passes with one layer's gradient dropped. Not signed.
+    * `relp`: `attrib` with norm scales and patterns constant, nonlinearities by their secant, and products
+      of gated MLPs shared in halves.
 
     Args:
         graph: the hooked model.
         clean: what is run.
         corrupt: as many tokens with the same mask; None stands for zero in every node.
         metric: logits -> one number per example.
-        at: locations or parts of locations, mixed freely.
-        method: how effects are estimated.
+        at: locations or parts of locations, latents and errors too, mixed freely.
+        method: see above.
+        steps: points of the path integral.
+        quadrature: the rule of the path integral.
+        tolerance: for `ig`: double the steps, up to 64, until each residual is at most this share of what
+            its site changes. `.incomplete` names the locations where 64 do not suffice.
+        joint: axes whose coordinates are one node, such as `d_head`: their effects are added up, or, by
+            `exact`, patched together. An error's coordinates always are.
+        batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
         Effects over the axes of each location, (batch, pos, ...), to be reduced by name.
@@ -48,38 +86,78 @@ def patching_effect(
     Raises:
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
-        MetricError: the metric is not one number per example, or does not depend on a location.
+        MetricError: the metric is not one finite number per example, or does not depend on a location.
 
-    Source: Nanda, "Attribution patching" (2023); Syed et al., arXiv:2310.10348.
+    Source: Nanda, "Attribution patching" (2023); Syed et al., arXiv:2310.10348; Marks et al.,
+    arXiv:2403.19647 (ig); Kramár et al., arXiv:2403.00745 (atp_star); Jafari et al., arXiv:2508.21258
+    (relp).
     """
-    if method not in _METHODS:
-        raise HookGraphError(f"unknown method {method!r}: {nearest(method, _METHODS)}")
-    places = list(dict.fromkeys(at))
-    if not places:
-        raise HookGraphError("nothing to patch: `at` names no location")
-    for place in places:
-        if place.pass_type is PassType.BACKWARD:
-            raise HookGraphError(f"{place} is a gradient: name the activation")
-    first, second = prepare_pair(graph, clean, corrupt)
-    run = graph.run(first, save=[*places, *(p.grad for p in places)], metric=metric)
-    if second is None:
-        deltas: Mapping[Location, Float[Tensor, "..."]] = {p: -run[p] for p in places}
-        total = None
-    else:
-        other = graph.run(second, save=places, metric=metric)
-        deltas = {p: other[p] - run[p] for p in places}
-        total = None if other.metric is None or run.metric is None else other.metric - run.metric
-    grads = {p: run[p.grad] for p in places}
+    if method not in get_args(Method):
+        raise HookGraphError(f"unknown method {method!r}: {nearest(method, get_args(Method))}")
+    places = chosen_places(graph, at)
+    path = Path(quadrature, steps, tolerance, batch_size)
+
+    def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
+        contrast = Contrast.of(
+            graph,
+            clean,
+            corrupt,
+            metric,
+            places,
+            gradients=method == "attrib",
+            replays=method in ("ig", "exact"),
+            wholes=method == "exact",
+        )
+        estimate = _estimate(method, contrast, path, joint, progress)
+        return _result(contrast, estimate, _convention(method, path, corrupt))
+
+    found = by_examples(graph, clean, corrupt, metric, batch_size, measure)
+    reduced = [dim for dim in joint if any(dim in found.dims(x) for x in found.effects)]
+    found = found.sum(*reduced) if reduced else found
 
     def remeasure(nodes: Sequence[Location]) -> Float[Tensor, "... batch"]:
-        return exact_effects(graph, first, second, metric, nodes)
+        return exact_effects(graph, clean, corrupt, metric, nodes, batch_size=batch_size, progress=progress)
 
+    return replace(found, _remeasure=remeasure)
+
+
+def _estimate(
+    method: Method, contrast: Contrast, path: Path, joint: Sequence[str], progress: bool | None
+) -> Estimate:
+    match method:
+        case "attrib":
+            return attribution(contrast)
+        case "ig":
+            return integrated(contrast, path, progress)
+        case "ig_inputs":
+            return integrated_over_inputs(contrast, path, progress)
+        case "exact":
+            return measured_exactly(contrast, joint, path.batch_size, progress)
+        case "atp_star":
+            return rules.atp_star(contrast, progress)
+        case "relp":
+            return rules.relp(contrast)
+
+
+def _convention(method: Method, path: Path, corrupt: Inputs | None) -> Convention:
+    integral = method in _INTEGRALS
+    return Convention(
+        method,
+        ablation="zero" if corrupt is None else "corrupt",
+        quadrature=path.quadrature if integral else "",
+        steps=path.steps if integral else 0,
+        tolerance=path.tolerance if method == "ig" else None,
+    )
+
+
+def _result(contrast: Contrast, estimate: Estimate, convention: Convention) -> PatchingEffect:
     return PatchingEffect(
-        {p: deltas[p] * grads[p] for p in places},
-        deltas,
-        grads,
-        total,
-        Convention(method, ablation="zero" if second is None else "corrupt"),
-        metadata=graph.binding.metadata,
-        _remeasure=remeasure,
+        Attribution(estimate.effects, estimate.reduced),
+        Attribution(contrast.deltas),
+        Attribution(estimate.grads),
+        contrast.total,
+        convention,
+        estimate.residuals,
+        estimate.incomplete,
+        contrast.graph.binding.metadata,
     )

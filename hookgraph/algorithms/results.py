@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, final, overload
+from typing import TYPE_CHECKING, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms import plotting
-from hookgraph.errors import HookGraphError, LocationError, nearest
+from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.ranking import Node, Ranking
+from hookgraph.errors import HookGraphError, LoadError, LocationError
 from hookgraph.graph import storage
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _KIND = "patching effect"
 
-Effects = Mapping[Location, Float[Tensor, "..."]]
 Remeasure = Callable[[Sequence[Location]], Float[Tensor, "... batch"]]
 """Exact effects of nodes, each a part of a location."""
 
@@ -29,7 +29,17 @@ Remeasure = Callable[[Sequence[Location]], Float[Tensor, "... batch"]]
 @final
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """What was computed, so that numbers of different origin are not compared by mistake."""
+    """What was computed, so that numbers of different origin are not compared by mistake.
+
+    Args:
+        method: how the effects were found.
+        sign: what is subtracted from what.
+        ablation: what stands in for a node: its `corrupt` value, or `zero`.
+        quadrature: the rule of the path integral, if there is one.
+        steps: its number of points.
+        splice_gradient: what the gradient of an injected dictionary is.
+        tolerance: the share of a site's change that its residual may have, if steps were adapted to it.
+    """
 
     method: str
     sign: str = "corrupt - clean"
@@ -37,73 +47,7 @@ class Convention:
     quadrature: str = ""
     steps: int = 0
     splice_gradient: str = "identity"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A part of a location and its effect."""
-
-    location: Location
-    effect: float
-    exact: float | None = None
-    """The effect measured by patching this node alone, if it was."""
-
-
-@final
-@dataclass(frozen=True, slots=True, repr=False)
-class Ranking(Sequence[Node]):
-    """Nodes, the most important first. Prints as a table."""
-
-    nodes: tuple[Node, ...]
-
-    @overload
-    def __getitem__(self, index: int) -> Node: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Ranking": ...
-    def __getitem__(self, index: int | slice) -> "Node | Ranking":
-        return Ranking(self.nodes[index]) if isinstance(index, slice) else self.nodes[index]
-
-    def __len__(self) -> int:
-        return len(self.nodes)
-
-    def to_frame(self) -> "pandas.DataFrame":
-        """One row per node: location, effect, and the exact effect where it was measured."""
-        import pandas as pd
-
-        rows = [{"location": str(n.location), "effect": n.effect, "exact": n.exact} for n in self.nodes]
-        frame = pd.DataFrame(rows, columns=["location", "effect", "exact"])
-        return frame if any(n.exact is not None for n in self.nodes) else frame.drop(columns="exact")
-
-    @property
-    def spread(self) -> float:
-        """The largest |estimate - exact| among the nodes that were measured exactly.
-
-        Raises:
-            HookGraphError: none was.
-        """
-        gaps = [abs(n.effect - n.exact) for n in self.nodes if n.exact is not None]
-        if not gaps:
-            raise HookGraphError("no node of this ranking was measured exactly: use .check(top=...)")
-        return max(gaps)
-
-    @property
-    def correlation(self) -> float:
-        """Spearman's rank correlation of estimate and exact effect; NaN where either is constant.
-
-        Raises:
-            HookGraphError: fewer than two nodes were measured exactly.
-        """
-        pairs = [(n.effect, n.exact) for n in self.nodes if n.exact is not None]
-        if len(pairs) < 2:
-            raise HookGraphError("fewer than two nodes were measured exactly: use .check(top=...)")
-        return float(torch.corrcoef(_ranks(torch.tensor(pairs, dtype=torch.float64).T))[0, 1])
-
-    def __repr__(self) -> str:
-        return self.to_frame().to_string(float_format=lambda x: f"{x:+.4f}")
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(float_format=lambda x: f"{x:+.4f}")
+    tolerance: float | None = None
 
 
 @final
@@ -116,71 +60,46 @@ class PatchingEffect:
         deltas: corrupt - clean, by location.
         grads: the gradients that were used, by location; empty for exact patching.
         total_effect: m(corrupt) - m(clean) per example; None without a corrupt input.
-        residuals: per location and example, Σ effects - [m(clean | site := corrupt) - m(clean)].
         convention: what was computed, and how.
-        reduced: what was done to an axis that is gone: `sum` or `mean`.
+        residuals: per location and example, Σ effects of its site - [m(clean | site := corrupt) - m(clean)].
+        incomplete: the locations whose residual is larger than the tolerance asked for.
         metadata: the model's name, revision and dtype.
     """
 
-    effects: Effects
-    deltas: Effects
-    grads: Effects
-    total_effect: Float[Tensor, " batch"] | None
+    effects: Attribution
+    deltas: Attribution
+    grads: Attribution
+    total_effect: Float[Tensor, " ..."] | None
     convention: Convention
-    residuals: Effects = field(default_factory=dict[Location, Tensor])
-    reduced: Mapping[Dimension, str] = field(default_factory=dict[Dimension, str])
+    residuals: Mapping[Location, Float[Tensor, "..."]] = field(default_factory=dict[Location, Tensor])
+    incomplete: tuple[Location, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     _remeasure: Remeasure | None = None
 
+    @property
+    def reduced(self) -> Mapping[Dimension, str]:
+        """What was done to an axis of the effects that is gone: `sum` or `mean`."""
+        return self.effects.reduced
+
     def dims(self, location: Location) -> tuple[Dimension, ...]:
         """The axes that the effects at a location still have."""
-        return tuple(d for d in location.dims if d not in self.reduced)
+        return self.effects.dims(location)
 
     def sum(self, *dims: str) -> "PatchingEffect":
         """Effects summed over axes, by name: `.sum("pos", "d_head")`."""
-        return self._reduce("sum", dims)
+        return replace(self, effects=self.effects.sum(*dims))
 
     def mean(self, *dims: str) -> "PatchingEffect":
         """Effects averaged over axes, by name: `.mean("batch")`."""
-        return self._reduce("mean", dims)
-
-    def _reduce(self, how: str, dims: Sequence[str]) -> "PatchingEffect":
-        known = {d for location in self.effects for d in self.dims(location)}
-        for dim in dims:
-            if dim not in known:
-                raise LocationError(f"these effects have no axis {dim!r}: {nearest(dim, known)}")
-        chosen = [Dimension(d) for d in dims]
-        effects: dict[Location, Tensor] = {}
-        for location, effect in self.effects.items():
-            axes = [i for i, d in enumerate(self.dims(location)) if d in chosen]
-            reduce = torch.sum if how == "sum" else torch.mean
-            effects[location] = reduce(effect, dim=axes) if axes else effect
-        reduced = {**self.reduced, **dict.fromkeys(chosen, how)}
-        return replace(self, effects=effects, reduced=reduced)
+        return replace(self, effects=self.effects.mean(*dims))
 
     def nodes(self) -> Iterator[Node]:
         """Every node: each location, indexed along the axes that the effects still have."""
-        for location, effect in self.effects.items():
-            dims = self.dims(location)
-            for place in torch.cartesian_prod(*map(torch.arange, effect.shape)).view(-1, effect.ndim):
-                index = dict(zip(dims, place.tolist(), strict=True))
-                yield Node(_part(location, index), float(effect[tuple(place)]))
+        return self.effects.nodes()
 
     def top(self, k: int = 10) -> Ranking:
         """The k nodes with the largest |effect|. Reduce axes first to say what a node is."""
-        ranked: list[tuple[float, Location, tuple[int, ...]]] = []
-        for location, effect in self.effects.items():
-            flat = effect.flatten()
-            for place in flat.abs().topk(min(k, flat.numel())).indices.tolist():
-                index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), effect.shape))
-                ranked.append((float(flat[place]), location, index))
-        ranked.sort(key=lambda item: -abs(item[0]))
-        return Ranking(
-            tuple(
-                Node(_part(loc, dict(zip(self.dims(loc), index, strict=True))), effect)
-                for effect, loc, index in ranked[:k]
-            )
-        )
+        return self.effects.top(k)
 
     def check(self, top: int = 10) -> Ranking:
         """The top nodes, each measured exactly as well: patched alone into the clean run.
@@ -210,17 +129,7 @@ class PatchingEffect:
 
     def to_frame(self) -> "pandas.DataFrame":
         """One row per node: location, its indices, and the effect."""
-        import pandas as pd
-
-        rows = [
-            {
-                "location": str(n.location.whole),
-                **{d.value: i for d, i in n.location.index},
-                "effect": n.effect,
-            }
-            for n in self.nodes()
-        ]
-        return pd.DataFrame(rows)
+        return self.effects.to_frame()
 
     def plot(self, labels: Mapping[str, Sequence[str]] | None = None) -> "matplotlib.figure.Figure":
         """A map per kind of location: layers on y, the one axis that is left on x, colours centred at 0.
@@ -236,26 +145,33 @@ class PatchingEffect:
 
     def __repr__(self) -> str:
         total = "" if self.total_effect is None else f", total effect {float(self.total_effect.mean()):+.4f}"
-        return f"{self.convention.method} over {len(self.effects)} locations{total}\n{self.top(8)!r}"
+        lines = [f"{self.convention.method} over {len(self.effects)} locations{total}"]
+        if self.incomplete:
+            places = ", ".join(map(str, self.incomplete))
+            lines.append(f"not within the tolerance of {self.convention.tolerance}: {places}")
+        return "\n".join([*lines, repr(self.top(8))])
 
     def _repr_html_(self) -> str:
-        return self.top(20)._repr_html_()
+        return self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
     def save(self, path: str | Path) -> None:
-        """Write effects, deltas, gradients, residuals and conventions to a safetensors file."""
-        groups = {
-            "effects": self.effects,
-            "deltas": self.deltas,
-            "grads": self.grads,
-            "residuals": self.residuals,
-        }
-        tensors = {f"{name}/{place}": v for name, group in groups.items() for place, v in group.items()}
+        """Write effects, deltas, gradients, residuals and conventions to a safetensors file.
+
+        Tensors that are mostly zero, as those of latents are, are stored by their other entries.
+        """
+        groups = {"effects": self.effects, "deltas": self.deltas, "grads": self.grads}
+        tensors: dict[str, Tensor] = {f"residuals/{place}": v for place, v in self.residuals.items()}
+        order = {"residuals": [str(x) for x in self.residuals]}
+        for name, group in groups.items():
+            packed, order[name] = group.pack(name)
+            tensors.update(packed)
         if self.total_effect is not None:
             tensors["total_effect"] = self.total_effect
         header = {
-            "order": {name: [str(x) for x in group] for name, group in groups.items()},
+            "order": order,
             "convention": asdict(self.convention),
             "reduced": dict(self.reduced),
+            "incomplete": [str(x) for x in self.incomplete],
             "metadata": dict(self.metadata),
         }
         storage.write(path, _KIND, tensors, header)
@@ -265,48 +181,26 @@ class PatchingEffect:
         """Read what `save` wrote.
 
         Raises:
-            LoadError: no such file, or not a saved effect.
+            LoadError: no such file, not a saved effect, or of locations that are not declared.
         """
         tensors, header = storage.read(path, _KIND)
-        groups = {
-            name: {Location.parse(text): tensors[f"{name}/{text}"] for text in texts}
-            for name, texts in header["order"].items()
-        }
-        return PatchingEffect(
-            groups["effects"],
-            groups["deltas"],
-            groups["grads"],
-            tensors.get("total_effect"),
-            Convention(**header["convention"]),
-            groups["residuals"],
-            {Dimension(d): how for d, how in header["reduced"].items()},
-            header["metadata"],
-        )
-
-
-def _ranks(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The rank of each number within its row; equal numbers share the mean of their ranks."""
-    less = (values[..., None] > values[..., None, :]).sum(-1)
-    equal = (values[..., None] == values[..., None, :]).sum(-1)
-    return less + (equal - 1) / 2
-
-
-def _part(location: Location, index: Mapping[Dimension, int]) -> Location:
-    """A node as a part of its location, in the location's own coordinates.
-
-    An effect over a location that was indexed by a list or a slice counts from 0 within that choice.
-    """
-    chosen = dict(location.index)
-    absolute: dict[str, int] = {}
-    for dim, i in index.items():
-        part = chosen.get(dim)
-        if isinstance(part, tuple):
-            absolute[dim.value] = part[i]
-        elif isinstance(part, slice):
-            absolute[dim.value] = (part.start or 0) + i * (part.step or 1)
-        else:
-            absolute[dim.value] = i
-    return location.at(**absolute)
+        order: Mapping[str, Sequence[str]] = header["order"]
+        reduced = {Dimension(d): how for d, how in header["reduced"].items()}
+        try:
+            return PatchingEffect(
+                Attribution.unpack(tensors, "effects", order["effects"], reduced),
+                Attribution.unpack(tensors, "deltas", order["deltas"], {}),
+                Attribution.unpack(tensors, "grads", order["grads"], {}),
+                tensors.get("total_effect"),
+                Convention(**header["convention"]),
+                {Location.parse(text): tensors[f"residuals/{text}"] for text in order["residuals"]},
+                tuple(map(Location.parse, header["incomplete"])),
+                header["metadata"],
+            )
+        except LocationError as error:
+            raise LoadError(
+                f"{path} holds effects at a location that is not declared; import what declares it: {error}"
+            ) from error
 
 
 def _without_batch(location: Location) -> Location:

@@ -166,6 +166,12 @@ class HuggingFaceBinding(AbstractBinding):
         own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
         return lambda: own(self._modules[path], taps, state)
 
+    @property
+    def enterable(self) -> bool:
+        """Whether the layers of the main stack are modules of their own."""
+        layers = self.findings.layers.get(MAIN_STACK, ())
+        return bool(layers) and not any(layer.shared for layer in layers)
+
     @contextmanager
     def reading(self, reads: Reads) -> Generator[bool]:
         """Within this context the unembedding sees these positions only, if one module is known to be it."""

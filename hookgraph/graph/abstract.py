@@ -77,6 +77,11 @@ class AbstractBinding(ABC):
     def frozen(self) -> AbstractContextManager[None]:
         """Within this context no parameter of the model asks for a gradient."""
 
+    @property
+    def enterable(self) -> bool:
+        """Whether `attached` can start between the layers of the main stack."""
+        return True
+
     def reading(self, reads: Reads) -> AbstractContextManager[bool]:
         """Within this context `forward` returns the logits at these positions only, if the context says so.
 

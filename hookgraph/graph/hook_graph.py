@@ -20,7 +20,7 @@ from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
-from hookgraph.ontology.transformer import LOGITS
+from hookgraph.ontology.transformer import LOGITS, RESID_PRE
 from hookgraph.ontology.weights import WeightType
 
 
@@ -220,8 +220,15 @@ class HookGraph:
     def entry(self, location: Location) -> Location | None:
         """The last `resid.pre` from which a replay reaches `location`, and whole every subgraph that it
         reaches; None if there is none.
+
+        One with a hook of this graph is none: what a run saves there is hooked already.
         """
-        return latest_entry(self.check(location), self._known, self.subgraphs)
+        self.check(location)
+        if not self.binding.enterable:
+            return None
+        hooked = {x.whole for x, _ in self.registrations if x.pass_type is PassType.FORWARD}
+        entries = (x for x in self.locations if x.type == RESID_PRE and x not in hooked)
+        return latest_entry(location, entries, self.subgraphs)
 
     def _pass(
         self,

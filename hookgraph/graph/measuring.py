@@ -33,6 +33,10 @@ class ReadingMetric(Protocol):
         """The metric, from the logits at those positions alone."""
         ...
 
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"], /) -> Float[Tensor, " batch"]:
+        """The metric, from all logits."""
+        ...
+
     def rows(self, chosen: slice) -> "ReadingMetric":
         """The same metric for some examples of the batch only."""
         ...

@@ -1,6 +1,6 @@
 """Re-execute only what lies after a location of an earlier run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -56,14 +56,12 @@ def check_entry(after: Location, subgraphs: Sequence[AbstractSubgraph]) -> None:
 
 
 def latest_entry(
-    location: Location, known: frozenset[Location], subgraphs: Sequence[AbstractSubgraph]
+    location: Location, entries: Iterable[Location], subgraphs: Sequence[AbstractSubgraph]
 ) -> Location | None:
-    """The last `resid.pre` from which a replay reaches a location, and subgraphs whole or not at all."""
-    stack, layer = location.root.type.stack, location.root.layer
-    if stack != RESID_PRE.stack or layer is None:
-        return None
-    entries = (RESID_PRE[i] for i in reversed(range(layer + 1)))
-    return next((x for x in entries if x in known and not any(_missed(s, x) for s in subgraphs)), None)
+    """The last entry from which a replay reaches a location, and subgraphs whole or not at all."""
+    reaching = (x for x in entries if not location.root.precedes(x))
+    whole = [x for x in reaching if not any(_missed(s, x) for s in subgraphs)]
+    return max(whole, key=lambda x: x.order, default=None)
 
 
 def _missed(subgraph: AbstractSubgraph, after: Location) -> list[Location]:

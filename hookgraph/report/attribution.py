@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, final
 
-from hookgraph.algorithms.results import PatchingEffect, Ranking
+from hookgraph.algorithms.ranking import Ranking
+from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.report import page
 from hookgraph.report.breakdown import total, verdict

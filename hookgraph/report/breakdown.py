@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.ontology.dimensions import Dimension
@@ -77,4 +78,5 @@ def _part(
     effect: PatchingEffect, chosen: Iterable[Location], keep: Iterable[Dimension]
 ) -> PatchingEffect | None:
     effects = {x: effect.effects[x] for x in chosen}
-    return reduced(replace(effect, effects=effects), keep) if effects else None
+    part = replace(effect, effects=Attribution(effects, effect.reduced))
+    return reduced(part, keep) if effects else None

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import NewType, final
 
-from hookgraph.algorithms.results import Ranking
+from hookgraph.algorithms.ranking import Ranking
 from hookgraph.report.breakdown import node_name
 from hookgraph.report.figures import Picture
 from hookgraph.report.prompts import Prompt, PromptPair

@@ -6,7 +6,7 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
-from hookgraph.algorithms.results import Ranking
+from hookgraph.algorithms.ranking import Ranking
 from hookgraph.graph.conformance import INVARIANTS, ConformanceReport, Proof
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location

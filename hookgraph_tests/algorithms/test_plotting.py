@@ -6,8 +6,10 @@ import pytest
 import torch
 from matplotlib import pyplot
 
+from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.plotting import layer_maps
-from hookgraph.algorithms.results import Convention, Node, PatchingEffect, Ranking
+from hookgraph.algorithms.ranking import Node, Ranking
+from hookgraph.algorithms.results import Convention, PatchingEffect
 from hookgraph.errors import HookGraphError
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
@@ -15,7 +17,8 @@ from hookgraph.ontology.transformer import ATTN_Z, FINAL_LN_OUT, MLP_OUT, RESID_
 
 
 def effect_of(effects: dict[Location, torch.Tensor]) -> PatchingEffect:
-    return PatchingEffect(effects, {}, {}, None, Convention("attrib"))
+    empty = Attribution({})
+    return PatchingEffect(Attribution(effects), empty, empty, None, Convention("attrib"))
 
 
 def ranking_of(*pairs: tuple[float, float | None]) -> Ranking:

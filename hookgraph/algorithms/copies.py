@@ -1,0 +1,80 @@
+"""Passes over several copies of a run's batch, from the last boundary before what they change."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from hookgraph.errors import MetricError
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric, Tiled
+from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import Hook
+from hookgraph.ontology.locations import Location
+
+
+def run_copies(
+    graph: HookGraph,
+    base: Run,
+    entry: Location | None,
+    copies: int,
+    *,
+    metric: Metric,
+    save: Sequence[Location] = (),
+    value: Shaped[Tensor, "..."] | None = None,
+) -> Run:
+    """One pass over several copies of a run's batch, from `entry` on, or whole.
+
+    Row i belongs to example i modulo the batch. At `entry` enters `value`, by default what the run saved.
+    """
+    if base.metric is None:
+        raise ValueError("the base run was measured")
+    tiled = Tiled(metric, len(base.metric), copies)
+    if entry is None:
+        inputs = graph.binding.prepare(dict(base.inputs), copies=copies)
+        return graph.run(inputs, save=save, metric=tiled, logits=False)
+    entering = tile(base[entry], copies) if value is None else value
+    return graph.replay(base, entry, value=entering, save=save, metric=tiled, logits=False)
+
+
+def tile(value: Shaped[Tensor, "batch ..."], copies: int) -> Shaped[Tensor, "..."]:
+    """The whole batch, several times, one after the other."""
+    return value.repeat(copies, *([1] * (value.ndim - 1)))
+
+
+def per_copy(graph: HookGraph, batch: int) -> HookGraph:
+    """The graph whose hooks are called with one copy of the batch at a time, as in the run that they are for:
+    a hook may hold values of that run, or mix its examples.
+    """
+    hooked = tuple((location, _each_copy(hook, batch)) for location, hook in graph.registrations)
+    return replace(graph, registrations=hooked)
+
+
+def _each_copy(hook: Hook, batch: int) -> Hook:
+    def each(value: Tensor) -> Tensor | None:
+        if len(value) == batch:
+            return hook(value)
+        parts = [part.clone() for part in value.split(batch)]
+        news = [hook(part) for part in parts]
+        return torch.cat([part if new is None else new for part, new in zip(parts, news, strict=True)])
+
+    return each
+
+
+def finite_metric(run: Run) -> Float[Tensor, " batch"]:
+    """The metric of a run.
+
+    Raises:
+        MetricError: it is not a number in some example.
+    """
+    if run.metric is None:
+        raise ValueError("this run was not measured")
+    if not bool(run.metric.isfinite().all()):
+        bad = (~run.metric.isfinite()).nonzero().flatten().tolist()
+        raise MetricError(
+            f"the metric is not a finite number in example {', '.join(map(str, bad))}: look at the logits of "
+            "these inputs; a masked row, an overflow in half precision or a log of 0 are usual reasons"
+        )
+    return run.metric

@@ -1,0 +1,51 @@
+"""Every node of some places, measured exactly."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from hookgraph.algorithms.attribution import part_of
+from hookgraph.algorithms.exact import effects_of
+from hookgraph.algorithms.gradients import Estimate
+from hookgraph.algorithms.sites import Contrast
+from hookgraph.ontology.locations import Location
+
+_SAME = 1e-12
+"""A node that changes by no more than this share of the largest change at its place has no effect."""
+
+
+def measured_exactly(
+    contrast: Contrast, joint: Sequence[str], batch_size: int, progress: bool | None
+) -> Estimate:
+    """The effect of every coordinate where clean and corrupt differ, each patched alone.
+
+    Along joint axes the coordinates are patched together, and the effects have size 1.
+    """
+    deltas = contrast.deltas
+    wanted: dict[Location, list[tuple[list[int], Location]]] = {}
+    shapes: dict[Location, list[int]] = {}
+    for place in contrast.places:
+        moving = _moving(place, deltas[place], joint)
+        shapes[place] = [len(deltas[place]), *moving.shape]
+        axes = [(d, d in place.type.joint or d in joint) for d in place.dims[1:]]
+        wanted[place] = []
+        sizes = dict(zip(place.dims, deltas[place].shape, strict=True))
+        for index in moving.nonzero().tolist():
+            point = {d: i for (d, together), i in zip(axes, index, strict=True) if not together}
+            wanted[place].append((index, part_of(place, point, sizes)))
+    nodes = [node for found in wanted.values() for _, node in found]
+    measured = iter(effects_of(contrast, nodes, batch_size, progress))
+    effects = {place: contrast.measured.new_zeros(shape) for place, shape in shapes.items()}
+    for place, found in wanted.items():
+        for index, _ in found:
+            effects[place][(slice(None), *index)] = next(measured)
+    return Estimate(effects, {})
+
+
+def _moving(place: Location, delta: Tensor, joint: Sequence[str]) -> Bool[Tensor, "..."]:
+    """Which nodes differ in any example: over the axes of the place but the batch."""
+    moved = delta.abs().amax(0)
+    together = [i for i, d in enumerate(place.dims[1:]) if d in place.type.joint or d in joint]
+    moved = moved.amax(together, keepdim=True) if together else moved
+    return moved > _SAME * moved.max() if moved.numel() else moved.bool()

@@ -1,0 +1,187 @@
+"""Effects from gradients: at the clean point, or averaged on the way from clean to corrupt."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.algorithms.copies import per_copy, run_copies
+from hookgraph.algorithms.memory import in_pieces
+from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.quadrature import Quadrature, nodes_and_weights
+from hookgraph.algorithms.sites import Contrast, contracted
+from hookgraph.errors import HookGraphError
+from hookgraph.graph.run import Run
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import EMBED
+
+Tensors = dict[Location, Float[Tensor, "..."]]
+
+_MOST_STEPS = 64
+"""Adaptive steps are doubled up to this number."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Path:
+    """How to integrate from clean to corrupt.
+
+    Args:
+        quadrature: the rule.
+        steps: how many points.
+        tolerance: double the steps, up to 64, until the residual of each example is at most this share of
+            what the site changes; None takes `steps` as they are.
+        batch_size: how many rows are run at once, at most.
+    """
+
+    quadrature: Quadrature
+    steps: int
+    tolerance: float | None
+    batch_size: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Effects, the gradients they were made of, and how far they are from adding up."""
+
+    effects: Tensors
+    grads: Tensors
+    residuals: Tensors = field(default_factory=dict[Location, Tensor])
+    incomplete: tuple[Location, ...] = ()
+    """The places whose residual exceeds the tolerance."""
+    reduced: Mapping[Dimension, str] = field(default_factory=dict[Dimension, str])
+    """Axes that the effects do not have any more."""
+
+
+def attribution(contrast: Contrast) -> Estimate:
+    """delta · dm/dnode at the clean point, for all places at once."""
+    grads = {place: contrast.base[place.grad] for place in contrast.places}
+    return estimate(contrast, grads)
+
+
+def integrated(contrast: Contrast, path: Path, progress: bool | None) -> Estimate:
+    """delta · the mean of dm/dnode from clean to corrupt, moving one site at a time.
+
+    With z(α) = (1 - α) clean + α corrupt at the site and everything else as in the clean run, the effects
+    at a site add up to m(clean | site := corrupt) - m(clean), up to the residual.
+    """
+    grads: Tensors = {}
+    residuals: Tensors = {}
+    incomplete: list[Location] = []
+    sites = contrast.sites()
+    with Progress("integrated gradients", len(sites), shown=progress) as bar:
+        for site in sites:
+            change = _endpoint(contrast, site) - contrast.measured
+            steps = path.steps
+            while True:
+                found = _mean_gradients(contrast, site, path, steps)
+                residual = _total(contrast, site, found) - change
+                if path.tolerance is None or steps >= _MOST_STEPS or _small(residual, change, path.tolerance):
+                    break
+                steps = min(2 * steps, _MOST_STEPS)
+            grads.update(found)
+            residuals.update(dict.fromkeys(site, residual))
+            if path.tolerance is not None and not _small(residual, change, path.tolerance):
+                incomplete += site
+            bar.advance()
+    found = estimate(contrast, {place: grads[place] for place in contrast.places})
+    return Estimate(found.effects, found.grads, residuals, tuple(incomplete))
+
+
+def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None) -> Estimate:
+    """delta · the mean of dm/dnode while the embeddings move from clean to corrupt: `steps` passes in all.
+
+    Raises:
+        HookGraphError: the graph has no embeddings, or hooks them.
+    """
+    graph = contrast.graph
+    if EMBED not in graph.locations:
+        raise HookGraphError(f"ig_inputs moves the embeddings: {graph.binding.why_absent(EMBED)}")
+    clean = graph.run(contrast.inputs, save=[EMBED])[EMBED]
+    other = contrast.other
+    corrupt = torch.zeros_like(clean) if other is None else graph.run(other, save=[EMBED])[EMBED]
+    nodes, weights = nodes_and_weights(path.quadrature, path.steps)
+    batch = len(contrast.measured)
+    means: Tensors = {}
+    with Progress("integrated gradients", path.steps, shown=progress) as bar:
+
+        def work(piece: Sequence[int]) -> Run:
+            moved = _between(clean, corrupt, nodes[list(piece)])
+            edited = per_copy(graph, batch).hook(EMBED, lambda _: moved)
+            save = [place.grad for place in contrast.places]
+            return run_copies(edited, contrast.base, None, len(piece), metric=contrast.metric, save=save)
+
+        for piece, run in in_pieces(range(path.steps), max(1, path.batch_size // batch), work):
+            _accumulate(means, contrast.places, run, weights[list(piece)])
+            bar.advance(len(piece))
+    return estimate(contrast, means)
+
+
+def _mean_gradients(contrast: Contrast, site: Sequence[Location], path: Path, steps: int) -> Tensors:
+    """Σ w_k dm/dz(α_k) at the places of one site."""
+    nodes, weights = nodes_and_weights(path.quadrature, steps)
+    entry, batch = contrast.entry(site), len(contrast.measured)
+
+    def work(piece: Sequence[int]) -> Run:
+        graph = per_copy(contrast.graph, batch)
+        for place in site:
+            moved = _between(contrast.clean[place], contrast.corrupt[place], nodes[list(piece)])
+            graph = graph.hook(place, _set(moved))
+        save = [place.grad for place in site]
+        return run_copies(graph, contrast.base, entry, len(piece), metric=contrast.metric, save=save)
+
+    means: Tensors = {}
+    for piece, run in in_pieces(range(steps), max(1, path.batch_size // batch), work):
+        _accumulate(means, site, run, weights[list(piece)])
+    return means
+
+
+def _accumulate(means: Tensors, places: Sequence[Location], run: Run, weights: Float[Tensor, "..."]) -> None:
+    for place in places:
+        found = run[place.grad].unflatten(0, (len(weights), -1))
+        part = torch.tensordot(weights.to(found), found, dims=1)
+        means[place] = means[place] + part if place in means else part
+
+
+def _between(
+    clean: Float[Tensor, "batch ..."], corrupt: Float[Tensor, "batch ..."], nodes: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """(1 - α) clean + α corrupt for each α, one after the other along the batch."""
+    alpha = nodes.to(clean).view(-1, *([1] * clean.ndim))
+    return torch.lerp(clean[None], corrupt[None], alpha).flatten(0, 1)
+
+
+def _set(value: Float[Tensor, "..."]) -> Callable[[Tensor], Tensor]:
+    return lambda _: value
+
+
+def _endpoint(contrast: Contrast, site: Sequence[Location]) -> Float[Tensor, " batch"]:
+    """m(clean | site := corrupt)."""
+    graph = contrast.graph
+    for place in site:
+        graph = graph.hook(place, _set(contrast.corrupt[place]))
+    run = run_copies(graph, contrast.base, contrast.entry(site), 1, metric=contrast.metric)
+    if run.metric is None:
+        raise ValueError("the run was measured")
+    return run.metric
+
+
+def _total(contrast: Contrast, site: Sequence[Location], grads: Tensors) -> Float[Tensor, " batch"]:
+    """The sum of the effects at a site, per example."""
+    parts = [((contrast.corrupt[p] - contrast.clean[p]) * grads[p]).flatten(1).sum(1) for p in site]
+    return torch.stack(parts).sum(0)
+
+
+def _small(residual: Float[Tensor, " batch"], change: Float[Tensor, " batch"], tolerance: float) -> bool:
+    return bool((residual.abs() <= tolerance * change.abs() + 1e-9 * change.abs().max()).all())
+
+
+def estimate(contrast: Contrast, grads: Tensors) -> Estimate:
+    """delta · gradient at every place."""
+    deltas = contrast.deltas
+    return Estimate({p: contracted(p, deltas[p] * grads[p]) for p in contrast.places}, grads)

@@ -1,0 +1,56 @@
+"""Work in pieces that fit in memory: where one does not, it is halved."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from hookgraph.errors import HookGraphError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_pieces(
+    items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Result]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """`work` on consecutive pieces of at most `size` items, with the items of each.
+
+    A piece that does not fit in memory is halved, and so are all after it. What was yielded before is
+    not repeated.
+
+    Raises:
+        HookGraphError: a single item does not fit.
+    """
+    done = 0
+    while done < len(items):
+        piece = items[done : done + size]
+        try:
+            result = work(piece)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(piece) == 1:
+                raise HookGraphError(
+                    "out of memory with the smallest batch that can be run: use fewer examples at once, "
+                    f"shorter inputs or fewer locations ({error})"
+                ) from error
+            size = (len(piece) + 1) // 2
+            _release()
+            continue
+        yield piece, result
+        done += len(piece)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted, on an accelerator or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _release() -> None:
+    """Give cached blocks back, so that smaller pieces may be allocated in their place."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

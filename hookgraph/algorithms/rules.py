@@ -1,0 +1,198 @@
+"""Attribution patching with repaired gradients: RelP and AtP*."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.algorithms.gradients import Estimate, Tensors, estimate
+from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.sites import Contrast
+from hookgraph.errors import HookGraphError, UnknownLocationError
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.transformer import (
+    ATTN_K,
+    ATTN_PATTERN,
+    ATTN_Q,
+    ATTN_SCORES,
+    DECODER,
+    MLP_POST,
+    MLP_PRE,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+)
+from hookgraph.ontology.weights import W_gate
+
+_VECTORS = (Dimension.D_HEAD, Dimension.D_MODEL)
+"""Axes along which AtP* takes one node."""
+_LARGEST = 80.0
+"""exp(80) is finite in single precision."""
+
+
+def relp(contrast: Contrast) -> Estimate:
+    """delta · dm/dnode, the gradient taken under rules of layer-wise relevance propagation.
+
+    Norm scales and attention patterns are constants; a nonlinearity f passes gradient f(x)/x, its secant;
+    the product of a gated MLP gives half of the gradient to each factor. Where a model lacks one of these
+    locations, its own gradient stands.
+
+    Source: Jafari et al., "RelP", arXiv:2508.21258.
+    """
+    graph, halved = contrast.graph, set[Location]()
+    for location in contrast.graph.locations:
+        if location.site is None and location.type.name.rpartition(".")[2] in ("ln_scale", "pattern"):
+            graph = graph.stop_gradient(location)
+    for before in (x for x in contrast.graph.locations if x.type == MLP_PRE):
+        after = MLP_POST[before.layer or 0]
+        if after in contrast.graph.locations:
+            gated = _is_gated(graph, before.layer or 0)
+            graph = _by_secant(graph, before, after, share=0.5 if gated else 1.0)
+            halved |= {after} if gated else set()
+    run = graph.run(
+        contrast.inputs, save=[p.grad for p in contrast.places], metric=contrast.metric, logits=False
+    )
+    # The neurons' own gradient is that before it is shared between the factors.
+    grads = {p: run[p.grad] * (2.0 if p.whole in halved else 1.0) for p in contrast.places}
+    return estimate(contrast, grads)
+
+
+def _is_gated(graph: HookGraph, layer: int) -> bool:
+    try:
+        graph.weight(W_gate, layer)
+    except UnknownLocationError:
+        return False
+    return True
+
+
+def _by_secant(graph: HookGraph, before: Location, after: Location, *, share: float) -> HookGraph:
+    """The graph whose gradient at `before` is that at `after` times after / before."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def hook(value: Tensor) -> None:
+            seen[name] = value.detach()
+
+        return hook
+
+    def divide(gradient: Tensor) -> Tensor:
+        seen["gradient"] = gradient * share
+        return seen["gradient"]
+
+    def secant(gradient: Tensor) -> Tensor:
+        at_zero = seen["before"] == 0
+        slope = seen["after"] / torch.where(at_zero, torch.ones_like(gradient), seen["before"])
+        return torch.where(at_zero, gradient, seen["gradient"] * slope)
+
+    graph = graph.hook(before, keep("before")).hook(after, keep("after"))
+    return graph.hook(after.grad, divide).hook(before.grad, secant)
+
+
+def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
+    """Mean over layers of |delta · dm/dnode|, each time with one layer's updates cut out of the gradient.
+
+    A node is a vector: its effect is summed over d_head and d_model before the absolute value is taken.
+    A layer's own inside is not averaged over the pass that cuts this layer off. For queries and keys the
+    change of the pattern is computed exactly and only what follows it is linear:
+
+    * query at q: Σ_t g_t (softmax(scores')_t - p_t), with scores' those of the corrupt query;
+    * key at t: Σ_q p_t (e^δ - 1)(g_t - Σ_j p_j g_j) / (1 + p_t (e^δ - 1)), δ the change of that score,
+
+    where p is the clean row of the pattern and g the metric's gradient with respect to it.
+
+    Raises:
+        HookGraphError: a query or key is attributed in a layer without scores and pattern.
+
+    Source: Kramár et al., "AtP*", arXiv:2403.00745.
+    """
+    changes = {p: _pattern_change(contrast, p) for p in contrast.places if p.type in (ATTN_Q, ATTN_K)}
+    patterns = dict.fromkeys(ATTN_PATTERN[p.layer or 0] for p in changes)
+    plain = [p for p in contrast.places if p not in changes]
+    wanted = [x.grad for x in (*patterns, *plain)]
+    updates = _updates(contrast.graph)
+    sums: Tensors = {}
+    counts: dict[Location, int] = {}
+    with Progress("AtP*", len(updates), shown=progress) as bar:
+        for layer, cut in updates.items():
+            graph = contrast.graph
+            for location in cut:
+                graph = graph.hook(location.grad, torch.zeros_like)
+            run = graph.run(contrast.inputs, save=wanted, metric=contrast.metric, logits=False)
+            for place in contrast.places:
+                if layer == place.root.layer and len(updates) > 1 and not _in_stream(place.root):
+                    continue
+                effect = _effect(contrast, place, changes, run)
+                sums[place] = sums.get(place, torch.zeros_like(effect)) + effect.abs()
+                counts[place] = counts.get(place, 0) + 1
+            bar.advance()
+    reduced = {dim: "sum" for dim in _VECTORS if any(dim in p.dims for p in contrast.places)}
+    return Estimate({p: sums[p] / counts[p] for p in contrast.places}, {}, reduced=reduced)
+
+
+Change = Callable[[Float[Tensor, "batch head pos key_pos"]], Float[Tensor, "..."]]
+"""The gradient of the pattern -> the effect of each query or key, through the pattern."""
+
+
+def _effect(
+    contrast: Contrast, place: Location, changes: Mapping[Location, Change], run: Mapping[Location, Tensor]
+) -> Float[Tensor, "..."]:
+    """The signed effect of each node at a place."""
+    if place in changes:
+        return changes[place](run[ATTN_PATTERN[place.layer or 0].grad])
+    effect = (contrast.corrupt[place] - contrast.clean[place]) * run[place.grad]
+    axes = [i for i, d in enumerate(place.dims) if d in _VECTORS]
+    return effect.sum(axes) if axes else effect
+
+
+def _pattern_change(contrast: Contrast, place: Location) -> Change:
+    """How the pattern changes with each query, or key, of a layer."""
+    layer, graph = place.layer or 0, contrast.graph
+    scores, pattern = ATTN_SCORES[layer], ATTN_PATTERN[layer]
+    if place.index:
+        raise HookGraphError(f"{place}: atp_star takes queries and keys of a whole layer: {place.whole}")
+    try:
+        clean = graph.run(contrast.inputs, save=[scores, pattern])
+    except UnknownLocationError as error:
+        raise HookGraphError(f"atp_star at {place} needs scores and pattern: {error}") from error
+    corrupt = contrast.corrupt[place]
+    # One pass for all: a score depends on one query and one key.
+    moved = graph.hook(place, lambda _: corrupt).run(contrast.inputs, save=[scores])[scores]
+    # Many models compute the softmax in single precision, whatever their own.
+    p, before, moved = (x.to(corrupt.dtype) for x in (clean[pattern], clean[scores], moved))
+    if place.type == ATTN_Q:
+        shift = moved.softmax(-1)[..., : p.shape[-1]] - p
+        return lambda g: (g * shift).sum(-1).mT
+    delta = (moved - before)[..., : p.shape[-1]].nan_to_num(nan=0.0)
+    grown = p * delta.clamp(max=_LARGEST).expm1()
+    heads = corrupt.shape[2]
+
+    def by_key(g: Tensor) -> Tensor:
+        mean = (p * g).sum(-1, keepdim=True)
+        through = ((g - mean) * grown / (1 + grown)).sum(2)
+        return through.unflatten(1, (heads, -1)).sum(2).mT
+
+    return by_key
+
+
+def _updates(graph: HookGraph) -> dict[int, list[Location]]:
+    """What each layer of the main stack adds to the stream."""
+    kinds: Sequence[LocationType] = (
+        DECODER.ATTN_OUT,
+        DECODER.XATTN_OUT,
+        DECODER.MIXER_OUT,
+        DECODER.MLP_OUT,
+        DECODER.EXTRA_OUT,
+    )
+    found: dict[int, list[Location]] = {}
+    for location in graph.locations:
+        if location.type in kinds and location.layer is not None and location.site is None:
+            found.setdefault(location.layer, []).append(location)
+    return found
+
+
+def _in_stream(location: Location) -> bool:
+    """Whether a location is the stream itself, rather than the inside of an update."""
+    return location.type in (RESID_PRE, RESID_MID, RESID_POST)

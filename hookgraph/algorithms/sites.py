@@ -1,0 +1,143 @@
+"""What is attributed, prepared: places, the sites that they form, and their clean and corrupt values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.algorithms.copies import finite_metric
+from hookgraph.algorithms.pairs import prepare_pair
+from hookgraph.errors import HookGraphError
+from hookgraph.graph.abstract import Inputs, Prepared
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric
+from hookgraph.graph.run import Run
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.passes import PassType
+
+Values = Mapping[Location, Float[Tensor, "..."]]
+
+
+def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
+    """The places to attribute, each once.
+
+    Raises:
+        HookGraphError: there is none, or one is a gradient or a part of the batch.
+        UnknownLocationError: the graph has no such location.
+    """
+    places = list(dict.fromkeys([at] if isinstance(at, Location) else at))
+    if not places:
+        raise HookGraphError("nothing to patch: `at` names no location")
+    for place in places:
+        graph.check(place)
+        if place.pass_type is PassType.BACKWARD:
+            raise HookGraphError(f"{place} is a gradient: name the activation")
+        if any(dim == Dimension.BATCH for dim, _ in place.index):
+            raise HookGraphError(f"{place} is a part of the batch: give those examples only")
+    return places
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """A clean and a corrupt run, seen at some places. Without corrupt inputs, zero stands in.
+
+    Args:
+        graph: the hooked model.
+        metric: what is measured.
+        places: what is attributed.
+        inputs: the clean inputs, as the model takes them.
+        other: the corrupt ones.
+        base: the clean run, with the boundaries at which replays begin.
+        clean: the values there in the clean run.
+        corrupt: and in the corrupt run.
+        total: m(corrupt) - m(clean) per example.
+        entries: the boundary before each place.
+    """
+
+    graph: HookGraph
+    metric: Metric
+    places: Sequence[Location]
+    inputs: Prepared
+    other: Prepared | None
+    base: Run
+    clean: Values
+    corrupt: Values
+    total: Float[Tensor, " batch"] | None
+    entries: Mapping[Location, Location | None]
+
+    @staticmethod
+    def of(
+        graph: HookGraph,
+        clean: Inputs,
+        corrupt: Inputs | None,
+        metric: Metric,
+        places: Sequence[Location],
+        *,
+        gradients: bool = False,
+        replays: bool = False,
+        wholes: bool = False,
+    ) -> "Contrast":
+        """Run both inputs.
+
+        Args:
+            graph: the hooked model.
+            clean: the clean inputs.
+            corrupt: the corrupt ones, or None.
+            metric: what is measured.
+            places: what is attributed.
+            gradients: whether the clean run keeps the gradient at each place.
+            replays: whether it keeps the boundary before each.
+            wholes: whether to see the whole locations of parts, too.
+
+        Raises:
+            ShapeMismatchError: clean and corrupt differ in shape or mask.
+            MetricError: the metric is not a finite number, or does not depend on a place.
+        """
+        first, second = prepare_pair(graph, clean, corrupt)
+        seen = list(dict.fromkeys([*places, *(p.whole for p in places if wholes)]))
+        entries = {place: graph.entry(place) if replays else None for place in seen}
+        boundaries = [x for x in entries.values() if x is not None]
+        wanted = [*boundaries, *seen, *(p.grad for p in places if gradients)]
+        base = graph.run(first, save=wanted, metric=metric, logits=False)
+        measured = finite_metric(base)
+        if second is None:
+            corrupted: Values = {place: torch.zeros_like(base[place]) for place in seen}
+            total = None
+        else:
+            run = graph.run(second, save=seen, metric=metric, logits=False)
+            corrupted, total = run, finite_metric(run) - measured
+        values = {place: base[place] for place in seen}
+        return Contrast(graph, metric, places, first, second, base, values, corrupted, total, entries)
+
+    @property
+    def measured(self) -> Float[Tensor, " batch"]:
+        """The metric of the clean run."""
+        return finite_metric(self.base)
+
+    @property
+    def deltas(self) -> dict[Location, Float[Tensor, "..."]]:
+        """corrupt - clean at each place."""
+        return {place: self.corrupt[place] - self.clean[place] for place in self.places}
+
+    def sites(self) -> list[list[Location]]:
+        """The places that are moved together: those of one subgraph at one site; any other one alone."""
+        found: dict[object, list[Location]] = {}
+        for place in self.places:
+            found.setdefault((place.site, place.subgraph) if place.site else place, []).append(place)
+        return list(found.values())
+
+    def entry(self, site: Sequence[Location]) -> Location | None:
+        """The boundary before a site."""
+        found = [self.entries[place] for place in site]
+        return None if None in found else min((x for x in found if x), key=lambda x: x.order)
+
+
+def contracted(place: Location, effect: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """An effect summed along the axes on which the place is one node, which stay with size 1."""
+    axes = [i for i, dim in enumerate(place.dims) if dim in place.type.joint]
+    return effect.sum(axes, keepdim=True) if axes else effect

@@ -1,0 +1,163 @@
+"""The algebra of attributions: by location, with named axes; nothing is dropped, nothing broadcast."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.results import Convention, PatchingEffect
+from hookgraph.errors import HookGraphError, LoadError, LocationError
+from hookgraph.graph import storage
+from hookgraph.locations import ATTN_Z, MLP_OUT
+from hookgraph.ontology.autoencoder import ERROR, LATENTS
+from hookgraph.ontology.locations import Location
+
+LATENT = LATENTS().within(MLP_OUT[1], "sae")
+LOST = ERROR().within(MLP_OUT[1], "sae")
+HEADS = ATTN_Z[0].at(head=[2, 5], pos=slice(-3, None))
+
+
+def drawn(seed: int = 0) -> Attribution:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {LATENT: (2, 3, 8), LOST: (2, 3, 1), HEADS: (2, 3, 2, 4)}
+    values = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+    values[LATENT] = values[LATENT] * (values[LATENT] > 1)
+    return Attribution(values)
+
+
+def same(a: Attribution, values: dict[Location, Tensor]) -> bool:
+    return list(a) == list(values) and all(torch.equal(a[k], v) for k, v in values.items())
+
+
+def test_arithmetic_is_by_location():
+    a, b = drawn(0), drawn(1)
+    assert same(a + b, {k: a[k] + b[k] for k in a})
+    assert same(2 * a - b / 4, {k: 2 * a[k] - b[k] / 4 for k in a})
+    assert same(1 - a, {k: 1 - a[k] for k in a})
+    assert same(abs(-a), {k: a[k].abs() for k in a})
+
+
+def test_a_mask_keeps_the_error_part():
+    a = drawn()
+    kept = a.where(abs(a) > 1.0)
+    assert same(kept, {k: a[k] * (a[k].abs() > 1.0) for k in a})
+    assert same((a > 0) & ~(a >= 1), {k: (a[k] > 0) & (a[k] < 1) for k in a})
+    assert same((a < 0) | (a <= -1), {k: a[k] < 0 for k in a})
+
+
+def test_contraction_is_over_everything_but_the_batch():
+    a, b = drawn(0), drawn(1)
+    expected = sum((a[k] * b[k]).flatten(1).sum(1) for k in a)
+    assert torch.allclose(a.dot(b), torch.as_tensor(expected), rtol=1e-13)
+    assert torch.allclose(a.norm().square(), a.dot(a), rtol=1e-13)
+    assert a.mean("batch").dot(b.mean("batch")).shape == ()
+
+
+def test_reduced_axes_are_named_and_gone():
+    reduced = drawn().sum("pos", "d_head").mean("batch")
+    assert {str(k.type): reduced.dims(k) for k in reduced} == {
+        "latents": ("latent",),
+        "error": ("d_model",),
+        "attn.z": ("head",),
+    }
+    assert reduced.reduced == {"pos": "sum", "d_head": "sum", "batch": "mean"}
+
+
+def test_nodes_stand_in_the_coordinates_of_the_whole_location():
+    a = drawn()
+    marked = a.map(torch.zeros_like)
+    marked[HEADS][0, 0, 1, 3] = 1.0
+    marked[LOST][1, 2, 0] = -2.0
+    node, lost = (
+        Location.parse(t) for t in ("attn.z[0]@batch=0;d_head=3;head=5;pos=-3", f"{LOST}@batch=1;pos=2")
+    )
+    assert set(marked.nonzero()) == {node, lost}
+    assert marked.count() == 2
+    assert [n.location for n in marked.top(2)] == [lost, node]
+    assert {n.location: n.effect for n in marked.nodes() if n.effect} == {node: 1.0, lost: -2.0}
+
+
+def test_a_slice_longer_than_the_axis_names_entries_that_exist():
+    place = ATTN_Z[0].at(pos=slice(-10, None))
+    effect = Attribution({place: torch.arange(6.0).view(1, 6, 1, 1)})
+    assert effect.top(1)[0].location == ATTN_Z[0].at(batch=0, pos=-1, head=0, d_head=0)
+    assert effect.top(6)[-1].location == ATTN_Z[0].at(batch=0, pos=-6, head=0, d_head=0)
+
+
+def test_a_fully_reduced_attribution_still_prints_and_ranks():
+    whole = drawn().sum("batch", "pos", "latent", "d_model", "head", "d_head")
+    assert len(whole.to_frame()) == len(whole.top(5)) == 3
+    assert "sae/error: one number" in repr(whole)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Attribution({LATENT: torch.zeros(2, 3, 8)}), "only one of the two attributions has .*sae/error"),
+        (drawn().sum("pos"), "the axes of the two attributions differ: nothing reduced against sum over pos"),
+        (Attribution({k: v[:1] for k, v in drawn().items()}), "the shapes .2, 3, 8. and .1, 3, 8. differ"),
+    ],
+    ids=["locations", "axes", "shapes"],
+)
+def test_what_does_not_match_is_refused(other: Attribution, message: str):
+    with pytest.raises(HookGraphError, match=message):
+        drawn() + other
+
+
+def test_an_unknown_axis_or_location_is_refused_with_near_names():
+    with pytest.raises(LocationError, match="no axis 'heads': did you mean head"):
+        drawn().sum("heads")
+    with pytest.raises(
+        LocationError, match=r"nothing was attributed to attn.z\[1\]: known: attn.z\[0\]@head"
+    ):
+        drawn()[ATTN_Z[1]]
+
+
+def effect() -> PatchingEffect:
+    a = drawn()
+    return PatchingEffect(
+        a.sum("d_head"),
+        a,
+        Attribution({}),
+        torch.tensor([1.0, 2.0]),
+        Convention("ig", steps=7, tolerance=0.1),
+        {LATENT: torch.tensor([0.0, 0.5])},
+        (LATENT,),
+        {"model": "toy"},
+    )
+
+
+def test_a_saved_effect_loads_as_it_was_and_latents_are_stored_sparsely(tmp_path: Path):
+    before, path = effect(), tmp_path / "effect.safetensors"
+    before.save(path)
+    after = PatchingEffect.load(path)
+    assert same(after.effects, dict(before.effects))
+    assert same(after.deltas, dict(before.deltas))
+    assert after.effects.reduced == before.effects.reduced
+    assert after.convention == before.convention
+    assert after.incomplete == before.incomplete
+    assert torch.equal(after.residuals[LATENT], before.residuals[LATENT])
+    assert after.metadata == before.metadata
+    stored, _ = storage.read(path, "patching effect")
+    assert f"effects/{LATENT}" not in stored
+    assert len(stored[f"effects/{LATENT}#values"]) == before.effects[LATENT].count_nonzero()
+
+
+def test_an_effect_at_an_undeclared_location_is_refused(tmp_path: Path):
+    path = tmp_path / "effect.safetensors"
+    header = {
+        "order": {"effects": ["no.such[0]"], "deltas": [], "grads": [], "residuals": []},
+        "convention": {"method": "attrib"},
+        "reduced": {},
+        "incomplete": [],
+        "metadata": {},
+    }
+    storage.write(path, "patching effect", {"effects/no.such[0]": torch.zeros(1)}, header)
+    with pytest.raises(LoadError, match="not declared; import what declares it"):
+        PatchingEffect.load(path)
+
+
+def test_an_incomplete_effect_says_so():
+    assert "not within the tolerance of 0.1: mlp.out[1]/sae/latents" in repr(effect())
