@@ -37,7 +37,8 @@ def places(effect: PatchingEffect) -> PatchingEffect | None:
 
 def only(effect: PatchingEffect, kind: LocationType) -> PatchingEffect:
     """The effects at locations of one type."""
-    return replace(effect, effects={x: e for x, e in effect.effects.items() if x.type == kind})
+    chosen = {x: e for x, e in effect.effects.items() if x.type == kind}
+    return replace(effect, effects=Attribution(chosen, effect.reduced))
 
 
 def by_type(effect: PatchingEffect) -> dict[str, PatchingEffect]:

@@ -358,7 +358,11 @@ def test_a_replay_reaches_subgraphs_whole_or_not_at_all():
 
 def test_a_graph_tells_where_a_replay_that_reaches_a_location_may_enter():
     graph = toy_graph()
-    assert [graph.entry(x) for x in (MLP_OUT[2], RESID_PRE[1], LOGITS)] == [RESID_PRE[2], RESID_PRE[1], RESID_PRE[2]]
+    assert [graph.entry(x) for x in (MLP_OUT[2], RESID_PRE[1], LOGITS)] == [
+        RESID_PRE[2],
+        RESID_PRE[1],
+        RESID_PRE[2],
+    ]
     bridge = Bridge(MLP_OUT[0], MLP_OUT[1])
     bridged = graph.inject(bridge)
     assert bridged.entry(bridge.carried) == RESID_PRE[0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.results import Convention, Node, PatchingEffect, Ranking
 from hookgraph.graph.conformance import ConformanceReport, Proof
 from hookgraph.ontology.transformer import ATTN_Z, MLP_OUT, RESID_POST
@@ -17,7 +18,8 @@ def effect() -> PatchingEffect:
     effects = {x: torch.randn(shapes[x.type]) for x in places}
     total = torch.tensor([-1.0, -2.0])
     metadata = {"model": "tiny", "dtype": "float32"}
-    return PatchingEffect(effects, {}, {}, total, Convention("attrib"), metadata=metadata)
+    none = Attribution({})
+    return PatchingEffect(Attribution(effects), none, none, total, Convention("attrib"), metadata=metadata)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.plotting import DARK, LIGHT, Theme
 from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.errors import HookGraphError
@@ -108,7 +110,7 @@ def test_pictures_leave_out_what_has_no_parts_or_too_many(effect: PatchingEffect
     found = pictures(effect, ("a", "b", "c"))
     assert [caption.split(":")[0] for _, caption in found] == ["attn.z", "resid.post"]
     wide = {MLP_OUT[0]: torch.randn(1, 100, 2)}
-    many = PatchingEffect(wide, {}, {}, None, effect.convention)
+    many = replace(effect, effects=Attribution(wide))
     assert pictures(many, ()) == []
 
 
