@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -117,11 +117,11 @@ class Frame:
 
     Args:
         taps: the taps of every location, this subgraph's included.
-        memory: the subgraph's own notes, for values read at one site and written at another.
+        memory: the subgraph's own notes, for what is read at one site and written at another.
     """
 
     taps: Taps
-    memory: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def wanted(self, *locations: Location) -> bool:
         """Whether anyone hooks, saves or splices at one of these: if not, none need be computed."""

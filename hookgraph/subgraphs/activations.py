@@ -1,6 +1,6 @@
 """What makes latents of the numbers that an encoder computes."""
 
-from typing import Protocol, final, runtime_checkable
+from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -58,30 +58,53 @@ class JumpReLU(nn.Module):
 
 @final
 class TopK(nn.Module):
-    """f = max(pre, 0) at the k largest of each position, 0 elsewhere; with `signed`, the k largest in size,
-    with their signs.
+    """f = max(pre, 0) at the k largest of each position, 0 elsewhere.
+
+    Args:
+        k: how many.
+        by: whether the largest are told by `value` or by `size`, that is, without their signs.
+        rectified: False keeps negative values as they are.
 
     Source: Gao et al., arXiv:2406.04093.
     """
 
-    def __init__(self, k: int, *, signed: bool = False) -> None:
+    def __init__(self, k: int, *, by: Literal["value", "size"] = "value", rectified: bool = True) -> None:
         super().__init__()
         self.k = k
-        self.signed = signed
+        self.by = by
+        self.rectified = rectified
 
     def forward(self, pre: Float[Tensor, "... latent"]) -> Float[Tensor, "... latent"]:
         """The latents."""
-        sizes = pre.abs() if self.signed else pre.relu()
-        chosen = sizes.topk(min(self.k, pre.shape[-1]), dim=-1, sorted=False)
-        values = pre.gather(-1, chosen.indices) if self.signed else chosen.values
-        return torch.zeros_like(pre).scatter(-1, chosen.indices, values)
+        pre = pre.relu() if self.rectified else pre
+        ranked = pre.abs() if self.by == "size" else pre
+        chosen = ranked.topk(min(self.k, pre.shape[-1]), dim=-1, sorted=False).indices
+        return torch.zeros_like(pre).scatter(-1, chosen, pre.gather(-1, chosen))
 
     def part(self, chosen: Int[Tensor, " latent"]) -> None:
         """None: whether a latent is active depends on the others."""
 
     def extra_repr(self) -> str:
         """What `repr` says besides the name."""
-        return f"k={self.k}" + (", signed" if self.signed else "")
+        return f"k={self.k}"
+
+
+@final
+class GroupMax(nn.Module):
+    """Latents stand in k groups of equal size; f = max(pre, 0) at the largest of each group, 0 elsewhere."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, pre: Float[Tensor, "... latent"]) -> Float[Tensor, "... latent"]:
+        """The latents."""
+        groups = pre.relu().unflatten(-1, (self.k, -1))
+        largest = groups.max(dim=-1, keepdim=True)
+        return torch.zeros_like(groups).scatter(-1, largest.indices, largest.values).flatten(-2)
+
+    def part(self, chosen: Int[Tensor, " latent"]) -> None:
+        """None: whether a latent is active depends on its group."""
 
 
 @final

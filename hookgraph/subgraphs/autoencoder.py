@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,11 +14,12 @@ from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.subgraphs.dictionary import Autoencoder, EncodesAndDecodes, Opaque
 from hookgraph.subgraphs.splicing import (
     ErrorTerm,
+    Places,
     Splice,
     SpliceGradient,
-    asked_latents,
     decode,
     encode,
+    part_asked,
 )
 
 
@@ -94,7 +94,7 @@ class AutoencoderGraph(AbstractSubgraph):
 
     def visit(self, site: Location, value: Float[Tensor, "..."], frame: Frame) -> Float[Tensor, "..."]:
         """Encode, decode what is needed, and go on."""
-        if not frame.wanted(*self.locations) and self.splice.idle(value):
+        if not frame.wanted(*self.locations) and not self.splice.acts:
             return value
         x = value if value.ndim == 3 else value.flatten(2)
         check_width(self._coder, x, site)
@@ -104,27 +104,13 @@ class AutoencoderGraph(AbstractSubgraph):
     def _visit(
         self, x: Float[Tensor, "batch pos d_model"], frame: Frame
     ) -> Float[Tensor, "batch pos d_model"]:
-        coder, pre, latents = self._coder, self.latents_pre, self.latents
+        places: Places = self._coder, self.latents_pre, self.latents
         needed = self.splice.error == "dropped" or frame.wanted(self.reconstruction, self.error)
-        if not needed and self.splice.idle(x):
-            coder, pre, latents = self._part(frame, x)
-        code = encode(coder, self.splice.input_of(x), frame, pre, latents)
-        decoded = decode(coder, code, self.splice.past(x), needed=needed)
+        if not needed and not self.splice.acts:
+            places = part_asked(frame, places, x.device)
+        code = encode(*places, self.splice.input_of(x), frame)
+        decoded = decode(places[0], code, self.splice.past(x), needed=needed)
         return self.splice.write(x, decoded, frame, reconstruction=self.reconstruction, error=self.error)
-
-    def _part(self, frame: Frame, x: Tensor) -> tuple[Autoencoder | Opaque, Location, Location]:
-        """The dictionary of those latents only of which anything is asked, where that is possible."""
-        coder = self._coder
-        whole = coder, self.latents_pre, self.latents
-        if not isinstance(coder, Autoencoder):
-            return whole
-        chosen = asked_latents(frame, coder.n_latents, self.latents_pre, self.latents)
-        if chosen is None:
-            return whole
-        part = coder.part(torch.tensor(chosen, device=x.device))
-        if part is None:
-            return whole
-        return part, self.latents_pre.at(latent=chosen), self.latents.at(latent=chosen)
 
     def __repr__(self) -> str:
         return f"AutoencoderGraph({self.autoencoder!r}, at={self.site}, name={self.name!r})"

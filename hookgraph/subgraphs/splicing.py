@@ -9,6 +9,7 @@ in the second form: with nothing edited it is x, bit for bit, and no second deco
 chosen apart from its value: it is that of the sum of some of x, x̂' and e'.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final, get_args
 
@@ -94,10 +95,10 @@ class Splice:
         """What a skip connection reads."""
         return value.detach() if self.gradient == "identity" else value
 
-    def idle(self, value: Float[Tensor, "..."]) -> bool:
-        """Whether the value goes on as it is if nobody asks anything of the subgraph's locations."""
-        through = self.gradient == "identity" or not (torch.is_grad_enabled() and value.requires_grad)
-        return self.error != "dropped" and through
+    @property
+    def acts(self) -> bool:
+        """Whether what goes on differs, in value or gradient, where nobody asks anything."""
+        return self.error == "dropped" or (self.gradient != "identity" and torch.is_grad_enabled())
 
     def write(
         self,
@@ -148,7 +149,7 @@ class Splice:
 
 
 def encode(
-    coder: Autoencoder | Opaque, x: Float[Tensor, "..."], frame: Frame, pre: Location, latents: Location
+    coder: Autoencoder | Opaque, pre: Location, latents: Location, x: Float[Tensor, "..."], frame: Frame
 ) -> Code:
     """The latents of x, after everything that is asked for at `latents_pre` and `latents`."""
     if isinstance(coder, Autoencoder) and frame.wanted(pre.whole):
@@ -185,15 +186,50 @@ def decode(coder: Autoencoder | Opaque, code: Code, x: Float[Tensor, "..."], *, 
     return Decoded(None if unedited is None else unedited + change, unedited, change)
 
 
-def asked_latents(frame: Frame, latents: int, *locations: Location) -> tuple[int, ...] | None:
-    """The latents of which anything is asked; None where that may be all of them."""
+def decode_sum(
+    parts: Sequence[tuple[Code, Float[Tensor, "latent *out"]]],
+    bias: Float[Tensor, "*out"] | None,
+    *,
+    needed: bool,
+) -> Decoded:
+    """Like `decode`, for a linear decoder that reads several codes: x̂ = Σ f W + b."""
+
+    def total(codes: Sequence[Tensor]) -> Tensor:
+        found = sum((f @ W for f, (_, W) in zip(codes, parts, strict=True)), start=torch.tensor(0.0))
+        return found if bias is None else found + bias
+
+    latents = [code.latents for code, _ in parts]
+    moved = [(code.latents - code.unedited).detach() @ W for code, W in parts if code.changed]
+    tracked = any(code.tracked for code, _ in parts)
+    if not moved:
+        if not (needed or tracked):
+            return Decoded()
+        hat = total(latents)
+        return Decoded(hat, hat.detach())
+    change = torch.stack(moved).sum(0)
+    unedited = total([code.unedited for code, _ in parts]) if needed else None
+    if tracked:
+        return Decoded(total(latents), unedited, change)
+    return Decoded(None if unedited is None else unedited + change, unedited, change)
+
+
+Places: TypeAlias = tuple[Autoencoder | Opaque, Location, Location]
+"""What encodes, and the locations of what goes into its activation function and what comes out."""
+
+
+def part_asked(frame: Frame, places: Places, device: torch.device) -> Places:
+    """The dictionary of those latents only of which anything is asked, where that is possible."""
+    coder, pre, latents = places
+    if not isinstance(coder, Autoencoder):
+        return places
     found: set[int] = set()
-    for location in locations:
+    for location in (pre, latents):
         some = frame.asked(location, Dimension.LATENT)
-        if some is None or any(i >= latents for i in some):
-            return None
+        if some is None or any(i >= coder.n_latents for i in some):
+            return places
         found.update(some)
-    return tuple(sorted(found)) or None
+    part = coder.part(torch.tensor(sorted(found), device=device)) if found else None
+    return places if part is None else (part, pre.at(latent=sorted(found)), latents.at(latent=sorted(found)))
 
 
 def through(value: Float[Tensor, "..."], *sources: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
