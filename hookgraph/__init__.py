@@ -25,13 +25,20 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
-from hookgraph.subgraphs.autoencoder import AutoencoderGraph
+from hookgraph.subgraphs import (
+    AutoencoderGraph,
+    CrosscoderGraph,
+    SubspaceGraph,
+    TranscoderGraph,
+    load_autoencoder,
+)
 
 __all__ = [
     "AbstractBinding",
     "AlreadyAttachedError",
     "AutoencoderGraph",
     "BindingError",
+    "CrosscoderGraph",
     "Dimension",
     "Frame",
     "HookGraph",
@@ -47,9 +54,12 @@ __all__ = [
     "ShapeMismatchError",
     "Subgraph",
     "SubgraphError",
+    "SubspaceGraph",
+    "TranscoderGraph",
     "UnknownLocationError",
     "bind",
     "check",
+    "load_autoencoder",
     "locations",
     "metrics",
     "patching_effect",
