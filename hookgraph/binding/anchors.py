@@ -8,7 +8,16 @@ from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location
 
 Mechanism: TypeAlias = Literal[
-    "output", "input", "sum", "interior", "softmax", "norm scale", "head result", "experts", "product"
+    "output",
+    "input",
+    "sum",
+    "interior",
+    "softmax",
+    "norm scale",
+    "head result",
+    "head input",
+    "experts",
+    "product",
 ]
 """How the tensor is read and replaced:
 
@@ -18,6 +27,7 @@ Mechanism: TypeAlias = Literal[
 * `interior`: inside the attention function.
 * `softmax`: what the only softmax inside a module reads or returns.
 * `norm scale`: computed from a norm's input; an edit rescales its output.
+* `head input`: a projection's input once per head; an edit adds the difference to what the head gets.
 * `experts`: inside routed experts, by token and choice.
 * `product`: what the only matrix product inside a module returns.
 * `head result`: computed from the input of the output projection; an edit adds the difference.

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 from hookgraph.binding.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.anchors import Role as Part
 from hookgraph.binding.blocks import Block, Update, is_softmax_over_positions
 from hookgraph.binding.findings import Findings, WeightSource
 from hookgraph.binding.interiors import bind_reading
-from hookgraph.binding.projections import as_input, as_output, is_projection
+from hookgraph.binding.projections import as_input, as_output, behind, is_projection
+from hookgraph.binding.readers import bind_reader
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import AttentionTypes
 
+_Optional: TypeAlias = LocationType | None
 _MATMULS = frozenset({"bmm", "matmul", "baddbmm", "mm"})
 
 
@@ -49,7 +51,8 @@ def bind_attention(
     owner = None if inside is None else inside.call
     bind_reading(trace, found, types.reads[layer], types.ln_scale[layer], block, update, owner, source)
     parts = (types.q, types.k, types.v, types.scores, types.pattern, types.z, types.result)
-    before = tuple(t for t in (types.q_pre, types.k_pre) if t is not None)
+    earlier = (types.q_in, types.k_in, types.v_in, types.q_pre, types.k_pre)
+    before = tuple(t for t in earlier if t is not None)
     if inside is None:
         found.absent("this model does not compute a softmax over positions", *parts, *before, layer=layer)
         return
@@ -58,13 +61,15 @@ def bind_attention(
         found.absent(reason, *parts, *before, layer=layer)
         return
     cross = "" if types.q_pre is not None else "x"
-    heads: tuple[tuple[LocationType, LocationType | None, Part, Value | None, str], ...] = (
-        (types.q, types.q_pre, "query", inside.query, f"{cross}W_Q"),
-        (types.k, types.k_pre, "key", inside.key, f"{cross}W_K"),
-        (types.v, None, "value", inside.value, f"{cross}W_V"),
+    heads: tuple[tuple[LocationType, _Optional, _Optional, Part, Value | None, str], ...] = (
+        (types.q, types.q_pre, types.q_in, "query", inside.query, f"{cross}W_Q"),
+        (types.k, types.k_pre, types.k_in, "key", inside.key, f"{cross}W_K"),
+        (types.v, None, types.v_in, "value", inside.value, f"{cross}W_V"),
     )
-    for kind, earlier, part, value, weight in heads:
+    for kind, earlier, reader, part, value, weight in heads:
         _bind_heads(trace, found, kind[layer], part, value, weight, inside, block)
+        if reader is not None:
+            bind_reader(trace, found, reader[layer], value, weight, block, inside.call)
         if earlier is not None:
             _bind_before_rotary(trace, found, earlier[layer], kind, value, weight, block, inside)
     _bind_scores(trace, found, types, layer, inside)
@@ -194,7 +199,7 @@ def _bind_before_rotary(
         found.absent(f"nothing happens between the projection and attention: use {kind}", location)
         return
     first = inside.call.first
-    for before in sorted(_behind(value, first), key=lambda v: -v.number):
+    for before in sorted(behind(value, first), key=lambda v: -v.number):
         if before.tensor.ndim != 4 or before.tensor.numel() != value.tensor.numel():
             continue
         first_heads = before.tensor.shape[1] == value.tensor.shape[1]
@@ -244,19 +249,6 @@ def _bind_output(
         found.add(on_call(trace, reached.call, anchor))
     name = "W_O" if types.q_pre is not None else "xW_O"
     found.weigh(name, types.z[layer], WeightSource(reached.call.path, "input", reached.view))
-
-
-def _behind(value: Value, first: int) -> set[Value]:
-    """Everything from number `first` on that `value` was computed from."""
-    seen: set[Value] = set()
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if here in seen or here.number < first or here.is_source:
-            continue
-        seen.add(here)
-        waiting.extend(here.inputs)
-    return seen
 
 
 def _import_path(function: Callable[..., Any]) -> str:

@@ -19,6 +19,7 @@ from hookgraph.binding.findings import Layer, StreamStep
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.norms import affine_of
 from hookgraph.binding.tracing import tensors_in
+from hookgraph.binding.views import Columns
 from hookgraph.binding.weights import affine_map
 from hookgraph.errors import UnknownLocationError
 from hookgraph.hooks.handles import installed
@@ -90,7 +91,7 @@ def identities(binding: HuggingFaceBinding, present: Values, clean: Seen, seen: 
 def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
     """Within this context what norms and projections are given and return is kept, without taps."""
     seen: Seen = {}
-    watched = ("norm scale", "head result")
+    watched = ("norm scale", "head result", "head input")
     anchors = binding.findings.anchors.values()
     paths = {a.module for a in anchors if a.mechanism in watched or a.location.type.name in _PROJECTED}
     paths |= {w.module for w in binding.findings.weights.values() if w.side != "table"}
@@ -134,6 +135,12 @@ def _of_modules(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Ite
                 (location,),
                 _summed(location, affine_map(module)[1], returned),
             )
+        elif anchor.mechanism == "head input" and isinstance(anchor.view, Columns):
+            yield Identity(
+                f"{location.type} W + b = what the projection returns, by head",
+                (location,),
+                _read_by_head(location, anchor.view, *affine_map(module), returned),
+            )
         elif location.type.name in _PROJECTED and anchor.mechanism == "input":
             weight, bias = affine_map(module)
             yield Identity(
@@ -149,6 +156,11 @@ def _scaled(location: Location, moved: Tensor, bias: Tensor, returned: Tensor) -
 
 def _summed(location: Location, bias: Tensor, returned: Tensor) -> Sides:
     return lambda x: (x[location].sum(2) + bias, returned)
+
+
+def _read_by_head(location: Location, view: Columns, weight: Tensor, bias: Tensor, returned: Tensor) -> Sides:
+    into, offset = view.get(weight[None])[0], view.get(bias[None, None])[0, 0]
+    return lambda x: (einsum(x[location], into, "b p h m, m h d -> b p h d") + offset, view.get(returned))
 
 
 def _projected(location: Location, weight: Tensor, bias: Tensor, returned: Tensor) -> Sides:
@@ -230,6 +242,10 @@ def _of_attention(
             lambda x: (einsum(x[z], project[0], "b p h d, h d m -> b p h m"), x[result]),
             (result,),
         )
+    for kind in (stack.ATTN_Q_IN, stack.ATTN_K_IN, stack.ATTN_V_IN):
+        if reads in present and kind[layer] in present and agrees(*_copied(reads, kind[layer])(present)):
+            copies = kind[layer]
+            yield Identity(f"{kind}[head] = attn.in", (reads,), _copied(reads, copies), (copies,))
     heads = (
         ((stack.ATTN_Q_PRE, stack.ATTN_Q), W_Q, b_Q),
         ((stack.ATTN_K_PRE, stack.ATTN_K), W_K, b_K),
@@ -246,6 +262,10 @@ def _of_attention(
             yield Identity(
                 f"{made.type} = attn.in {weight} + {bias}", (reads,), _heads(reads, made, *read), (made,)
             )
+
+
+def _copied(source: Location, copies: Location) -> Sides:
+    return lambda x: (x[source].unsqueeze(2).expand_as(x[copies]), x[copies])
 
 
 def _is_given(clean: Seen, module: str, value: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.norms import scale_of
 from hookgraph.binding.tracing import Slot, tensors_in
+from hookgraph.binding.views import Columns
 from hookgraph.binding.weights import affine_map
 from hookgraph.errors import ShapeMismatchError
 from hookgraph.hooks.handles import Handle
@@ -56,6 +57,8 @@ def _hook(
         return _norm_scale_hook(anchor, tap, state), "output", True
     if anchor.mechanism == "head result":
         return _head_result_hook(module, anchor, tap), "output", True
+    if anchor.mechanism == "head input":
+        return _head_input_hook(module, anchor, tap), "output", True
     change = _in_place(anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
     if anchor.mechanism == "output":
         return _output_hook(anchor.slot, change), "output", False
@@ -224,5 +227,25 @@ def _head_result_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[.
         if new is value and not tap.tracks_gradient:
             return None
         return y + (new - result).sum(2)
+
+    return hook
+
+
+def _head_input_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[..., Any]:
+    """q_h = x W_Q[h] + b; with x'_h in place of head h's x, q'_h = q_h + (x'_h - x) W_Q[h]."""
+    view = anchor.view
+    if not isinstance(view, Columns):
+        raise ValueError(f"{anchor.location}: what a head reads needs the columns of the heads")
+    weight = view.get(affine_map(module)[0][None])[0]
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        x = element(args, kwargs, anchor.slot)
+        copies = x.unsqueeze(2).expand(-1, -1, view.count, -1)
+        value = _apart(copies, tap)
+        new = tap(value)
+        if new is value and not tap.tracks_gradient:
+            return None
+        change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
+        return view.put(y, view.get(y) + change)
 
     return hook

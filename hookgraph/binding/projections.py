@@ -61,6 +61,19 @@ def as_input(
     return None
 
 
+def behind(value: Value, first: int) -> set[Value]:
+    """Everything from number `first` on that `value` was computed from, itself included."""
+    seen: set[Value] = set()
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here in seen or here.number < first or here.is_source:
+            continue
+        seen.add(here)
+        waiting.extend(here.inputs)
+    return seen
+
+
 def _heads_of(value: Value, given: Value, *, heads_first: bool, heads: int) -> View:
     """The view of a flat tensor as heads, if that is what it holds."""
     tensor = value.tensor

@@ -12,7 +12,7 @@ from hookgraph.binding.anchors import Anchor, Role, on_call
 from hookgraph.binding.blocks import Block, Update
 from hookgraph.binding.experts import expert_count, is_experts
 from hookgraph.binding.findings import ExpertLayer, Findings
-from hookgraph.binding.projections import floating_input, is_matrix_product, last_projection
+from hookgraph.binding.projections import behind, floating_input, is_matrix_product, last_projection
 from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_root
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import TransformerStack
@@ -59,7 +59,7 @@ def bind_experts(
         found.absent("the experts are not given which of them each token is for", *kinds, layer=layer)
     else:
         _bind_routing(trace, found, stack, layer, routing)
-        cone, count = _cone(routing.weights[1], block.call.first), expert_count(call.module)
+        cone, count = behind(routing.weights[1], block.call.first), expert_count(call.module)
         products = {v for v in cone if is_matrix_product(v) and v.tensor.shape[-1] == count}
         _bind_logits(trace, found, stack.ROUTER_LOGITS[layer], block, cone, products)
     slot, routed = next(iter(call.outputs.items()))
@@ -107,8 +107,8 @@ def _bind_own_code(
     choices = [v for v in update.cone if v.op in _CHOICES]
     if not choices:
         return False
-    behind = _cone(min(choices, key=lambda v: v.number), block.call.first)
-    products = {v for v in behind if is_matrix_product(v)}
+    earlier = behind(min(choices, key=lambda v: v.number), block.call.first)
+    products = {v for v in earlier if is_matrix_product(v)}
     _bind_logits(trace, found, stack.ROUTER_LOGITS[layer], block, update.cone, products)
     rest = (
         stack.ROUTER_INDICES,
@@ -158,19 +158,6 @@ def _bind_logits(
 
 def _reads(value: Value, source: Value) -> bool:
     return any(alias_root(v) is source for v in value.inputs)
-
-
-def _cone(value: Value, first: int) -> set[Value]:
-    """Everything from number `first` on that a value was computed from."""
-    seen: set[Value] = set()
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if here in seen or here.is_source or here.number < first:
-            continue
-        seen.add(here)
-        waiting.extend(here.inputs)
-    return seen
 
 
 def _add_output(

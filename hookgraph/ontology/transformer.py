@@ -35,6 +35,9 @@ class AttentionTypes:
     reads: LocationType
     q_pre: LocationType | None
     k_pre: LocationType | None
+    q_in: LocationType | None
+    k_in: LocationType | None
+    v_in: LocationType | None
     q: LocationType
     k: LocationType
     v: LocationType
@@ -95,6 +98,12 @@ class TransformerStack:
         """s in norm(x) = gain · (x - centre) · s + bias, before attention: s = 1 / sqrt(mean square + ε)."""
         self.ATTN_IN = per_layer("attn.in", _STREAM, 20)
         """What attention reads: norm(x), gain and bias included."""
+        self.ATTN_Q_IN = per_layer("attn.q_in", (_BATCH, _POS, _HEAD, Dimension.D_MODEL), 25)
+        """What each head reads for its queries: attn.in once per head. q[h] is made of q_in[h] W_Q[h] + b."""
+        self.ATTN_K_IN = per_layer("attn.k_in", (_BATCH, _POS, _KV_HEAD, Dimension.D_MODEL), 25)
+        """What each key-value head reads for its keys."""
+        self.ATTN_V_IN = per_layer("attn.v_in", (_BATCH, _POS, _KV_HEAD, Dimension.D_MODEL), 25)
+        """What each key-value head reads for its values."""
         self.ATTN_Q_PRE = per_layer("attn.q_pre", _QUERY, 30)
         """Queries before the rotary embedding; absent where there is none."""
         self.ATTN_K_PRE = per_layer("attn.k_pre", _KEY, 30)
@@ -170,6 +179,9 @@ class TransformerStack:
             self.ATTN_IN,
             self.ATTN_Q_PRE,
             self.ATTN_K_PRE,
+            self.ATTN_Q_IN,
+            self.ATTN_K_IN,
+            self.ATTN_V_IN,
             self.ATTN_Q,
             self.ATTN_K,
             self.ATTN_V,
@@ -186,6 +198,9 @@ class TransformerStack:
         return AttentionTypes(
             self.XATTN_LN_SCALE,
             self.XATTN_IN,
+            None,
+            None,
+            None,
             None,
             None,
             self.XATTN_Q,
@@ -207,6 +222,9 @@ EMBED: Final = DECODER.EMBED
 RESID_PRE: Final = DECODER.RESID_PRE
 ATTN_LN_SCALE: Final = DECODER.ATTN_LN_SCALE
 ATTN_IN: Final = DECODER.ATTN_IN
+ATTN_Q_IN: Final = DECODER.ATTN_Q_IN
+ATTN_K_IN: Final = DECODER.ATTN_K_IN
+ATTN_V_IN: Final = DECODER.ATTN_V_IN
 ATTN_Q_PRE: Final = DECODER.ATTN_Q_PRE
 ATTN_K_PRE: Final = DECODER.ATTN_K_PRE
 ATTN_Q: Final = DECODER.ATTN_Q

@@ -13,6 +13,9 @@ EMBED           embed           batch pos d_model
 RESID_PRE       resid.pre       batch pos d_model
 ATTN_LN_SCALE   attn.ln_scale   batch pos one
 ATTN_IN         attn.in         batch pos d_model
+ATTN_Q_IN       attn.q_in       batch pos head d_model
+ATTN_K_IN       attn.k_in       batch pos kv_head d_model
+ATTN_V_IN       attn.v_in       batch pos kv_head d_model
 ATTN_Q_PRE      attn.q_pre      batch pos head d_head
 ATTN_K_PRE      attn.k_pre      batch pos kv_head d_head
 ATTN_Q          attn.q          batch pos head d_head
@@ -58,6 +61,7 @@ LOGITS          logits          batch pos vocab
 """
 ROWS = [line.split(maxsplit=2) for line in VOCABULARY.strip().splitlines()]
 SAME_STAGE = (
+    {"attn.q_in", "attn.k_in", "attn.v_in"},
     {"attn.q_pre", "attn.k_pre"},
     {"attn.q", "attn.k", "attn.v"},
     {"attn.out", "mixer.out"},
