@@ -83,7 +83,7 @@ def test_the_errors_of_the_proofs_are_roundings(family: str):
         rounded = not exact or proof.location.type.name in UPCASTS
         limit = {"transparent": 1e-5 if proof.location.type.name in UPCASTS else 0.0}.get(proof.invariant)
         if proof.invariant == "edit = gradient":
-            limit = 2e-3 if rounded else 1e-5
+            limit = 2e-3 if rounded else 5e-5
         elif proof.invariant == "conserved":
             limit = 1e-6
         assert proof.error <= (limit or 0.0), proof
@@ -394,7 +394,7 @@ def test_a_bound_model_can_be_checked_again_as_it_is():
 def test_a_report_is_shown_as_text_table_and_json():
     report = graph_of("neox").report
     lines = repr(report).splitlines()
-    assert lines[0].startswith("GPTNeoXForCausalLM: 61 locations, ")
+    assert lines[0].startswith("GPTNeoXForCausalLM: 70 locations, ")
     assert lines[0].endswith(" invariants checked, all hold")
     assert any(line.startswith("  absent resid.mid[0]: ") for line in lines)
     frame = report.to_frame()
