@@ -39,6 +39,10 @@ Role: TypeAlias = Literal[
 """Which tensor of an attention function, of experts, or of a module that computes a product."""
 
 
+Kept: TypeAlias = Literal["", "states", "source"]
+"""What a cache keeps of keys and values: these themselves, or what they are made from."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Anchor:
@@ -57,6 +61,8 @@ class Anchor:
         flat: the tensor has one axis for batch and position.
         overwritten: the model changes the tensor in place afterwards, so that a copy goes on.
         limit: the values are integers below it; 0 if they are none.
+        kept: for keys and values at `interior`: whether a cache keeps these very tensors (`states`) or what
+            they are made from; empty where no cache was seen.
         call: which of the module's calls in one pass.
         calls: how many calls of the module there are in one pass.
     """
@@ -73,6 +79,7 @@ class Anchor:
     flat: bool = False
     overwritten: bool = False
     limit: int = 0
+    kept: Kept = ""
     call: int = 0
     calls: int = 1
 

@@ -17,9 +17,12 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hookgraph.binding.anchors import Role
+from hookgraph.binding.caching import Edited, NewStates
 from hookgraph.binding.mechanisms import PassState
 from hookgraph.errors import BindingError
 from hookgraph.hooks.taps import Tap
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
 
 NAME: Final = "hookgraph"
 _INTERIOR: Final = "_hookgraph_interior"
@@ -55,8 +58,22 @@ class Turn:
 class Interior:
     """The taps inside one attention module, by its calls in a pass, while a graph is attached."""
 
-    def __init__(self, module: nn.Module, taps: TapsByCall, eager: str, state: PassState) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        taps: TapsByCall,
+        eager: str,
+        state: PassState,
+        kept: frozenset[Role] = frozenset(),
+        *,
+        watch: bool = False,
+    ) -> None:
         self._module = module
+        self._kept = kept
+        self._taps: Mapping[Role, Tap] | None = None
+        self._edited: dict[Location, Edited] = {}
+        self.seen: dict[Role, bool] = {}
+        """Whether keys and values were the very tensors that a cache handed back, when last watched."""
         self._turn = Turn(taps, state)
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
@@ -65,10 +82,42 @@ class Interior:
         replaced.__dict__["_attn_implementation_internal"] = NAME
         replaced.__dict__[_INTERIOR] = self
         module.__dict__["config"] = replaced
+        looks = watch or any("key" in inside or "value" in inside for inside in taps.values())
+        self._states = NewStates(module, kept, self._change, self._end) if looks else None
 
     def remove(self) -> None:
         """Give the module its own configuration back."""
         self._module.__dict__["config"] = self._original
+        if self._states is not None:
+            self._states.remove()
+
+    def _begin(self) -> Mapping[Role, Tap]:
+        """The taps for this call of the module: the cache is reached before attention."""
+        if self._taps is None:
+            self._taps = self._turn.next()
+        return self._taps
+
+    def _end(self) -> None:
+        self._taps = None
+
+    def _change(self, role: Role, raw: Tensor) -> Tensor:
+        return _tap_heads(self._begin().get(role), raw)
+
+    def _tap_states(self, role: Role, raw: Tensor, query: Tensor) -> Tensor:
+        """Call the tap on keys or values where the cache did not."""
+        states, tap = self._states, self._begin().get(role)
+        if states is None:
+            return raw
+        self.seen[role] = raw is states.returned.get(role)
+        if tap is None or states.cache is None:
+            return _tap_heads(tap, raw)
+        if role not in self._kept:
+            if Dimension.POS not in tap.location.type.dims:  # the positions of another stack, all of them
+                return _tap_heads(tap, raw)
+            return self._edited.setdefault(tap.location, Edited()).tap(tap, raw, states, query.shape[2])
+        if states.returned and not self.seen[role]:
+            raise BindingError(f"{tap.location}: attention was not given what the cache handed back")
+        return raw
 
     def __call__(
         self,
@@ -81,10 +130,11 @@ class Interior:
         **kwargs: Any,
     ) -> Any:
         """What the model's attention function returns, with every tap called on the way."""
-        taps = self._turn.next()
+        taps = self._begin()
         query = _tap_heads(taps.get("query"), query)
-        key = _tap_heads(taps.get("key"), key)
-        value = _tap_heads(taps.get("value"), value)
+        key = self._tap_states("key", key, query)
+        value = self._tap_states("value", value, query)
+        self._end()
         if "scores" in taps or "pattern" in taps:
             additive = _additive_mask(module, query, key, attention_mask, kwargs)
             with _SoftmaxTaps(taps.get("scores"), taps.get("pattern")) as softmax:

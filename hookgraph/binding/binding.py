@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding import conformance
+from hookgraph.binding.cache_use import see_cache
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, one_row, unrunnable
 from hookgraph.binding.huggingface import HuggingFaceBinding
@@ -45,7 +46,8 @@ def bind(
     if not isinstance(model, PreTrainedModel):
         raise BindingError(f"{type(model).__name__} is not a transformers model")
     inputs, trace = _traced(model, candidates(model) if example is None else [dict(example)])
-    binding = HuggingFaceBinding(model, discover(trace), tokenizer, example=inputs)
+    findings = see_cache(model, discover(trace), inputs)
+    binding = HuggingFaceBinding(model, findings, tokenizer, example=inputs)
     if not check:
         return HookGraph(binding)
     outcome = prove(binding)

@@ -18,6 +18,7 @@ from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
 from hookgraph.binding.outputs import read_output
+from hookgraph.binding.positions import Following, spans_of
 from hookgraph.binding.products import OwnProduct
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
@@ -26,6 +27,7 @@ from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads, take
 from hookgraph.hooks.handles import Handle, installed
+from hookgraph.hooks.positions import Place
 from hookgraph.hooks.taps import Tap, Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS
@@ -137,6 +139,7 @@ class HuggingFaceBinding(AbstractBinding):
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
         interiors: dict[tuple[Mechanism, str], dict[int, dict[Role, Tap]]] = {}
         eager: dict[str, str] = {}
+        kept: dict[str, set[Role]] = {}
         native = sorted((k for k in taps if k.site is None), key=self._place.__getitem__, reverse=True)
         for location in native:
             tap = taps[location]
@@ -145,10 +148,13 @@ class HuggingFaceBinding(AbstractBinding):
                 place = (anchor.mechanism, anchor.module)
                 interiors.setdefault(place, {}).setdefault(anchor.call, {})[anchor.role] = tap
                 eager[anchor.module] = anchor.eager
+                if anchor.kept == "states":
+                    kept.setdefault(anchor.module, set()).add(anchor.role)
             else:
                 installers.append(self._installer(anchor, tap, state))
         for (kind, path), inside in interiors.items():
-            installers.append(self._interior(kind, path, inside, eager[path], state))
+            states = frozenset(kept.get(path, ()))
+            installers.append(self._interior(kind, path, inside, eager[path], state, states))
         if any(needs_state(self.findings.anchors[location]) for location in native):
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
@@ -159,10 +165,16 @@ class HuggingFaceBinding(AbstractBinding):
         return lambda: install(self._modules[anchor.module], anchor, tap, state)
 
     def _interior(
-        self, kind: Mechanism, path: str, taps: TapsByCall, eager: str, state: PassState
+        self,
+        kind: Mechanism,
+        path: str,
+        taps: TapsByCall,
+        eager: str,
+        state: PassState,
+        kept: frozenset[Role],
     ) -> Callable[[], Handle]:
         if kind == "interior":
-            return lambda: Interior(self._modules[path], taps, eager, state)
+            return lambda: Interior(self._modules[path], taps, eager, state, kept)
         own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
         return lambda: own(self._modules[path], taps, state)
 
@@ -187,6 +199,16 @@ class HuggingFaceBinding(AbstractBinding):
         head = self._modules[anchor.module]
         with installed(lambda: head.register_forward_pre_hook(choose, with_kwargs=True)):
             yield True
+
+    def place(self, inputs: Prepared) -> Place | None:
+        """Where one pass over these inputs lies in its sequences, if there is padding or a past."""
+        spans = spans_of(inputs)
+        plain = all(not span.past and not any(span.padding) for span in spans.values())
+        return None if plain else Place(spans, alone=True)
+
+    def following(self, place: Place) -> AbstractContextManager[None]:
+        """Within this context `place` is brought up to date when a pass of the model begins."""
+        return installed(lambda: Following(self.model, place))
 
     @contextmanager
     def frozen(self) -> Generator[None]:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hookgraph.binding import conformance
+from hookgraph.binding.cache_use import see_cache
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import example_inputs, one_row
 from hookgraph.binding.findings import Findings
@@ -102,7 +103,7 @@ def _best_twin(
     for twin in tiny_twins(binding.model, _depths(binding.findings, first), _SMALL):
         try:
             example = example_inputs(twin)
-            found = discover(Trace(twin, example))
+            found = see_cache(twin, discover(Trace(twin, example)), example)
         except Exception:
             continue  # It cannot be run, or has no residual stream: these numbers are too small.
         agreed = agreement(binding.model, binding.findings, twin, found)

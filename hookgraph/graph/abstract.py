@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hookgraph.errors import SubgraphError, UnknownLocationError
+from hookgraph.errors import InputError, SubgraphError, UnknownLocationError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads
+from hookgraph.hooks.positions import Place
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location
@@ -88,6 +89,22 @@ class AbstractBinding(ABC):
         A binding that cannot leave logits out returns all of them, and says False.
         """
         return nullcontext(False)
+
+    def place(self, inputs: Prepared) -> Place | None:
+        """Where one pass over these inputs lies in its sequences; None: at their start, without padding."""
+        return None
+
+    def following(self, place: Place) -> AbstractContextManager[None]:
+        """Within this context `place` is brought up to date when a pass of the model begins."""
+        return nullcontext()
+
+    def generate(self, inputs: Prepared, options: Mapping[str, object]) -> Int[Tensor, "batch pos"]:
+        """The sequences that the model generates from these inputs, taps included if it is attached.
+
+        Raises:
+            InputError: this model does not generate.
+        """
+        raise InputError(f"{type(self).__name__} does not generate: use run")
 
     def weight(
         self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK

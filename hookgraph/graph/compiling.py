@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
 from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.positions import Place, Placed, PlacedGradient, is_placed
 from hookgraph.hooks.taps import Observer, Splice, Tap, Taps
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
@@ -18,19 +19,33 @@ def compile_taps(
     subgraphs: Sequence[AbstractSubgraph],
     observers: Mapping[Location, Observer] | None = None,
     differentiated: Iterable[Location] = (),
+    place: Place | None = None,
 ) -> dict[Location, Tap]:
     """One tap for every whole location at which anything happens, those inside subgraphs included.
 
     Clear the result when the pass is over: the frames of subgraphs refer to it and it to them, so that
     they, and every tensor that they and the observers hold, would otherwise live until collected.
+
+    With `place`, parts are those of the sequence, wherever in it the pass lies; without, the pass holds it
+    from position 0 on.
     """
     observers = observers or {}
     needs_gradient = frozenset(differentiated)
     hooks: dict[Location, list[Registration]] = {}
     gradient_hooks: dict[Location, list[Registration]] = {}
+    placed: list[Registration] = []
     for location, hook in registrations:
-        backward = location.pass_type is PassType.BACKWARD
-        (gradient_hooks if backward else hooks).setdefault(location.whole, []).append((location, hook))
+        whole, backward = location.whole, location.pass_type is PassType.BACKWARD
+        if place is None or not is_placed(location):
+            (gradient_hooks if backward else hooks).setdefault(whole, []).append((location, hook))
+        elif not backward:
+            hooks.setdefault(whole, []).append((whole, Placed(location, hook, place)))
+        else:
+            # In the backward pass it would be too late to ask where the pass lay.
+            placed.append((whole, PlacedGradient(location, hook, place)))
+            gradient_hooks.setdefault(whole, []).append((whole, _leave))
+    for whole, hook in placed:
+        hooks.setdefault(whole, []).append((whole, hook))
     taps: dict[Location, Tap] = {}
     splices = _splices(subgraphs, taps)
     for location in sorted(
@@ -46,6 +61,10 @@ def compile_taps(
             needs_gradient=location in needs_gradient,
         )
     return taps
+
+
+def _leave(gradient: Tensor) -> None:
+    """A gradient hook that changes nothing: the model goes on with the very tensor that was hooked."""
 
 
 def _splices(subgraphs: Sequence[AbstractSubgraph], taps: Taps) -> Mapping[Location, list[Splice]]:

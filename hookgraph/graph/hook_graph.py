@@ -18,6 +18,8 @@ from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_from
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.positions import Place, is_placed
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
 from hookgraph.ontology.transformer import LOGITS, RESID_PRE
@@ -140,11 +142,15 @@ class HookGraph:
     def attached(self) -> Generator["HookGraph"]:
         """Within this context the model's own calls are hooked: `model(...)`, `model.generate(...)`.
 
+        A hook on positions is called in the passes that hold some of them, wherever the sequence has got to.
+
         Raises:
             AlreadyAttachedError: a graph holds the model already.
         """
-        taps = compile_taps(self.registrations, self.subgraphs)
-        with self.binding.attached(taps):
+        place = Place() if any(is_placed(location) for location, _ in self.registrations) else None
+        taps = compile_taps(self.registrations, self.subgraphs, place=place)
+        following = nullcontext() if place is None else self.binding.following(place)
+        with self.binding.attached(taps), following:
             yield self
         taps.clear()
 
@@ -230,6 +236,14 @@ class HookGraph:
         entries = (x for x in self.locations if x.type == RESID_PRE and x not in hooked)
         return latest_entry(location, entries, self.subgraphs)
 
+    def _place(self, inputs: Prepared, save: Sequence[Location]) -> Place | None:
+        """Where a pass lies in its sequences; None where every part is what its index says of the tensor."""
+        placed = [x for x in (*save, *(x for x, _ in self.registrations)) if is_placed(x)]
+        if not placed:
+            return None
+        place = self.binding.place(inputs)
+        return Place(alone=True) if place is None and any(map(_chooses_steps, placed)) else place
+
     def _pass(
         self,
         inputs: Prepared,
@@ -243,9 +257,10 @@ class HookGraph:
     ) -> Run:
         for location in save:
             self.check(location)
-        recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad))
+        place = self._place(inputs, save)
+        recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad), place=place)
         needs_graph = bool(grad) or bool(recorder.differentiated)
-        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.tracked)
+        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.tracked, place)
         reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
         reads = None if whole or LOGITS in taps else positions_read(metric)
@@ -269,6 +284,10 @@ class HookGraph:
 
         known = None if taken else logits
         return Run(values, measured, inputs, self.binding.metadata, complete if known is None else known)
+
+
+def _chooses_steps(location: Location) -> bool:
+    return any(dim is Dimension.STEP for dim, _ in location.index)
 
 
 def _batch_size(inputs: Prepared) -> int:

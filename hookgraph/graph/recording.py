@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, MetricError
+from hookgraph.errors import HookGraphError, LocationError, MetricError
+from hookgraph.hooks.positions import Place, read_at
 from hookgraph.hooks.slicing import read, relative
 from hookgraph.hooks.taps import Observer
 from hookgraph.ontology.locations import Location
@@ -26,10 +27,14 @@ class Recorder:
         asked: the locations to save, parts and gradients among them.
         stop: raise `EnoughSeen` once all activations have fired.
         keep_graph: leave the values in the autograd graph, and the graph intact.
+        place: where the pass lies in its sequences, if not at their start without padding.
     """
 
-    def __init__(self, asked: Sequence[Location], *, stop: bool, keep_graph: bool) -> None:
+    def __init__(
+        self, asked: Sequence[Location], *, stop: bool, keep_graph: bool, place: Place | None = None
+    ) -> None:
         self.asked = tuple(dict.fromkeys(asked))
+        self._place = place
         self._stop = stop
         self._keep_graph = keep_graph
         self._wholes: dict[Location, list[Location]] = {}
@@ -66,7 +71,7 @@ class Recorder:
             if given is not None:
                 self._given[whole] = given
             if copy:
-                self._parts.update({p: read(self._here(p), value).clone() for p in parts})
+                self._parts.update({p: self._read(p, value).clone() for p in parts})
             self._seen[whole] = self._parts[parts[0]] if copy else value
             if differentiated and value.requires_grad:
                 # What autograd returns may lie before or after the gradient hooks; this lies after.
@@ -82,6 +87,13 @@ class Recorder:
         given = self._given.get(location.whole)
         return location if given is None else relative(location, given)
 
+    def _read(self, location: Location, value: Tensor) -> Tensor:
+        here = self._here(location)
+        part = read(here, value) if self._place is None else read_at(here, value, self._place)
+        if part is None:
+            raise LocationError(f"{location}: a run is one pass, step 0, and holds nothing of this")
+        return part
+
     def values(self, metric: Float[Tensor, " batch"] | None) -> dict[Location, Shaped[Tensor, "..."]]:
         """Everything asked for, in the order of asking.
 
@@ -96,11 +108,11 @@ class Recorder:
         values: dict[Location, Tensor] = {}
         for location in self.asked:
             if location.pass_type is PassType.BACKWARD:
-                values[location] = read(self._here(location), self._gradients[location.whole])
+                values[location] = self._read(location, self._gradients[location.whole])
             elif location in self._parts:
                 values[location] = self._parts[location]
             else:
-                value = read(self._here(location), self._seen[location.whole])
+                value = self._read(location, self._seen[location.whole])
                 values[location] = value if self._keep_graph else value.detach()
         return values
 

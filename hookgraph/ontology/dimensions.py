@@ -32,3 +32,5 @@ class Dimension(StrEnum):
     """Tokens of the vocabulary."""
     ONE = "one"
     """An axis of size one: a single number per position."""
+    STEP = "step"
+    """Passes of a generation, counted from the prefill; an index only, no activation has this axis."""

@@ -177,10 +177,15 @@ class Location:
         An int removes the axis; a slice or a list keeps it. Several lists select their outer
         product. Negative numbers count from the end. Indexing a dimension twice replaces the index.
 
+        `pos` counts the tokens of a row's sequence, padding before the first one left out, also where a
+        pass holds only the newest of them. `step`, which every location has, chooses the passes of a
+        generation: 0 is the prefill.
+
         Raises:
-            LocationError: the location has no such dimension, or the index is empty or not integral.
+            LocationError: the location has no such dimension, or the index is empty, not integral, or a
+                negative step.
         """
-        known = {d.value: d for d in self.type.dims}
+        known = {d.value: d for d in (*self.type.dims, Dimension.STEP)}
         chosen = dict(self.index)
         for name, value in index.items():
             if name not in known:
@@ -188,6 +193,7 @@ class Location:
                     f"{self.type.qualified_name} has no dimension {name!r}: {nearest(name, known)}"
                 )
             chosen[known[name]] = _normal_index(name, value)
+        _check_steps(chosen.get(Dimension.STEP, 0))
         ordered = tuple(sorted(chosen.items(), key=lambda pair: pair[0].value))
         return dataclasses.replace(self, index=ordered)
 
@@ -282,6 +288,15 @@ def _normal_index(name: str, value: int | slice | Iterable[int]) -> Index:
     if not chosen:
         raise LocationError(f"{name}=[] selects nothing")
     return chosen
+
+
+def _check_steps(steps: Index) -> None:
+    bounds = (steps.start, steps.stop) if isinstance(steps, slice) else steps
+    numbers = (bounds,) if isinstance(bounds, int) else bounds
+    if any(n is not None and n < 0 for n in numbers):
+        raise LocationError(
+            f"step={_print_index(steps)}: steps count from the prefill, 0; which will be the last is not known"
+        )
 
 
 def _integer(number: SupportsIndex) -> int:

@@ -1,0 +1,108 @@
+"""Where a pass of a model lies in its sequences, from what the model is given."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from hookgraph.errors import LocationError
+from hookgraph.hooks.handles import Handle
+from hookgraph.hooks.positions import Place, Span
+from hookgraph.ontology.locations import MAIN_STACK
+
+_DECODER = {"ids": "decoder_input_ids", "embeds": "decoder_inputs_embeds", "mask": "decoder_attention_mask"}
+_ALONE = {"ids": "input_ids", "embeds": "inputs_embeds", "mask": "attention_mask"}
+
+
+@final
+class Following:
+    """Brings a place up to date when a pass of a model begins, until it is removed.
+
+    The step is counted: 0 where a cache is empty, or where a pass without a cache does not go on with what
+    the pass before ended with.
+    """
+
+    def __init__(self, model: nn.Module, place: Place) -> None:
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._place = place
+        self._begun = False
+        self._prompt: Tensor | None = None
+        self._length = 0
+        self._handle: Handle = model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+
+    def remove(self) -> None:
+        """Leave the place as it is from now on."""
+        self._handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        spans = spans_of(arguments)
+        self._place.spans.clear()
+        self._place.spans.update(spans)
+        span = spans.get(MAIN_STACK, Span())
+        goes_on = self._begun and (span.past > 0 or self._continued(arguments, span.length))
+        self._place.step = self._place.step + 1 if goes_on else 0
+        if not goes_on:
+            self._prompt = _tokens(arguments)
+        self._begun, self._length = True, span.length
+
+    def _continued(self, arguments: Mapping[str, Any], length: int) -> bool:
+        """Whether a pass without a cache holds one position more than the last one, after the same prompt."""
+        if arguments.get("past_key_values") is not None or length != self._length + 1:
+            return False
+        tokens, prompt = _tokens(arguments), self._prompt
+        if tokens is None or prompt is None:
+            return tokens is prompt
+        return tokens[:, : prompt.shape[1]].equal(prompt)
+
+
+def spans_of(arguments: Mapping[str, Any]) -> dict[str, Span]:
+    """Which positions a pass holds, given its arguments, by stack of tokens.
+
+    Raises:
+        LocationError: a mask of four axes does not show what is padding.
+    """
+    if _DECODER["ids"] in arguments or _DECODER["embeds"] in arguments:
+        cache = arguments.get("past_key_values")
+        spans = {MAIN_STACK: _span(arguments, _DECODER, cache, "decoder_position_ids")}
+        if arguments.get("encoder_outputs") is None:
+            spans["encoder"] = _span(arguments, _ALONE, None, "position_ids")
+        return spans
+    return {MAIN_STACK: _span(arguments, _ALONE, arguments.get("past_key_values"), "position_ids")}
+
+
+def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, positions: str) -> Span:
+    given = next(
+        (arguments[names[k]] for k in ("ids", "embeds") if arguments.get(names[k]) is not None), None
+    )
+    if not isinstance(given, Tensor) or given.ndim < 2:
+        return Span()
+    length, past = given.shape[1], cached_length(cache)
+    mask = arguments.get(names["mask"])
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        past = past or max(0, mask.shape[1] - length)
+        if bool(mask[:, 0].all()):
+            return Span(past, length)
+        return Span(past, length, tuple((mask != 0).int().argmax(1).tolist()))
+    if mask is None:
+        return Span(past, length)
+    numbers = arguments.get(positions)
+    if not isinstance(numbers, Tensor) or numbers.ndim != 2:
+        raise LocationError(
+            f"positions cannot be told from {names['mask']} with more than two axes: give {positions}, or a "
+            "mask of shape (batch, pos)"
+        )
+    last = [int(x) for x in numbers[:, -1]]
+    return Span(past, length, tuple(past + length - 1 - x for x in last))
+
+
+def cached_length(cache: Any) -> int:
+    """How many columns a cache holds."""
+    measure = getattr(cache, "get_seq_length", None)
+    return 0 if measure is None else int(measure())
+
+
+def _tokens(arguments: Mapping[str, Any]) -> Tensor | None:
+    found = arguments.get(_DECODER["ids"], arguments.get(_ALONE["ids"]))
+    return found if isinstance(found, Tensor) else None
