@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from hookgraph.binding.positions import Following, spans_of
 from hookgraph.binding.products import OwnProduct
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
-from hookgraph.errors import AlreadyAttachedError, UnknownLocationError, nearest
+from hookgraph.errors import AlreadyAttachedError, InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads, take
@@ -209,6 +209,14 @@ class HuggingFaceBinding(AbstractBinding):
     def following(self, place: Place) -> AbstractContextManager[None]:
         """Within this context `place` is brought up to date when a pass of the model begins."""
         return installed(lambda: Following(self.model, place))
+
+    def generate(self, inputs: Prepared, options: Mapping[str, object]) -> Int[Tensor, "batch pos"]:
+        """The sequences that the model's own `generate()` returns; it uses a cache unless told not to."""
+        if not self.model.can_generate():
+            raise InputError(f"{type(self.model).__name__} does not generate: use run")
+        model: Any = self.model
+        output = model.generate(**{**{k: v for k, v in inputs.items() if k != "use_cache"}, **options})
+        return output if isinstance(output, Tensor) else output.sequences
 
     @contextmanager
     def frozen(self) -> Generator[None]:

@@ -13,6 +13,7 @@ from hookgraph.errors import InputError, SubgraphError, UnknownLocationError, ne
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.generating import Generation, StepRecorder
 from hookgraph.graph.measuring import Metric, measure, positions_read
 from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_from
@@ -235,6 +236,28 @@ class HookGraph:
         hooked = {x.whole for x, _ in self.registrations if x.pass_type is PassType.FORWARD}
         entries = (x for x in self.locations if x.type == RESID_PRE and x not in hooked)
         return latest_entry(location, entries, self.subgraphs)
+
+    def generate(self, inputs: Inputs, *, save: Sequence[Location] = (), **options: object) -> Generation:
+        """The model's own `generate()` under this graph, with what each of its passes is to save.
+
+        Args:
+            inputs: as for `run`.
+            save: activations to keep, parts among them: `.at(pos=...)` those of the sequence, `.at(step=...)`
+                those of some passes.
+            options: what the model's `generate()` takes, such as `max_new_tokens` and `do_sample`.
+
+        Raises:
+            UnknownLocationError: this graph has no such location.
+            MetricError: a gradient is asked for.
+            InputError: the inputs cannot be run, or the model does not generate.
+        """
+        place = Place()
+        recorder = StepRecorder([self.check(x) for x in save], place)
+        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), place=place)
+        with torch.no_grad(), self.binding.attached(taps), self.binding.following(place):
+            tokens = self.binding.generate(self.binding.prepare(inputs), options)
+        taps.clear()
+        return recorder.generation(tokens, self.binding.metadata)
 
     def _place(self, inputs: Prepared, save: Sequence[Location]) -> Place | None:
         """Where a pass lies in its sequences; None where every part is what its index says of the tensor."""

@@ -110,8 +110,8 @@ class Run(Mapping[Location, Tensor]):
         """Read what `save` wrote.
 
         Raises:
-            LoadError: no such file, or not a saved run.
+            LoadError: no such file, not a saved run, or one of locations that are not declared.
         """
         tensors, header = storage.read(path, "run")
-        saved = {Location.parse(name): tensors[f"at/{name}"] for name in header["order"]}
+        saved = {storage.parse(path, name): tensors[f"at/{name}"] for name in header["order"]}
         return Run(saved, tensors.get("metric"), {}, header["metadata"], tensors.get("logits"))

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hookgraph.errors import LoadError
+from hookgraph.errors import LoadError, LocationError
+from hookgraph.ontology.locations import Location
 
 Tensors = Mapping[str, Shaped[Tensor, "..."]]
 
@@ -40,3 +41,15 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Shaped[Tensor, "..."]],
             f"{path}: expected a {kind} saved by hookgraph, found {about.get('kind', 'other tensors')!r}"
         )
     return tensors, json.loads(about["header"])
+
+
+def parse(path: str | Path, name: str) -> Location:
+    """The location that a file names.
+
+    Raises:
+        LoadError: its type is not declared.
+    """
+    try:
+        return Location.parse(name)
+    except LocationError as error:
+        raise LoadError(f"{path} holds a location that is not declared here: {error}") from error

@@ -205,13 +205,18 @@ def _includes(steps: Index, step: int) -> bool:
 
 
 def _shifts(location: Location, dim: Dimension, span: Span, size: int) -> tuple[int, ...]:
-    """Column minus position, by row. Keys go back to the start of the sequence, or as far as a window."""
+    """Column minus position, by row. Keys go back to the start of the sequence, or as far as a window.
+
+    Where a tensor holds fewer columns than the pass, these are the last ones: `generate()` asks for the
+    logits of no others.
+    """
     if dim is Dimension.KEY_POS and location.type in _ELSEWHERE:
         return (0,)
     if dim is Dimension.KEY_POS:
         gone = max(0, span.past + span.length - size)
         return tuple(padding - gone for padding in span.padding)
-    return tuple(padding - span.past for padding in span.padding)
+    left_out = max(0, span.length - size)
+    return tuple(padding - span.past - left_out for padding in span.padding)
 
 
 def _columns(index: Index, size: int, shift: int, *, alone: bool, location: Location) -> Index | None:

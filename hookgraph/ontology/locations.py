@@ -295,7 +295,7 @@ def _check_steps(steps: Index) -> None:
     numbers = (bounds,) if isinstance(bounds, int) else bounds
     if any(n is not None and n < 0 for n in numbers):
         raise LocationError(
-            f"step={_print_index(steps)}: steps count from the prefill, 0; which will be the last is not known"
+            f"step={_print_index(steps)}: steps count from the prefill, 0; which will be the last is unknown"
         )
 
 

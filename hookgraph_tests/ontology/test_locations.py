@@ -296,7 +296,7 @@ def test_steps_can_be_chosen_at_every_location_and_count_from_the_prefill():
     chosen = RESID_POST[1].at(step=slice(1, None), pos=3)
     assert str(chosen) == "resid.post[1]@pos=3;step=1:"
     assert Location.parse(str(chosen)) == chosen
-    assert LOGITS().at(step=2).dims == LOGITS.dims
+    assert LOGITS.at(step=2).dims == LOGITS.type.dims
     for index in (-1, [0, -2], slice(-3, None)):
         with pytest.raises(LocationError, match="steps count from the prefill, 0"):
             RESID_POST[1].at(step=index)
