@@ -236,7 +236,6 @@ def _head_input_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[..
     view = anchor.view
     if not isinstance(view, Columns):
         raise ValueError(f"{anchor.location}: what a head reads needs the columns of the heads")
-    weight = view.get(affine_map(module)[0][None])[0]
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         x = element(args, kwargs, anchor.slot)
@@ -245,6 +244,7 @@ def _head_input_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[..
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return None
+        weight = view.get(affine_map(module)[0][None])[0]
         change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
         return view.put(y, view.get(y) + change)
 
