@@ -53,8 +53,9 @@ def _bind_last_norm(trace: Trace, found: Findings, stack: TransformerStack, last
     for call in trace.calls:
         norm = find_norm(call) if call.first >= last.call.last else None
         if norm is not None and alias_root(norm.input, [last.leaving]) is last.leaving:
-            found.add(on_call(trace, call, Anchor(stack.FINAL_LN_OUT, "output", call.path)))
-            bind_scale(trace, found, stack.FINAL_LN_SCALE, call.outputs[None], trace.root)
+            anchor = Anchor(stack.FINAL_LN_OUT, "output", call.path, norm.returned)
+            found.add(on_call(trace, call, anchor))
+            bind_scale(trace, found, stack.FINAL_LN_SCALE, norm.output, trace.root)
             return
     found.absent("no norm reads the last layer", stack.FINAL_LN_OUT, stack.FINAL_LN_SCALE)
 

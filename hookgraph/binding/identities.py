@@ -17,10 +17,10 @@ from torch.nn.functional import normalize
 
 from hookgraph.binding.findings import Layer, StreamStep
 from hookgraph.binding.huggingface import HuggingFaceBinding
-from hookgraph.binding.norms import affine_of
+from hookgraph.binding.norms import affine_of, normalised
 from hookgraph.binding.tracing import tensors_in
 from hookgraph.binding.views import Columns
-from hookgraph.binding.weights import affine_map
+from hookgraph.binding.weights import affine_map, has_table
 from hookgraph.errors import UnknownLocationError
 from hookgraph.hooks.handles import installed
 from hookgraph.ontology.locations import Location
@@ -141,7 +141,7 @@ def _of_modules(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Ite
                 (location,),
                 _read_by_head(location, anchor.view, *affine_map(module), returned),
             )
-        elif location.type.name in _PROJECTED and anchor.mechanism == "input":
+        elif location.type.name in _PROJECTED and anchor.mechanism == "input" and has_table(module):
             weight, bias = affine_map(module)
             yield Identity(
                 f"{location.type} W + b = what the projection returns",
@@ -199,7 +199,7 @@ def _along(binding: HuggingFaceBinding, start: Location, steps: list[StreamStep]
             if step.kind == "add" and step.location is not None:
                 stream = stream + values[step.location]
             elif step.kind == "norm":
-                stream = model.get_submodule(step.name).forward(stream)
+                stream = normalised(model.get_submodule(step.name), stream)
             elif step.kind == "scale":
                 stream = stream * step.factor
             elif step.kind == "parameter":
@@ -265,7 +265,7 @@ def _of_attention(
 
 
 def _copied(source: Location, copies: Location) -> Sides:
-    return lambda x: (x[source].unsqueeze(2).expand_as(x[copies]), x[copies])
+    return lambda x: (x[source].unsqueeze(2).expand(-1, -1, x[copies].shape[2], -1), x[copies])
 
 
 def _is_given(clean: Seen, module: str, value: Tensor) -> bool:

@@ -131,7 +131,7 @@ def _readers(trace: Trace, block: Block, update: Update) -> list[tuple[Call, Slo
     """The outermost modules, norms apart, that are given the stream or a norm of it for an update."""
     stream = {block.entering, *(s.value for s in block.steps)}
     norms = [n for c in trace.inside(block.call) if (n := find_norm(c)) is not None]
-    read = stream | {n.call.outputs[None] for n in norms if alias_root(n.input, stream) in stream}
+    read = stream | {n.output for n in norms if alias_root(n.input, stream) in stream}
     readers: list[tuple[Call, Slot, Value]] = []
     for call in trace.inside(block.call):
         used = any(v in update.cone for v in call.outputs.values()) and not call.is_identity
@@ -150,6 +150,9 @@ def bind_scale(trace: Trace, found: Findings, scale: Location, value: Value, wit
     norm = next((n for c in trace.owners(value, within) if (n := find_norm(c)) is not None), None)
     if norm is None:
         found.absent("no norm stands before it", scale)
+        return
+    if norm.returned is not None:
+        found.absent("the norm returns more than its result", scale)
         return
     path, nth = norm.call.path, norm.call.nth
     taken = [

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from hookgraph.binding.tracing import Call, Slot, Value
+from hookgraph.binding.tracing import Call, Slot, Value, tensors_in
 
 _SCALES = (1e-3, 1.0, 30.0)
 
@@ -24,8 +24,17 @@ class Norm:
     call: Call
     input: Value
     slot: Slot
+    output: Value
+    returned: Slot
+    """Which element of what it returns is normalised: None where it returns a tensor."""
     centred: bool
     epsilon: float
+
+
+def normalised(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """What a norm makes of `x`: the first tensor that it returns."""
+    found = module.forward(x)
+    return found if isinstance(found, Tensor) else next(tensors_in(found))
 
 
 def scale_of(x: Float[Tensor, "... d_model"], *, centred: bool, epsilon: float) -> Float[Tensor, "... one"]:
@@ -53,14 +62,15 @@ def affine_of(
 def find_norm(call: Call) -> Norm | None:
     """The norm that a module call is, or None."""
     shaped = [(s, v) for s, v in call.inputs.items() if v.is_activation]
-    if len(shaped) != 1 or set(call.outputs) != {None} or any(True for _ in call.module.children()):
+    composed = any(True for child in call.module.children() for _ in child.parameters())
+    if len(shaped) != 1 or len(call.outputs) != 1 or composed:
         return None
     slot, value = shaped[0]
-    out = call.outputs[None]
+    returned, out = next(iter(call.outputs.items()))
     if out is value or out.tensor.shape != value.tensor.shape or not out.is_activation:
         return None
     found = _recognise(call.module, value)
-    return None if found is None else Norm(call, value, slot, *found)
+    return None if found is None else Norm(call, value, slot, out, returned, *found)
 
 
 def _recognise(module: nn.Module, value: Value) -> tuple[bool, float] | None:
@@ -70,13 +80,13 @@ def _recognise(module: nn.Module, value: Value) -> tuple[bool, float] | None:
     rows = torch.randn(1, 4, width, generator=generator).to(like.device, like.dtype)
     try:
         with torch.no_grad():
-            bias = module.forward(torch.zeros_like(rows[:, :1]))
-            responses = {scale: module.forward(rows * scale) for scale in _SCALES}
-            shifted = module.forward(rows + 3.0)
+            bias = normalised(module, torch.zeros_like(rows[:, :1]))
+            responses = {scale: normalised(module, rows * scale) for scale in _SCALES}
+            shifted = normalised(module, rows + 3.0)
     except Exception:
         return None
     tolerance = 2e-2 if like.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if any(not isinstance(r, Tensor) or r.shape != rows.shape for r in (*responses.values(), shifted)):
+    if any(r.shape != rows.shape for r in (*responses.values(), shifted)):
         return None
     if not torch.isfinite(bias).all() or _differ(responses[30.0], responses[1.0]) > 0.05:
         return None

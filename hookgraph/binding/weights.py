@@ -10,6 +10,9 @@ from hookgraph.binding.findings import WeightSource
 from hookgraph.binding.views import Columns, Span
 
 
+_WIDTHS = ("in_features", "nx")
+
+
 def affine_map(
     module: nn.Module,
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
@@ -20,6 +23,12 @@ def affine_map(
     """
     with align_module_device(module):  # weights may lie elsewhere between passes
         return _affine_map(module)
+
+
+def has_table(module: nn.Module) -> bool:
+    """Whether a module has a table of its own, or says how wide its input is: whether it may be affine."""
+    own = any(p.ndim == 2 for p in module.parameters(recurse=False))
+    return own or any(isinstance(getattr(module, name, None), int) for name in _WIDTHS)
 
 
 def _affine_map(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -51,7 +60,7 @@ def _bias_if_affine(module: nn.Module, matrix: Tensor) -> Tensor | None:
 
 
 def _width_in(module: nn.Module, tables: list[nn.Parameter]) -> int:
-    for name in ("in_features", "nx"):
+    for name in _WIDTHS:
         width = getattr(module, name, None)
         if isinstance(width, int):
             return width

@@ -18,7 +18,8 @@ def call_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> Call:
         out = module(x.tensor)
     values = out if isinstance(out, tuple) else (out,)
     slots: list[Slot] = list(range(len(out))) if isinstance(out, tuple) else [None]
-    outputs = {s: Value(1 + i, "mul", (x,), t) for i, (s, t) in enumerate(zip(slots, values, strict=True))}
+    found = [(s, t) for s, t in zip(slots, values, strict=True) if t is not None]
+    outputs = {s: Value(1 + i, "mul", (x,), t) for i, (s, t) in enumerate(found)}
     return Call(0, "norm", module, 0, (), 1, {0: x}, outputs, 2)
 
 
@@ -120,3 +121,22 @@ def test_the_scale_explains_what_the_norm_returns(module: nn.Module, centred: bo
 )
 def test_the_scale_is_computed_in_at_least_single_precision(dtype: torch.dtype, expected: torch.dtype):
     assert scale_of(torch.ones(1, 1, 4, dtype=dtype), centred=False, epsilon=0.0).dtype == expected
+
+
+class Telling(nn.Module):
+    """A norm that returns its result and more, and has a part without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        self.g = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.layer_norm(x, (WIDTH,)) * self.g, None
+
+
+def test_a_norm_may_return_more_than_its_result():
+    found = find_norm(call_of(Telling()))
+    assert found is not None
+    assert found.centred
+    assert found.returned == 0

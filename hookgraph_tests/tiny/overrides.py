@@ -38,6 +38,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_hidden_layers": UNSET},
     "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 2, "prefix_lm": False},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "pegasus_x": {"block_size": 4},
     "kimi_linear": {"layer_types": _MIXED},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},

@@ -38,7 +38,7 @@ RULES: Final = (
          r"|vocab_size_per_layer_input|encoder_hash_byte_group_vocab", VOCABULARY),
     Rule(r"(t2u_|original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions"
          r"|context_length|max_sequence_length|seq_length", POSITIONS),
-    Rule(r"sliding_window(_size)?|local_attention|attention_window_size|window_size|attention_chunk_size"
+    Rule(r"sliding_window(_size)?|local_attention|attention_window(_size)?|window_size|attention_chunk_size"
          r"|keep_window_size|local_attention_window_len", 4, above=4),
 
     # Heads
