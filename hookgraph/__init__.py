@@ -6,7 +6,7 @@ from hookgraph import locations, weights
 from hookgraph.algorithms import metrics
 from hookgraph.algorithms.patching import patching_effect
 from hookgraph.algorithms.results import PatchingEffect
-from hookgraph.binding import bind, check
+from hookgraph.binding import Family, bind, check
 from hookgraph.errors import (
     AlreadyAttachedError,
     BindingError,
@@ -40,6 +40,7 @@ __all__ = [
     "BindingError",
     "CrosscoderGraph",
     "Dimension",
+    "Family",
     "Frame",
     "HookGraph",
     "HookGraphError",

@@ -16,7 +16,7 @@ from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.patching import Method, patching_effect
 from hookgraph.algorithms.ranking import Ranking
 from hookgraph.algorithms.results import PatchingEffect
-from hookgraph.binding import bind
+from hookgraph.binding import Family, bind
 from hookgraph.binding.binding import check as check_all
 from hookgraph.binding.examples import example_inputs
 from hookgraph.binding.loading import load_model, load_tokenizer
@@ -93,11 +93,13 @@ def check(
     full: Annotated[
         bool, typer.Option("--full", help="Every layer of a large model, not one of each kind.")
     ] = False,
+    family: Annotated[Path | None, typer.Option(help="A JSON file with a family record.")] = None,
     debug: Debug = False,
 ) -> None:
     """Prove every location of a model; ends with status 1 if an invariant fails."""
     with _told(debug):
-        graph = bind(load_model(_place(model)), check=not full)
+        record = None if family is None else Family.read(family)
+        graph = bind(load_model(_place(model)), check=not full, family=record, cached=False)
         report = check_all(graph) if full else graph.report
         if json:
             typer.echo(report.to_json())

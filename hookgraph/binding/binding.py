@@ -1,15 +1,17 @@
 """`bind`: from a model to a graph of proven locations."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hookgraph.binding import conformance
+from hookgraph.binding import cache, conformance
 from hookgraph.binding.cache_use import see_cache
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, one_row, unrunnable
+from hookgraph.binding.family import Family, apply
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.proving import prove
 from hookgraph.binding.tracing import Trace, evaluating
@@ -24,6 +26,8 @@ def bind(
     *,
     check: bool = True,
     example: Mapping[str, Any] | None = None,
+    family: Family | None = None,
+    cached: bool = True,
 ) -> HookGraph:
     """The graph of a model: every location that it has, each one proven.
 
@@ -37,20 +41,36 @@ def bind(
         check: whether to prove what was resolved; `graph.report` tells the outcome.
         example: keyword arguments for one forward pass of a batch of two, for a model that cannot be run on
             made-up tokens, a picture or a sound.
+        family: a record of what cannot be discovered; what it says is proven like anything else.
+        cached: whether a model like this one that was proven before is not proven again; the environment
+            variable HOOKGRAPH_CACHE names the folder of such proofs, or is `off`.
 
     Raises:
-        BindingError: the model cannot be run on the example, or has no residual stream.
+        BindingError: the model cannot be run on the example, or has no residual stream; or the record is
+            wrong, with the invariant that fails, the location, and by how much.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] (users' input)
         raise BindingError(f"expected a transformers model, found {type(model).__name__}")
     if not isinstance(model, PreTrainedModel):
         raise BindingError(f"{type(model).__name__} is not a transformers model")
-    inputs, trace = _traced(model, candidates(model) if example is None else [dict(example)])
-    findings = see_cache(model, discover(trace), inputs)
-    binding = HuggingFaceBinding(model, findings, tokenizer, example=inputs)
+    examples = list(candidates(model)) if example is None else [dict(example)]
+    keeping = check and cached
+    kept = _known(model, examples, family) if keeping else None
+    if kept is not None:
+        inputs, entry = kept
+        binding = HuggingFaceBinding(model, entry.findings, tokenizer, example=inputs)
+        told = {**entry.report.metadata, **binding.metadata}
+        return HookGraph(binding.proven(entry.findings, replace(entry.report, metadata=told)))
+    inputs, trace = _traced(model, examples)
+    found = see_cache(model, discover(trace), inputs)
+    found = found if family is None else apply(family, found, model)
+    binding = HuggingFaceBinding(model, found, tokenizer, example=inputs)
     if not check:
         return HookGraph(binding)
-    outcome = prove(binding)
+    outcome = prove(binding, family)
+    key = cache.key_of(model, inputs, family) if keeping else None
+    if key:
+        cache.store(key, cache.Entry(outcome.findings, outcome.report))
     return HookGraph(binding.proven(outcome.findings, outcome.report))
 
 
@@ -65,6 +85,18 @@ def check(graph: HookGraph) -> ConformanceReport:
         raise BindingError(f"{type(binding).__name__} is not the binding of a transformers model")
     with evaluating(binding.model):
         return conformance.check(binding, one_row(binding.example, binding.findings.batch))
+
+
+def _known(
+    model: PreTrainedModel, examples: Iterable[dict[str, Any]], family: Family | None
+) -> tuple[dict[str, Any], cache.Entry] | None:
+    """What is kept of a model like this one, and the example on which it was traced."""
+    for example in examples:
+        key = cache.key_of(model, example, family)
+        entry = cache.load(key, model) if key else None
+        if entry is not None:
+            return example, entry
+    return None
 
 
 def _traced(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Trace]:

@@ -214,7 +214,9 @@ def _stream(
     for step in block.steps:
         if step.kind == "add":
             terms = [u for u in block.updates if u.step is step]
-            steps += [StreamStep("add", places.get(u)) for u in terms] or [StreamStep("add")]
+            steps += [StreamStep("add", places.get(u), u.call.path if u.call else "") for u in terms] or [
+                StreamStep("add")
+            ]
         elif step.kind == "norm" and step.norm is not None:
             steps.append(StreamStep("norm", name=step.norm.call.path))
         elif step.kind == "scale":

@@ -21,7 +21,7 @@ class StreamStep:
         kind: `add` a location's value, pass through a `norm`, `scale` by a number or by a `parameter`, or
             `here`: at this point of the path the stream is what `location` names.
         location: for `add` and `here`; None where what is added cannot be reached.
-        name: the path of the norm, or the name of the parameter.
+        name: the path of the norm, or of the module that returns what is added, or the parameter's name.
         factor: the number.
     """
 

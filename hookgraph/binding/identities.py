@@ -7,7 +7,7 @@ given and returned, seen by a plain PyTorch hook.
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 import torch
 from einops import einsum
@@ -46,8 +46,8 @@ Seen: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """What modules were given and what they returned, by path."""
 Sides: TypeAlias = Callable[[Values], tuple[Tensor, Tensor]]
 
-_PROJECTED = frozenset({"mlp.post", "final.ln_out"})
-"""Locations that are what a projection is given, whole."""
+_PROJECTED: Final = {"mlp.post": "W_out", "final.ln_out": "W_U"}
+"""Locations that are what a projection is given, whole, and its weight."""
 
 
 @final
@@ -141,8 +141,21 @@ def _of_modules(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Ite
                 (location,),
                 _read_by_head(location, anchor.view, *affine_map(module), returned),
             )
-        elif location.type.name in _PROJECTED and anchor.mechanism == "input" and has_table(module):
-            weight, bias = affine_map(module)
+    yield from _of_projected(binding, present, seen)
+
+
+def _of_projected(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Iterator[Identity]:
+    """What is given to a projection, wherever it is reached, makes what the projection returns."""
+    for location in present:
+        if location.type.name not in _PROJECTED:
+            continue
+        key = (location.type.stack, _PROJECTED[location.type.name], location.layer)
+        source, anchor = binding.findings.weights.get(key), binding.findings.anchors[location]
+        given = anchor.module if anchor.mechanism == "input" else ""
+        path = given if source is None else source.module
+        if path in seen and has_table(binding.model.get_submodule(path)):
+            weight, bias = affine_map(binding.model.get_submodule(path))
+            returned = seen[path][1]
             yield Identity(
                 f"{location.type} W + b = what the projection returns",
                 (location,),

@@ -1,6 +1,7 @@
 """Prove a binding where it is cheap: a small model whole, of a large one a tiny twin, or some layers."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 from hookgraph.binding import conformance
 from hookgraph.binding.cache_use import see_cache
 from hookgraph.binding.discovery import discover
-from hookgraph.binding.examples import example_inputs, one_row
+from hookgraph.binding.examples import candidates, example_inputs, one_row
+from hookgraph.binding.family import Family, apply, refuse_wrong
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.peers import (
@@ -59,18 +61,21 @@ class _Proven:
     text: str = ""
 
 
-def prove(binding: HuggingFaceBinding) -> Outcome:
+def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
     """Prove every location, or one of each kind; what fails is left out, its peers too.
 
     A small model is proven whole, on a copy in double precision. Of a large one, or one whose weights lie
     elsewhere or are quantised, a tiny twin is made, of the same class and with the same kinds of layers; it
     is resolved and proven whole, and speaks for those locations of the model that are reached like its own.
     For the others copies of layers of the model are taken, one of each kind.
+
+    Raises:
+        BindingError: what a family record says does not hold.
     """
     if _is_small(binding.model):
-        return conclude(binding, _on_copy(binding.model, binding.findings, binding.example))
+        return conclude(binding, _on_copy(binding.model, binding.findings, binding.example), family)
     findings, parts = binding.findings, list[_Proven]()
-    twin = _best_twin(binding)
+    twin = _best_twin(binding, family)
     rest = list(findings.anchors)
     if twin is not None:
         model, found, example, agreed = twin
@@ -79,12 +84,14 @@ def prove(binding: HuggingFaceBinding) -> Outcome:
         rest = agreed.alone(binding.findings)
     if rest:
         parts.append(_on_layers(binding, rest))
-    return _concluded(binding, findings, parts)
+    return _concluded(binding, findings, parts, family)
 
 
-def conclude(binding: HuggingFaceBinding, proofs: Sequence[Proof]) -> Outcome:
+def conclude(binding: HuggingFaceBinding, proofs: Sequence[Proof], family: Family | None = None) -> Outcome:
     """What proofs of every location by itself lead to."""
-    return _concluded(binding, binding.findings, [_Proven(tuple(proofs), {}, "the whole model, copied")])
+    return _concluded(
+        binding, binding.findings, [_Proven(tuple(proofs), {}, "the whole model, copied")], family
+    )
 
 
 def _is_small(model: PreTrainedModel) -> bool:
@@ -95,15 +102,16 @@ def _is_small(model: PreTrainedModel) -> bool:
 
 
 def _best_twin(
-    binding: HuggingFaceBinding,
+    binding: HuggingFaceBinding, family: Family | None
 ) -> tuple[PreTrainedModel, Findings, Mapping[str, Any], Agreement] | None:
     """A tiny twin that resolves like the model, or the one that is most like it."""
     first = first_of_each(binding.model, binding.findings)
     best: tuple[PreTrainedModel, Findings, Mapping[str, Any], Agreement] | None = None
     for twin in tiny_twins(binding.model, _depths(binding.findings, first), _SMALL):
         try:
-            example = example_inputs(twin)
+            example = _like(binding.example, twin)
             found = see_cache(twin, discover(Trace(twin, example)), example)
+            found = found if family is None else apply(family.without_views(), found, twin)
         except Exception:
             continue  # It cannot be run, or has no residual stream: these numbers are too small.
         agreed = agreement(binding.model, binding.findings, twin, found)
@@ -112,6 +120,16 @@ def _best_twin(
         if not agreed.alone(binding.findings):
             break
     return best if best is not None and best[3].peers else None
+
+
+def _like(example: Mapping[str, Any], twin: PreTrainedModel) -> dict[str, Any]:
+    """An example for a twin with the arguments that its model was traced on."""
+    for candidate in candidates(twin):
+        if candidate.keys() == example.keys():
+            with torch.no_grad(), suppress(Exception):
+                twin(**candidate)
+                return candidate
+    return example_inputs(twin)
 
 
 def _depths(findings: Findings, first: Mapping[Place, Place]) -> dict[int, int]:
@@ -215,8 +233,12 @@ def _on_copy(
     raise BindingError(f"{type(model).__name__} could not be proven")
 
 
-def _concluded(binding: HuggingFaceBinding, findings: Findings, parts: Sequence[_Proven]) -> Outcome:
+def _concluded(
+    binding: HuggingFaceBinding, findings: Findings, parts: Sequence[_Proven], family: Family | None
+) -> Outcome:
     """Leave out what failed, in its peers too, and write the report."""
+    if family is not None:
+        refuse_wrong(family, tuple(p for part in parts for p in part.proofs), findings)
     failed: dict[Location, str] = {}
     stands: dict[Location, Location] = {}
     for part in parts:
