@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from hookgraph.binding.findings import WeightSource
 from hookgraph.binding.views import Columns, Span
 
-
 _WIDTHS = ("in_features", "nx")
 
 
