@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -23,6 +24,7 @@ from hookgraph.binding.loading import load_model, load_tokenizer
 from hookgraph.demo import model_path
 from hookgraph.demo.telling import tell
 from hookgraph.errors import HookGraphError, InputError, LocationError, nearest
+from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location, declared
 from hookgraph.report import breakdown, tables
@@ -81,9 +83,9 @@ def locations(
         run = graph.run(example_inputs(loaded), save=chosen)
         console = _console()
         console.print(tables.locations_table({k: tuple(v.shape) for k, v in run.items()}))
-        if graph.report.absent:
+        if _only(graph.report, wanted).absent:
             console.print()
-            console.print(tables.absent_table(graph.report))
+            console.print(tables.absent_table(_only(graph.report, wanted)))
 
 
 @app.command()
@@ -211,6 +213,11 @@ def _layers(text: str) -> frozenset[int]:
         raise LocationError(f"--layers {text!r}: write 0-3, or 0,5, or 0-3,5")
     spans = [[int(n) for n in part.split("-")] for part in text.split(",") if part]
     return frozenset(layer for span in spans for layer in range(span[0], span[-1] + 1))
+
+
+def _only(report: ConformanceReport, layers: frozenset[int]) -> ConformanceReport:
+    """A report of what is absent in some layers; in all of them if none is named."""
+    return replace(report, absent={k: v for k, v in report.absent.items() if not layers or k.layer in layers})
 
 
 def _method(name: str) -> Method:
