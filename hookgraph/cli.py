@@ -212,6 +212,11 @@ def _layers(text: str) -> frozenset[int]:
     if not re.fullmatch(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", text):
         raise LocationError(f"--layers {text!r}: write 0-3, or 0,5, or 0-3,5")
     spans = [[int(n) for n in part.split("-")] for part in text.split(",") if part]
+    for span in spans:
+        if span[0] > span[-1]:
+            raise LocationError(
+                f"--layers {text!r}: {span[0]}-{span[-1]} counts down, write {span[-1]}-{span[0]}"
+            )
     return frozenset(layer for span in spans for layer in range(span[0], span[-1] + 1))
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import InputError, SubgraphError, UnknownLocationError, nearest
+from hookgraph.errors import InputError, LocationError, SubgraphError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
@@ -59,7 +59,7 @@ class HookGraph:
         Raises:
             UnknownLocationError: no layer has it, with the reason.
         """
-        wanted = kind.type if isinstance(kind, Location) else kind
+        wanted = kind if isinstance(kind, LocationType) else _a_location(kind).type
         found = tuple(x for x in self.locations if x.type == wanted)
         if isinstance(kind, Location) and kind.site is not None:
             found = tuple(x for x in found if x.subgraph == kind.subgraph)
@@ -88,7 +88,7 @@ class HookGraph:
         Raises:
             UnknownLocationError: it has not, with the reason and the nearest names.
         """
-        whole = location.whole
+        whole = _a_location(location).whole
         if whole in self._known:
             return location
         if whole.site is not None:
@@ -123,9 +123,7 @@ class HookGraph:
 
     def stop_gradient(self, location: Location) -> "HookGraph":
         """A graph in which `location` passes its value on, but no gradient back."""
-        if location.pass_type is PassType.BACKWARD:
-            location = replace(location, pass_type=PassType.FORWARD)
-        return self.hook(location, Tensor.detach)
+        return self.hook(self.check(location).activation, Tensor.detach)
 
     def inject(self, *subgraphs: AbstractSubgraph) -> "HookGraph":
         """A graph with `subgraphs` at their sites, after what is there already.
@@ -159,7 +157,7 @@ class HookGraph:
         self,
         inputs: Inputs,
         *,
-        save: Sequence[Location] = (),
+        save: Sequence[Location] | Location = (),
         metric: Metric | None = None,
         grad: bool | None = None,
         logits: bool = True,
@@ -183,7 +181,7 @@ class HookGraph:
             MetricError: the metric is not one number per example, or has no gradient at a location.
             InputError: the inputs cannot be run.
         """
-        return self._pass(self.binding.prepare(inputs), save, metric, grad, whole=logits)
+        return self._pass(self.binding.prepare(inputs), _asked(save), metric, grad, whole=logits)
 
     def replay(
         self,
@@ -191,16 +189,17 @@ class HookGraph:
         after: Location,
         *,
         value: Shaped[Tensor, "batch pos ..."] | None = None,
-        save: Sequence[Location] = (),
+        save: Sequence[Location] | Location = (),
         metric: Metric | None = None,
         grad: bool | None = None,
         logits: bool = True,
     ) -> Run:
         """Like `run` on the inputs of an earlier run, executing only what lies after a location.
 
-        The value enters at `after`, where hooks, saves and subgraphs apply to it as in a full pass;
-        the blocks before it are not executed. Its batch may be several times that of the earlier run:
-        row i belongs to example i modulo the earlier batch.
+        The value enters at `after`, where hooks, saves and subgraphs apply to it as in a full pass; a hook
+        there that the earlier run was made with does not apply to the value that this run saved once more.
+        The blocks before it are not executed: hooks before it are those of the earlier run. Its batch may
+        be several times that of the earlier run: row i belongs to example i modulo the earlier batch.
 
         Args:
             run: the earlier run, whose inputs are used.
@@ -214,15 +213,23 @@ class HookGraph:
             InputError: the earlier run holds no inputs.
         """
         check_entry(self.check(after), self.subgraphs)
-        entering = run[after] if value is None else value
+        if value is None:
+            done = [r for r in self.registrations if r[0].activation.whole == after and run.is_hooked_by(r)]
+            left = tuple(
+                r for r in self.registrations if r not in done or r[0].pass_type is PassType.BACKWARD
+            )
+            graph, entering = replace(self, registrations=left), run[after]
+        else:
+            graph, entering = self, value
         if not entering.requires_grad:  # a tensor of its own, since gradients may be asked for there
             entering = entering.detach()
         start, copies = start_at(after, entering, _batch_size(run.inputs))
+        save = _asked(save)
         for location in save:
             if self.check(location).root.precedes(after):
                 raise UnknownLocationError(f"{location} comes before {after}, where this replay starts")
         inputs = self.binding.prepare(dict(run.inputs), copies=copies)
-        return self._pass(inputs, save, metric, grad, start=start, after=after, whole=logits)
+        return graph._pass(inputs, save, metric, grad, start=start, after=after, whole=logits)
 
     def entry(self, location: Location) -> Location | None:
         """The last `resid.pre` from which a replay reaches `location`, and whole every subgraph that it
@@ -237,7 +244,9 @@ class HookGraph:
         entries = (x for x in self.locations if x.type == RESID_PRE and x not in hooked)
         return latest_entry(location, entries, self.subgraphs)
 
-    def generate(self, inputs: Inputs, *, save: Sequence[Location] = (), **options: object) -> Generation:
+    def generate(
+        self, inputs: Inputs, *, save: Sequence[Location] | Location = (), **options: object
+    ) -> Generation:
         """The model's own `generate()` under this graph, with what each of its passes is to save.
 
         Args:
@@ -252,7 +261,7 @@ class HookGraph:
             InputError: the inputs cannot be run, or the model does not generate.
         """
         place = Place()
-        recorder = StepRecorder([self.check(x) for x in save], place)
+        recorder = StepRecorder([self.check(x) for x in _asked(save)], place)
         taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), place=place)
         with torch.no_grad(), self.binding.attached(taps), self.binding.following(place):
             tokens = self.binding.generate(self.binding.prepare(inputs), options)
@@ -306,11 +315,34 @@ class HookGraph:
             return self._pass(inputs, (), None, False, start, after).logits
 
         known = None if taken else logits
-        return Run(values, measured, inputs, self.binding.metadata, complete if known is None else known)
+        about, found = self.binding.metadata, complete if known is None else known
+        return Run(values, measured, inputs, about, found, self.registrations)
 
 
 def _chooses_steps(location: Location) -> bool:
     return any(dim is Dimension.STEP for dim, _ in location.index)
+
+
+def _a_location(found: object) -> Location:
+    """What was given, if it is a location.
+
+    Raises:
+        LocationError: it is a kind of location, or text.
+    """
+    if isinstance(found, Location):
+        return found
+    if isinstance(found, LocationType):
+        name = found.qualified_name
+        raise LocationError(
+            f"{name} is a kind of location: use graph.every(...) for all layers, or one, as in {name}[0]"
+        )
+    if isinstance(found, str):
+        raise LocationError(f"{found!r} is text: write Location.parse({found!r})")
+    raise LocationError(f"{found!r} is no location, such as RESID_POST[6] or ATTN_Z[9].at(head=3)")
+
+
+def _asked(save: Sequence[Location] | Location) -> Sequence[Location]:
+    return [save] if isinstance(save, Location) else save
 
 
 def _batch_size(inputs: Prepared) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hookgraph.errors import HookGraphError, UnknownLocationError, nearest
 from hookgraph.graph import storage
+from hookgraph.hooks.editing import Hook
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import LOGITS
 
@@ -32,6 +33,12 @@ class Run(Mapping[Location, Tensor]):
     inputs: Mapping[str, object] = field(default_factory=dict[str, object])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     _logits: "Float[Tensor, 'batch ...'] | Callable[[], Tensor] | None" = None
+    _hooks: tuple[tuple[Location, Hook], ...] = ()
+    """What the pass was hooked with."""
+
+    def is_hooked_by(self, registration: tuple[Location, Hook]) -> bool:
+        """Whether the pass was hooked with this very hook, so that what it saved shows its effect."""
+        return registration in self._hooks
 
     @property
     def logits(self) -> Float[Tensor, "batch ..."]:
@@ -93,7 +100,7 @@ class Run(Mapping[Location, Tensor]):
             complete = logits
             logits = lambda: change(complete())  # noqa: E731 (stays lazy)
         saved = {k: change(v) for k, v in self.saved.items()}
-        return Run(saved, metric, self.inputs, self.metadata, logits)
+        return Run(saved, metric, self.inputs, self.metadata, logits, self._hooks)
 
     def save(self, path: str | Path) -> None:
         """Write the saved values, the metric and the computed logits to a safetensors file."""

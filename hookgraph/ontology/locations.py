@@ -3,9 +3,9 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, SupportsIndex, TypeAlias, final, overload
+from typing import Final, SupportsIndex, TypeAlias, cast, final, overload
 
 from hookgraph.errors import LocationError, nearest
 from hookgraph.ontology.dimensions import Dimension
@@ -79,13 +79,13 @@ class LocationType:
         return self.name if self.stack == MAIN_STACK else f"{self.stack}.{self.name}"
 
     @overload
-    def __getitem__(self, layer: int) -> "Location": ...
+    def __getitem__(self, layer: SupportsIndex) -> "Location": ...
     @overload
     def __getitem__(self, layer: slice | Sequence[int]) -> "tuple[Location, ...]": ...
-    def __getitem__(self, layer: int | slice | Sequence[int]) -> "Location | tuple[Location, ...]":
+    def __getitem__(
+        self, layer: SupportsIndex | slice | Iterable[SupportsIndex]
+    ) -> "Location | tuple[Location, ...]":
         """`RESID_POST[6]` is a location; `RESID_POST[2:5]` and `RESID_POST[[0, 3]]` are tuples."""
-        if isinstance(layer, int):
-            return Location(self, layer)
         if isinstance(layer, slice):
             if layer.stop is None or layer.stop < 0 or (layer.start or 0) < 0:
                 raise LocationError(
@@ -93,7 +93,29 @@ class LocationType:
                     "give a stop that is not negative, or use graph.every(...), which knows the model"
                 )
             return tuple(Location(self, i) for i in range(layer.stop)[layer])
-        return tuple(Location(self, i) for i in layer)
+        try:
+            if isinstance(layer, SupportsIndex) and not getattr(layer, "ndim", 0):
+                return Location(self, _integer(layer))
+            return tuple(Location(self, _integer(i)) for i in cast("Iterable[SupportsIndex]", layer))
+        except TypeError:
+            raise LocationError(
+                f"{self.qualified_name}[{layer!r}]: a layer is an int, a slice or a list of ints"
+            ) from None
+
+    def __iter__(self) -> Iterator["Location"]:
+        """A type does not know how many layers a model has.
+
+        Raises:
+            LocationError: always; without this method Python would count layers without end.
+        """
+        raise LocationError(
+            f"{self.qualified_name} is a kind of location, in as many layers as a model has: "
+            f"use graph.every(...), or one layer, as in {self.qualified_name}[0]"
+        )
+
+    def __contains__(self, location: object) -> bool:
+        """Whether a location is of this type."""
+        return isinstance(location, Location) and location.type == self
 
     def __call__(self) -> "Location":
         """The location of a type without layers."""
@@ -171,7 +193,7 @@ class Location:
         """The location of the model at which the outermost subgraph around this one is injected."""
         return self.site.root if self.site is not None else self.whole
 
-    def at(self, **index: int | slice | Sequence[int]) -> "Location":
+    def at(self, **index: SupportsIndex | slice | Iterable[SupportsIndex]) -> "Location":
         """A part of this location, by dimension: `.at(head=[6, 9], pos=-1)`.
 
         An int removes the axis; a slice or a list keeps it. Several lists select their outer
@@ -269,11 +291,7 @@ def _check(location: Location) -> None:
         )
 
 
-def _normal_index(name: str, value: int | slice | Iterable[int]) -> Index:
-    if isinstance(value, bool):
-        raise LocationError(f"{name}={value!r}: an index is an int, a slice or a list of ints")
-    if isinstance(value, int):
-        return value
+def _normal_index(name: str, value: SupportsIndex | slice | Iterable[SupportsIndex]) -> Index:
     if isinstance(value, slice):
         parts = (value.start, value.stop, value.step)
         if any(p is not None and not isinstance(p, int) for p in parts) or value.step == 0:
@@ -282,7 +300,9 @@ def _normal_index(name: str, value: int | slice | Iterable[int]) -> Index:
             raise LocationError(f"{name}={value!r}: tensors have no negative steps; give a list")
         return value
     try:
-        chosen = tuple(_integer(i) for i in value)
+        if isinstance(value, SupportsIndex) and not getattr(value, "ndim", 0):
+            return _integer(value)
+        chosen = tuple(_integer(i) for i in cast("Iterable[SupportsIndex]", value))
     except TypeError:
         raise LocationError(f"{name}={value!r}: an index is an int, a slice or a list of ints") from None
     if not chosen:

@@ -26,6 +26,7 @@ from hookgraph.ontology.transformer import (
 )
 from hookgraph.ontology.weights import W_O
 from hookgraph_tests.toy import Coordinates, orthonormal, toy_graph, toy_of, toy_tokens
+from hookgraph_tests.unchecked import unchecked
 
 READOUT = torch.linspace(-1, 1, 7, dtype=torch.float64)
 IDS = toy_tokens()
@@ -271,6 +272,27 @@ def test_asking_for_a_location_that_is_absent_says_why(
 ):
     with pytest.raises(UnknownLocationError, match=message):
         ask(toy_graph(layers=3), location)
+
+
+NO_LOCATION: dict[str, tuple[Any, str]] = {
+    "type": (MLP_OUT, r"mlp.out is a kind of location: use graph.every\(...\)"),
+    "text": ("attn.out[1]", r"'attn.out\[1\]' is text: write Location.parse\('attn.out\[1\]'\)"),
+    "number": (3, "3 is no location, such as"),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize(("given", "message"), NO_LOCATION.values(), ids=NO_LOCATION)
+def test_what_is_no_location_is_refused(
+    given: Any, message: str, ask: Callable[[HookGraph, Location], object]
+):
+    with unchecked(), pytest.raises(LocationError, match=message):
+        ask(toy_graph(), given)
+
+
+def test_one_location_may_be_saved_without_a_list():
+    run = toy_graph().run(IDS, save=RESID_POST[1])
+    assert list(run) == [RESID_POST[1]]
 
 
 def test_every_of_a_type_that_no_layer_has_says_why():

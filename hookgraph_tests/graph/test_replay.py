@@ -204,3 +204,17 @@ def test_left_padded_inputs_are_replayed_with_their_mask_and_positions(family: s
     twice = graph.replay(run, RESID_POST[0], value=run[RESID_POST[0]].repeat(2, 1, 1)).logits
     real = mask.bool().repeat(2, 1)
     torch.testing.assert_close(twice[real], run[LOGITS].repeat(2, 1, 1)[real])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("hooked", [RESID_PRE[0], RESID_PRE[1], RESID_PRE[2], MLP_OUT[1]], ids=str)
+def test_a_hook_applies_once_to_what_its_own_run_saved(layer: int, hooked: Location):
+    graph = toy_graph().hook(hooked, lambda x: x + 1)
+    start = RESID_PRE[layer]
+    run = graph.run(IDS, save=[start])
+    assert torch.equal(graph.replay(run, start).logits, run.logits)
+    further = graph.hook(start, lambda x: 2 * x)
+    # A value that is given is hooked by all of them: at the start itself, that is one too much.
+    given = 2 * run[start] - (1 if start == hooked else 0)
+    expected = graph.replay(run, start, value=given).logits
+    assert torch.allclose(further.replay(run, start).logits, expected, rtol=1e-12)

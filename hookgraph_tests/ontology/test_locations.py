@@ -300,3 +300,24 @@ def test_steps_can_be_chosen_at_every_location_and_count_from_the_prefill():
     for index in (-1, [0, -2], slice(-3, None)):
         with pytest.raises(LocationError, match="steps count from the prefill, 0"):
             RESID_POST[1].at(step=index)
+
+
+def test_a_type_is_no_collection_of_layers():
+    with pytest.raises(LocationError, match=r"resid.post is a kind of location.*use graph.every\(\.\.\.\)"):
+        list(RESID_POST)
+    assert RESID_POST[3] in RESID_POST
+    assert MLP_OUT[3] not in RESID_POST
+
+
+def test_integers_of_other_libraries_are_integers():
+    import numpy as np
+
+    assert RESID_POST[np.int64(3)] == RESID_POST[torch.tensor(3)] == RESID_POST[3]
+    assert RESID_POST[np.array([1, 2])] == RESID_POST[[1, 2]]
+    assert ATTN_Z[0].at(head=np.int64(3), pos=torch.tensor([1, 2])) == ATTN_Z[0].at(head=3, pos=[1, 2])
+
+
+@pytest.mark.parametrize("layer", [True, "3", 1.5, [0, True], None], ids=repr)
+def test_what_is_no_layer_is_refused(layer: Any):
+    with unchecked(), pytest.raises(LocationError, match="a layer is an int, a slice or a list of ints"):
+        RESID_POST[layer]
