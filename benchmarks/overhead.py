@@ -86,7 +86,7 @@ class Subject:
 
 def small() -> Subject:
     """GPT-2 small, with random weights."""
-    return _subject("small", GPT2Config(), batch=4, length=128)
+    return subject_of("small", GPT2Config(), batch=4, length=128)
 
 
 def tiny(length: int = 8) -> Subject:
@@ -94,10 +94,10 @@ def tiny(length: int = 8) -> Subject:
     config = GPT2Config(
         n_layer=4, n_embd=128, n_head=4, vocab_size=1000, bos_token_id=None, eos_token_id=None
     )
-    return _subject(f"tiny 1x{length}", config, batch=1, length=length)
+    return subject_of(f"tiny 1x{length}", config, batch=1, length=length)
 
 
-def _subject(name: str, config: GPT2Config, *, batch: int, length: int) -> Subject:
+def subject_of(name: str, config: GPT2Config, *, batch: int, length: int) -> Subject:
     torch.manual_seed(0)
     bound = GPT2LMHeadModel(config).eval()
     plain, eager = copy.deepcopy(bound), copy.deepcopy(bound)

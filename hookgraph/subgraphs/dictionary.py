@@ -224,8 +224,9 @@ class Autoencoder(nn.Module):
 
     def extra_repr(self) -> str:
         """What `repr` says besides the activation."""
-        at = "" if self.origin.reads is None else f", reads {self.origin.reads}"
-        return f"{self.d_in} -> {self.n_latents} latents -> {self.d_out}{at}"
+        at = "" if self.origin.reads is None else f", {self.origin.reads}"
+        width = f"{self.d_in}" if self.d_in == self.d_out else f"{self.d_in} to {self.d_out}"
+        return f"{self.n_latents} latents of {width} dimensions{at}"
 
 
 @final
