@@ -80,7 +80,7 @@ def sites(graph: HookGraph) -> tuple[Location, ...]:
 
 def activations(
     graph: HookGraph, ids: Int[Tensor, "batch pos"], at: Sequence[Location], padding: int
-) -> Mapping[Location, Float[Tensor, "pos d_model"]]:
+) -> Mapping[Location, Float[Tensor, "... d_model"]]:
     """What the model computes at every token of some documents, the first and padding left out."""
     mask = ids != padding
     run = graph.run({"input_ids": ids, "attention_mask": mask.long()}, save=at)
@@ -89,7 +89,7 @@ def activations(
     return {place: run[place][wanted] for place in at}
 
 
-def start(x: Float[Tensor, "pos d_model"], recipe: Recipe) -> Autoencoder:
+def start(x: Float[Tensor, "... d_model"], recipe: Recipe) -> Autoencoder:
     """Directions are those of activations, the encoder is their transpose: few latents are dead at first."""
     mean = x.mean(0)
     width = x.shape[1]
