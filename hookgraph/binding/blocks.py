@@ -1,18 +1,19 @@
 """Find the layers of a model in a trace, and in each the residual path and what is added to it.
 
-A layer is a module of a list whose output feeds the next one. Its residual path leads from its input
-to its output through additions, scalings, casts and norms; the other operands of the additions are
-the updates. What an update is follows from how it was computed: attention if its computation
-contains a softmax over positions, otherwise an MLP.
+A layer is a module of a list whose output feeds the next one; for want of such, it is one part each of
+several lists. Its residual path leads from its input to its output through additions, scalings, casts and
+norms; the other operands of the additions are the updates. What an update is follows from how it was
+computed: attention if its computation contains a softmax over positions, otherwise an MLP.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import final
 
 from torch import nn
 
+from hookgraph.binding.interleaved import interleaved_layers
 from hookgraph.binding.norms import Norm, find_norm
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
 
@@ -56,6 +57,8 @@ class Block:
     leaving: Value
     steps: list[Step]
     updates: list[Update] = field(default_factory=list[Update])
+    ends: tuple[Call, Call] | None = None
+    """Of a layer that is no module: its first part, which is given the input, and its last one."""
 
     @property
     def adds(self) -> list[Step]:
@@ -81,6 +84,17 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
         blocks = [block for call in found if (block := _resolve(trace, call)) is not None]
         if blocks:
             chains[path] = blocks
+    return chains or _chains_of_parts(trace)
+
+
+def _chains_of_parts(trace: Trace) -> dict[str, list[Block]]:
+    """The layers that are no modules, for want of others."""
+    chains: dict[str, list[Block]] = {}
+    for path, layers in interleaved_layers(trace):
+        blocks = [_resolve(trace, call) for call, _ in layers]
+        found = [replace(b, ends=ends) for b, (_, ends) in zip(blocks, layers, strict=True) if b is not None]
+        if len(found) == len(layers):
+            chains[path] = found
     return chains
 
 

@@ -1,6 +1,6 @@
 """From a trace to anchors: which location is reached where. No name of a module plays a part."""
 
-from hookgraph.binding.anchors import Anchor, on_call
+from hookgraph.binding.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.blocks import Block, Update, find_chains
 from hookgraph.binding.ends import bind_embedding, bind_head
 from hookgraph.binding.findings import Findings, Layer, StreamStep
@@ -69,8 +69,14 @@ def _bind_block(
     call = block.call
     slot_in = next(s for s, v in call.inputs.items() if v is block.entering)
     slot_out = next(s for s, v in call.outputs.items() if v is block.leaving)
-    found.add(on_call(trace, call, Anchor(stack.RESID_PRE[layer], "input", call.path, slot_in)))
-    found.add(on_call(trace, call, Anchor(stack.RESID_POST[layer], "output", call.path, slot_out)))
+    first, last = block.ends or (call, call)
+    # What a layer that is no module reads, others hold too: what is added to its updates.
+    reading: Mechanism = "input" if block.ends is None else "sum"
+    found.add(on_call(trace, first, Anchor(stack.RESID_PRE[layer], reading, first.path, slot_in)))
+    after = Anchor(
+        stack.RESID_POST[layer], "output", last.path, slot_out, overwritten=block.leaving.overwritten
+    )
+    found.add(on_call(trace, last, after))
     kinds: dict[Role, LocationType] = {
         "attention": stack.ATTN_OUT,
         "cross-attention": stack.XATTN_OUT,
@@ -99,9 +105,9 @@ def _bind_block(
     middles = _bind_middles(trace, found, stack, layer, block, roles)
     size = 0 if slot_out is None else len(call.outputs)
     stream = _stream(block, places, middles, stack.RESID_POST[layer])
-    shared = trace.calls_of(call.module) > 1
+    shared = block.ends is not None or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
-        Layer(call.path, slot_in, slot_out, size, stream, shared)
+        Layer(first.path, slot_in, slot_out, size, stream, shared)
     )
 
 

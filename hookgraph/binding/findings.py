@@ -37,13 +37,14 @@ class Layer:
     """One layer of a stack, as a binding needs it to skip it and to prove it."""
 
     module: str
+    """Its path; of a layer that consists of several modules the first one's."""
     input_slot: Slot
     output_slot: Slot
     output_size: int
     """How many elements its output has, if it is a tuple; 0 if it is a tensor."""
     stream: tuple[StreamStep, ...] = ()
     shared: bool = False
-    """Whether other layers of the stack are the same module."""
+    """Whether it is no module of its own: others are the same one, or it consists of several."""
 
 
 @final

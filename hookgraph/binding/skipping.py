@@ -19,7 +19,9 @@ def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: S
     is what the last of them returns.
     """
     if any(layer.shared for layer in layers):
-        raise LocationError("this model's layers are one module: it cannot be entered between them")
+        raise LocationError(
+            "this model's layers are no modules of their own: it cannot be entered between them"
+        )
     skipped = layers[: start.block]
     with ExitStack() as stack:
         for layer in skipped[:-1]:

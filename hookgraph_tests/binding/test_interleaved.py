@@ -1,0 +1,42 @@
+"""Layers that are no modules: attentions, norms and MLPs lie in lists of their own, called in turn."""
+
+import pytest
+import torch
+from torch import nn
+
+from hookgraph.binding import bind
+from hookgraph.binding.examples import example_inputs
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.transformer import ATTN_OUT, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
+from hookgraph_tests.families import binding_of
+from hookgraph_tests.tiny import build
+
+
+def proven(table: str, architecture: str) -> HookGraph:
+    return bind(nn.Module.to(build(table, architecture), torch.float64))
+
+
+@pytest.mark.parametrize(("table", "architecture"), [("causal", "xlm"), ("masked", "flaubert")])
+def test_every_layer_has_its_stream_and_its_updates(table: str, architecture: str):
+    graph = proven(table, architecture)
+    assert graph.report.ok
+    for kind in (RESID_PRE, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST):
+        assert [x.layer for x in graph.every(kind)] == [0, 1, 2]
+
+
+def test_an_edit_of_what_a_layer_reads_reaches_its_updates_and_the_stream_beside_them():
+    """mid = norm(pre + attn.out), whatever `pre` is replaced with."""
+    graph = proven("causal", "xlm")
+    model = binding_of(graph).model
+    hooked = graph.hook(RESID_PRE[1], lambda x: x + torch.linspace(0, 1, x.shape[-1]).to(x))
+    wanted = [RESID_PRE[1], ATTN_OUT[1], RESID_MID[1]]
+    run, plain = (g.run(example_inputs(model), save=wanted) for g in (hooked, graph))
+    norm = model.get_submodule("transformer.layer_norm1.1")
+    with torch.no_grad():
+        torch.testing.assert_close(norm(run[RESID_PRE[1]] + run[ATTN_OUT[1]]), run[RESID_MID[1]])
+    assert not torch.allclose(run[ATTN_OUT[1]], plain[ATTN_OUT[1]])
+
+
+def test_such_a_model_cannot_be_entered_between_its_layers():
+    graph = proven("causal", "xlm")
+    assert not binding_of(graph).enterable
