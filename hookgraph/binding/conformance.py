@@ -124,10 +124,10 @@ def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...
         if dim in (Dimension.D_HEAD, Dimension.POS, Dimension.KEY_POS):
             continue
         group: tuple[object, ...] = ()
-        if dim in (Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_MLP):
+        if dim in (Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_MLP, Dimension.D_MIXER):
             # Latent and shared heads are made into others after the projection.
             before = location.type.name.endswith("_pre")
-            alone = before or location.type.name.startswith("moe.")
+            alone = before or location.type.name.startswith(("moe.", "mixer."))
             group = (location,) if alone else (location.type.name.split(".")[0], location.layer)
         elif dim in (Dimension.EXPERT, Dimension.CHOICE):
             group = (location.layer,)

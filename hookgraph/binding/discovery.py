@@ -6,6 +6,7 @@ from hookgraph.binding.ends import bind_embedding, bind_head
 from hookgraph.binding.findings import Findings, Layer, StreamStep
 from hookgraph.binding.heads import bind_attention
 from hookgraph.binding.interiors import bind_mlp
+from hookgraph.binding.mixers import bind_mixer
 from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.roles import Role, assign_roles, is_ambiguous, values_from
@@ -99,6 +100,9 @@ def _bind_block(
         updates = roles.get(role, [])
         if len(updates) == 1:
             bind_attention(trace, found, types, layer, block, updates[0], _source(trace, block, updates[0]))
+    mixer = roles.get("mixer", [])
+    if len(mixer) == 1:
+        bind_mixer(trace, found, stack, layer, block, mixer[0], _source(trace, block, mixer[0]))
     mlp = roles.get("mlp", [])
     if len(mlp) == 1:
         bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))

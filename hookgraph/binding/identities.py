@@ -19,7 +19,7 @@ from hookgraph.binding.findings import Layer, StreamStep
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.norms import affine_of, normalised
 from hookgraph.binding.tracing import tensors_in
-from hookgraph.binding.views import Columns
+from hookgraph.binding.views import Columns, Span
 from hookgraph.binding.weights import affine_map, has_table
 from hookgraph.errors import UnknownLocationError
 from hookgraph.hooks.handles import installed
@@ -46,8 +46,8 @@ Seen: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """What modules were given and what they returned, by path."""
 Sides: TypeAlias = Callable[[Values], tuple[Tensor, Tensor]]
 
-_PROJECTED: Final = {"mlp.post": "W_out", "final.ln_out": "W_U"}
-"""Locations that are what a projection is given, whole, and its weight."""
+_PROJECTED: Final = {"mlp.post": "W_out", "mixer.z": "", "final.ln_out": "W_U"}
+"""Locations that are what a projection is given, whole, and its weight where that has a name."""
 
 
 @final
@@ -84,6 +84,7 @@ def identities(binding: HuggingFaceBinding, present: Values, clean: Seen, seen: 
             yield from _of_pattern(stack.cross_attention, number, present)
             yield from _of_attention(binding, stack, number, present, clean)
             yield from _of_mlp(binding, stack, number, present, clean)
+            yield from _of_mixer(binding, stack, number, present)
     yield from _of_modules(binding, present, seen)
 
 
@@ -303,6 +304,21 @@ def _of_mlp(
         if _is_given(clean, source.module, present[reads]):
             yield Identity("mlp.pre = mlp.in W + b", (reads,), _affine(reads, before, *into), (before,))
         return
+
+
+def _of_mixer(
+    binding: HuggingFaceBinding, stack: TransformerStack, layer: int, present: Values
+) -> Iterator[Identity]:
+    reads, gate = stack.MIXER_IN[layer], stack.MIXER_GATE[layer]
+    if reads not in present or gate not in present:
+        return
+    anchor = binding.findings.anchors[gate]
+    weight, bias = affine_map(binding.model.get_submodule(anchor.module))
+    if isinstance(anchor.view, Span):
+        weight, bias = anchor.view.get(weight), anchor.view.get(bias)
+    sides = _affine(reads, gate, weight, bias)
+    if present[reads].shape[-1] == weight.shape[0] and agrees(*sides(present)):
+        yield Identity("mixer.gate = mixer.in W + b", (reads,), sides, (gate,))
 
 
 def _affine(source: Location, target: Location, weight: Tensor, bias: Tensor) -> Sides:

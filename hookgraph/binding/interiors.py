@@ -10,7 +10,7 @@ from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_r
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import TransformerStack
 
-_NONLINEAR = frozenset(
+NONLINEAR = frozenset(
     {"gelu", "silu", "relu", "tanh", "sigmoid", "softplus", "elu", "leaky_relu", "hardtanh"}
 )
 
@@ -188,7 +188,7 @@ def _nonlinear_operation(neurons: Value, first: int) -> Value | None:
     waiting = [neurons]
     while waiting:
         here = waiting.pop(0)
-        if here.op in _NONLINEAR and here.inputs:
+        if here.op in NONLINEAR and here.inputs:
             return here
         waiting.extend(_factors(here, first))
     return None

@@ -124,9 +124,11 @@ def view_along(source: Value, path: Iterable[Value], *, heads_first: bool) -> tu
         swapped = start.transpose(1, 2)
         same = numbers.shape == swapped.shape and bool((numbers == swapped).all())
         return same, HeadsFirst() if same else None
-    if source.tensor.ndim != 3 or numbers.shape[:2] != shape[:2]:
+    if source.tensor.ndim != 3:
         return False, None
-    return _columns(numbers)
+    if numbers.ndim == 3 and numbers.shape[:2] != shape[:2]:
+        numbers = numbers.transpose(1, 2)  # features before positions, as convolutions take them
+    return _columns(numbers) if numbers.shape[:2] == shape[:2] else (False, None)
 
 
 def _columns(numbers: Int[Tensor, "batch pos *chosen"]) -> tuple[bool, View]:

@@ -22,6 +22,8 @@ class Dimension(StrEnum):
     """Width of the residual stream."""
     D_MLP = "d_mlp"
     """Neurons of an MLP."""
+    D_MIXER = "d_mixer"
+    """Features inside a mixer without attention."""
     EXPERT = "expert"
     """Experts of a mixture-of-experts layer."""
     CHOICE = "choice"

@@ -19,6 +19,7 @@ _HEAD, _KV_HEAD, _D_HEAD = Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_HEAD
 _STREAM = (_BATCH, _POS, Dimension.D_MODEL)
 _SCALE = (_BATCH, _POS, Dimension.ONE)
 _NEURONS = (_BATCH, _POS, Dimension.D_MLP)
+_INNER = (_BATCH, _POS, Dimension.D_MIXER)
 _CHOICES = (_BATCH, _POS, Dimension.CHOICE)
 _QUERY = (_BATCH, _POS, _HEAD, _D_HEAD)
 _KEY = (_BATCH, _POS, _KV_HEAD, _D_HEAD)
@@ -75,6 +76,14 @@ class TransformerStack:
         """x before layer l."""
         self.RESID_MID = per_layer("resid.mid", _STREAM, 100)
         """x + attn.out; absent in parallel blocks, where no such sum exists."""
+        self.MIXER_LN_SCALE = per_layer("mixer.ln_scale", _SCALE, 10)
+        """s of the norm before a mixer, as for attention."""
+        self.MIXER_IN = per_layer("mixer.in", _STREAM, 20)
+        """What a mixer reads: norm(x), gain and bias included."""
+        self.MIXER_GATE = per_layer("mixer.gate", _INNER, 40)
+        """g, where a projection gates what the mixer computed, s: z is made of s · g or s · activation(g)."""
+        self.MIXER_Z = per_layer("mixer.z", _INNER, 70)
+        """z, gated and normed: what the output projection reads. z W + b is what the projection returns."""
         self.MIXER_OUT = per_layer("mixer.out", _STREAM, 90)
         """Exactly what a mixer without attention adds: linear attention, state space, convolution."""
         self.MLP_LN_SCALE = per_layer("mlp.ln_scale", _SCALE, 110)
@@ -236,6 +245,10 @@ ATTN_Z: Final = DECODER.ATTN_Z
 ATTN_RESULT: Final = DECODER.ATTN_RESULT
 ATTN_OUT: Final = DECODER.ATTN_OUT
 RESID_MID: Final = DECODER.RESID_MID
+MIXER_LN_SCALE: Final = DECODER.MIXER_LN_SCALE
+MIXER_IN: Final = DECODER.MIXER_IN
+MIXER_GATE: Final = DECODER.MIXER_GATE
+MIXER_Z: Final = DECODER.MIXER_Z
 MIXER_OUT: Final = DECODER.MIXER_OUT
 XATTN_LN_SCALE: Final = DECODER.XATTN_LN_SCALE
 XATTN_IN: Final = DECODER.XATTN_IN

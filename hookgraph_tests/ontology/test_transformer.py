@@ -27,6 +27,10 @@ ATTN_Z          attn.z          batch pos head d_head
 ATTN_RESULT     attn.result     batch pos head d_model
 ATTN_OUT        attn.out        batch pos d_model
 RESID_MID       resid.mid       batch pos d_model
+MIXER_LN_SCALE  mixer.ln_scale  batch pos one
+MIXER_IN        mixer.in        batch pos d_model
+MIXER_GATE      mixer.gate      batch pos d_mixer
+MIXER_Z         mixer.z         batch pos d_mixer
 MIXER_OUT       mixer.out       batch pos d_model
 XATTN_LN_SCALE  xattn.ln_scale  batch pos one
 XATTN_IN        xattn.in        batch pos d_model
@@ -92,8 +96,11 @@ def test_the_vocabulary_is_complete():
 
 @pytest.mark.parametrize("stack", [DECODER, ENCODER, VISION])
 def test_the_vocabulary_stands_in_causal_order(stack: TransformerStack):
-    order = [first_of(stack, row[0]) for row in ROWS if row[0] != "MIXER_OUT"]
+    mixer = [row[0] for row in ROWS if row[0].startswith("MIXER_")]
+    order = [first_of(stack, row[0]) for row in ROWS if row[0] not in mixer]
     order.insert(order.index(first_of(stack, "RESID_MID")), first_of(stack, "MIXER_OUT"))
+    inside = [first_of(stack, name) for name in ("RESID_PRE", *mixer, "RESID_MID")]
+    assert all(before.precedes(after) for before, after in pairwise(inside))
     for before, after in pairwise(order):
         together = any({before.type.name, after.type.name} <= names for names in SAME_STAGE)
         assert before.precedes(after) != together, (before, after)
