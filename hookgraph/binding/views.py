@@ -115,7 +115,7 @@ def view_along(source: Value, path: Iterable[Value], *, heads_first: bool) -> tu
         found = result[step.output] if isinstance(result, (list, tuple)) else result
         if not isinstance(found, Tensor):
             return False, None
-        numbers = found
+        numbers = numbers if found.is_floating_point() else found  # a cast moves no features
     if heads_first and numbers.ndim == 4:
         numbers = numbers.transpose(1, 2)
     if numbers.shape == start.shape and bool((numbers == start).all()):

@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import silu
 
 import hookgraph as hg
@@ -28,15 +27,14 @@ IDS = tokens(2, 6)
 
 @cache
 def graph_of(family: str) -> HookGraph:
-    return hg.bind(nn.Module.to(build("causal", family), torch.float64))
+    return hg.bind(build("causal", family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixer_has_these_locations_all_proven(family: str):
     graph = graph_of(family)
-    assert {x.type for x in graph.locations if x.layer == 0 and x.type.name.startswith("mixer.")} == FAMILIES[
-        family
-    ]
+    listed = {x.type for x in graph.locations if x.layer == 0 and x.type.name.startswith("mixer.")}
+    assert listed == FAMILIES[family]
     assert not [p for p in graph.report.failures if p.location.type.name.startswith("mixer.")]
     equations = {p.location for p in graph.report.proofs if p.invariant == "conserved"}
     assert {MIXER_LN_SCALE[0], MIXER_Z[0], MIXER_OUT[0]} <= equations
@@ -68,7 +66,7 @@ def test_the_gate_multiplies_through_its_activation():
     new = plain[MIXER_GATE[0]].flip(1) + 0.3
     moved = graph.hook(MIXER_GATE[0], lambda _: new).run(IDS, save=[MIXER_Z[0]])
     expected = plain[MIXER_Z[0]] / silu(plain[MIXER_GATE[0]]) * silu(new)
-    torch.testing.assert_close(moved[MIXER_Z[0]], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moved[MIXER_Z[0]], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_gate_without_activation_multiplies():
