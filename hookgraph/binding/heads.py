@@ -210,7 +210,7 @@ def _bind_before_rotary(
             if is_projection(trace, reached.call):
                 found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
             return
-    found.absent("no module returns the heads before the rotary embedding", location)
+    found.absent("no module returns the heads as they are before what is done to them last", location)
 
 
 def _bind_scores(trace: Trace, found: Findings, types: AttentionTypes, layer: int, inside: _Inside) -> None:
