@@ -37,6 +37,9 @@ _TOLERANCE = {torch.float64: (1e-5, 2e-3), torch.float32: (1e-3, 5e-2)}
 _SINGLE = 1.2e-6
 """Relative error of a pass through single precision, where most models go somewhere inside: ten roundings."""
 
+_RULED_OUT = 1e30
+"""Logits of this size are no measurements."""
+
 Values = Mapping[Location, Float[Tensor, "..."]]
 
 
@@ -168,8 +171,13 @@ def _change(
     """By how much identity hooks change the logits, relative to their size."""
     for location in locations:
         graph = graph.hook(location, lambda x: x.clone())
-    gap = (graph.run(example).logits - plain).nan_to_num(0.0).abs().max()
-    return float(gap / plain.nan_to_num(0.0).abs().max().clamp_min(1e-9))
+    gap = (_unmasked(graph.run(example).logits) - _unmasked(plain)).abs().max()
+    return float(gap / _unmasked(plain).abs().max().clamp_min(1e-9))
+
+
+def _unmasked(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The logits with 0 for tokens that a model rules out by infinity, or by the lowest number there is."""
+    return torch.where(logits.abs() < _RULED_OUT, logits, 0.0)
 
 
 def _check_conserved(
@@ -220,9 +228,7 @@ def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -
     weights = torch.randn(shape, generator=generator).to(clean.logits)
 
     def metric(logits: Tensor) -> Tensor:
-        logits = per_example(logits, shape)
-        finite = torch.where(torch.isfinite(logits), logits, 0.0)
-        return (finite * weights).flatten(1).sum(1)
+        return (_unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
 
     dead = _unread(graph, example, locations, metric)
     proofs = [Proof(x, "edit = gradient", False, 1.0, 0.0, "the logits do not depend on it") for x in dead]

@@ -19,6 +19,15 @@ _TOKENS: Final = 7
 _BATCH: Final = 2
 _FRAMES: Final = 4
 _SAMPLES: Final = 2000
+_PATCHES: Final = 4
+_BINS: Final = (
+    "num_mel_bins",
+    "feature_size",
+    "input_feat_per_channel",
+    "feature_projection_input_dim",
+    "input_dim",
+)
+"""Fields that state how many bins a spectrogram has."""
 
 Arguments: TypeAlias = dict[str, Tensor]
 
@@ -67,7 +76,7 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             continue
         tried.append(set(names))
         for made in product(*(_MAKERS[name](model) for name in dict.fromkeys(names))):
-            arguments = {k: v for part in made for k, v in part.items() if k in parameters}
+            arguments = {k: v for part in reversed(made) for k, v in part.items() if k in parameters}
             yield _completed(model, arguments, frozenset(parameters))
 
 
@@ -95,21 +104,34 @@ def _token_ids(model: PreTrainedModel) -> Tensor:
 
 
 def _pictures(model: PreTrainedModel) -> list[Arguments]:
-    """A picture, or a film of a few."""
+    """A picture, a film of a few, or the patches of a picture."""
     height, width = _size(model)
     channels = _config(model, "num_channels", "in_channels", "in_chans", default=3)
+    patch = _config(model, "patch_size", default=16)
+    patches = {
+        "pixel_values": _noise(model, _PATCHES, channels * patch**2),
+        "pixel_attention_mask": torch.ones(_BATCH, _PATCHES, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[2, _PATCHES // 2]] * _BATCH),
+    }
     frames = _config(model, "num_frames", default=_FRAMES)
     shapes = [(channels, height, width), (frames, channels, height, width)]
-    return [{"pixel_values": _noise(model, *shape)} for shape in shapes]
+    return [*({"pixel_values": _noise(model, *shape)} for shape in shapes), patches]
+
+
+def _films(model: PreTrainedModel) -> list[Arguments]:
+    """Pictures, one after the other."""
+    channels = _config(model, "num_channels", "in_channels", "in_chans", default=3)
+    frames = _config(model, "num_frames", "frames_per_clip", default=_FRAMES)
+    return [{"pixel_values_videos": _noise(model, frames, channels, *_size(model))}]
 
 
 def _features(model: PreTrainedModel) -> list[Arguments]:
     """A spectrogram, with its frames on the last axis or on the one before, as long as a model may want."""
-    bins = _config(model, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
+    stated = _config(model, *_BINS, default=80)
     longest = 2 * _config(model, "max_source_positions", default=50)
+    mask = torch.ones(_BATCH, longest, dtype=torch.long)
     made: list[Arguments] = []
-    for shape in ((bins, longest), (longest, bins)):
-        mask = torch.ones(_BATCH, longest, dtype=torch.long)
+    for shape in ((stated, longest), (longest, stated), (longest, 128)):
         made.append({"input_features": _noise(model, *shape)})
         made.append({**made[-1], "attention_mask": mask, "input_features_mask": mask.bool()})
     return made
@@ -118,13 +140,14 @@ def _features(model: PreTrainedModel) -> list[Arguments]:
 def _sounds(model: PreTrainedModel) -> list[Arguments]:
     """A wave, with or without an axis of channels, or a spectrogram."""
     frames = _config(model, "max_length", default=_SAMPLES)
-    bins = _config(model, "num_mel_bins", "feature_size", default=80)
+    bins = _config(model, *_BINS, default=80)
     return [{"input_values": _noise(model, *shape)} for shape in ((_SAMPLES,), (1, _SAMPLES), (frames, bins))]
 
 
 _MAKERS: Final[Mapping[str, Callable[[PreTrainedModel], list[Arguments]]]] = {
     "input_ids": _tokens,
     "pixel_values": _pictures,
+    "pixel_values_videos": _films,
     "input_features": _features,
     "input_values": _sounds,
 }

@@ -116,7 +116,7 @@ def _use_plain_experts(model: PreTrainedModel) -> None:
     """Fused kernels for mixtures of experts know no double precision."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and "_experts_implementation_internal" in vars(config):
+        if "_experts_implementation_internal" in getattr(config, "__dict__", {}):
             vars(config)["_experts_implementation_internal"] = "eager"
 
 

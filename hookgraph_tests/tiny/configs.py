@@ -121,13 +121,14 @@ def _inner(cls: type[PreTrainedConfig], known: Mapping[str, Any]) -> dict[str, A
         changes = known.get(name, {})
         if not isinstance(changes, Mapping):
             continue
-        found = getattr(example, name, None)
+        found, specified = getattr(example, name, None), cls.sub_configs_defaults.get(name)
         kind = type(found) if isinstance(found, PreTrainedConfig) else declared
-        if "model_type" in changes:
-            kind = CONFIG_MAPPING[changes["model_type"]]
+        stated = changes.get("model_type") or (kind is AutoConfig and getattr(specified, "model_type", None))
+        if stated:
+            kind = CONFIG_MAPPING[stated]
         if isinstance(kind, type) and issubclass(kind, PreTrainedConfig) and kind is not AutoConfig:
-            stated = getattr(cls.sub_configs_defaults.get(name), "init_kwargs", {}) or {}
-            small = {k: rule_for(k, v) or v for k, v in stated.items()}
+            defaults = getattr(specified, "init_kwargs", {}) or {}
+            small = {k: rule_for(k, v) or v for k, v in defaults.items()}
             changed = {k: v for k, v in changes.items() if k != "model_type"}
             inner[name] = tiny_config(kind, changed, small).to_dict()
     return inner

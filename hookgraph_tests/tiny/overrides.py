@@ -15,7 +15,7 @@ _ROPE: Final = {"rope_type": "default", "rope_theta": 1e4}
 _SECTIONS: Final = {**_ROPE, "mrope_section": [2, 1, 1]}
 _GRANITE: Final = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
 _ALTERNATING: Final = ["sliding_attention", "full_attention"] * 2
-_MIXED: Final = ["linear_attention", "full_attention", "linear_attention"]
+_MIXED: Final = ["linear_attention", "full_attention"]
 _HYBRID: Final = ["linear_attention", "hybrid"] * 2
 
 _WINDOWED: Final = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
@@ -40,8 +40,8 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "pegasus_x": {"block_size": 4},
     "kimi_linear": {"layer_types": _MIXED},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": _HYBRID,
@@ -87,6 +87,8 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "reformer": {
         "axial_pos_embds": False,
         "attn_layers": ["local", "lsh", "local"],
+        "num_hidden_layers": 3,
+        "is_decoder": True,
         "num_buckets": 4,
         "lsh_attn_chunk_length": 7,
         "local_attn_chunk_length": 7,
@@ -146,12 +148,14 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     # Positions of several axes
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS},
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["sliding_attention", "full_attention"],
     },
     **{name: {"rope_parameters": _SECTIONS} for name in _SECTIONED},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
     "glm4v_moe_text": {"rope_parameters": _SECTIONS, "head_dim": 16},
     # Parts that have to fit each other
+    "audio-spectrogram-transformer": {"max_length": 64},
+    "mgp-str": {"image_size": [32, 64]},
     "blt": {"encoder_hash_byte_group_size": [3, 4], "encoder_config": {"hidden_size": WIDTH}},
     "chameleon": {
         "vocabulary_map": {"<image>": 100, "IMGIMGA": 101},
@@ -165,10 +169,10 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
             "num_embeddings": 16,
         },
     },
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": NEURONS},
     "dots3_note": {
-        "vision_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "vision_config": {"mlp_layer_types": ["dense", "sparse"]},
         "audio_config": {"num_key_value_heads": HEADS},
     },
     "emu3": {
@@ -187,14 +191,14 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "text_config": {
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": 0,
-            "num_kv_shared_layers": 4,
+            "num_kv_shared_layers": 0,
         }
     },
     "glm5_next_text": {"index_topk": 16},
     "granite4_vision": {
         "vision_config": {"hidden_size": 2 * WIDTH},
         "deepstack_layer_map": [[0, 0]],
-        "spatial_target_layers": [0, 1, 1, 2],
+        "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "1/2",
     },
     "granite_speech5_encoder": {"context_size": 8},
@@ -202,7 +206,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "autoformer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
-    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {
         "num_hidden_layers": 4,
         "patch_sizes": [4, 2, 2, 2],
@@ -214,5 +218,15 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "instructblipvideo": {"video_token_index": 100},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     **dict.fromkeys(("donut-swin", "maskformer-swin", "swin", "swin2sr", "swinv2"), _WINDOWED),
+    # Parts that are large by default
+    "florence_vision": {
+        "embed_dim": [16, 16, 32, 32],
+        "num_heads": [2, 2, 4, 4],
+        "num_groups": [2, 2, 4, 4],
+        "depths": [1, 1, 1, 1],
+    },
+    "janus_vqgan": {"base_channels": WIDTH, "channel_multiplier": [1, 1]},
+    "vits": {"upsample_initial_channel": 64},
+    "vjepa2": {"pred_hidden_size": WIDTH, "pred_num_attention_heads": HEADS, "pred_num_hidden_layers": 2},
     "step3p5": {"sliding_window": 4},
 }

@@ -10,7 +10,7 @@ HEADS: Final = 4
 KV_HEADS: Final = 2
 HEAD_WIDTH: Final = 8
 NEURONS: Final = 48
-LAYERS: Final = 3
+LAYERS: Final = 2
 EXPERTS: Final = 4
 POSITIONS: Final = 64
 PICTURE: Final = 32
@@ -29,6 +29,8 @@ class Rule:
     """A default that is not larger than this stays as it is."""
     unset: bool = False
     """Whether a default of None, which stands for a number computed elsewhere, is replaced too."""
+    lists: bool = False
+    """Whether in a list each integer is replaced."""
 
 
 # fmt: off
@@ -54,18 +56,20 @@ RULES: Final = (
     Rule(r"linear_num_value_heads", HEADS),
 
     # Layers
-    Rule(r"num_hidden_layers|n_layers?|num_layers|((num_)?((en|de)coder|speech_encoder|t2u_(en|de)coder)_)layers"
+    Rule(r"(num_hidden_|n_|num_)?layers|n_layer|((num_)?((en|de)coder|speech_encoder|t2u_(en|de)coder)_)layers"
          r"|num_blocks|depth|num_self_attends_per_block", LAYERS),
     Rule(r"first_k_dense_replace|moe_layer_start_index|num_dense_layers", 1),
 
     # Widths
     Rule(r"((true|encoder|decoder|backbone|out|output|cross_attention|vision|text|audio|mm|llm|lm|bottleneck"
-         r"|encoder_seq|attention|relation)_)?hidden_size|d_model|n_embd|dim|condition_dim"
+         r"|encoder_seq|attention|relation)_)?hidden_size|hidden_size_global|d_model|n_embd|dim|condition_dim"
          r"|adapter_(in|out)_dim|adapter_input_size|text_(embed|config)_dim|(text|vision)_embed_dim"
          r"|(input_|output_)?embedding_(size|dim)|emb(ed)?_dim|word_embed_proj_dim|lru_width|d_latents"
          r"|projection_dim|output_dim|audio_embed_dim|entity_emb_size|(pronunciation|shape)_embed_dim"
          r"|prediction_head_size", WIDTH),
-    Rule(r"hidden_size_per_layer_input", 8),
+    Rule(r"hidden_size_per_layer_input|subsampling_conv_channels|latent_query_num|num_query_tokens", 8),
+    Rule(r"projector_(hidden_size|input_dim|output_dim)|vision_output_dim", WIDTH),
+    Rule(r"conv_dim", 16, lists=True),
     Rule(r"(q|kv|o)_lora_rank", RANK),
     Rule(r"((shared|moe|dense|expert|prefix_dense)_.*)?(intermediate_size.*|ffn_hidden_size)"
          r"|(((en|de)coder|t2u_(en|de)coder)_)?ffn_dim|speech_encoder_intermediate_size|d_ff|dim_ff|dff|n_inner"
@@ -89,8 +93,9 @@ RULES: Final = (
          r"|gated_norm_rank|num_latents", 8, above=8),
 
     # Pictures
-    Rule(r"image_size|input_size|input_resolution", PICTURE),
-    Rule(r"patch_size", PATCH, above=PATCH),
+    Rule(r"image_size|input_size|input_resolution", PICTURE, lists=True),
+    Rule(r"num_frames|frames_per_clip", 4, above=4),
+    Rule(r"patch_size", PATCH, above=PATCH, lists=True),
 )
 # fmt: on
 
@@ -116,12 +121,18 @@ DEPTHS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "deco
 """Fields that say how many layers there are."""
 
 
-def rule_for(field: str, default: object) -> int | None:
+def rule_for(field: str, default: object) -> object:
     """The small value of a field, or None where it keeps its default."""
     for rule in RULES:
         if re.fullmatch(rule.pattern, field):
             if default is None and rule.unset:
                 return rule.value
-            if isinstance(default, int) and not isinstance(default, bool) and default > rule.above:
+            if _larger(default, rule.above):
                 return rule.value
+            if rule.lists and isinstance(default, (list, tuple)) and all(_larger(x, 0) for x in default):
+                return [rule.value if _larger(x, rule.above) else x for x in default]
     return None
+
+
+def _larger(number: object, bound: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > bound
