@@ -82,7 +82,7 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
     chains: dict[str, list[Block]] = {}
     for path, found in outermost.items():
         blocks = [block for call in found if (block := _resolve(trace, call)) is not None]
-        if blocks:
+        if len(blocks) == len(found):  # one left out would shift the numbers of those after it
             chains[path] = blocks
     return chains or _chains_of_parts(trace)
 
