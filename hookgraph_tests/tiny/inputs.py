@@ -106,16 +106,72 @@ def _codebooks(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def _queries(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "query_embeds": _noise(_BATCH, 8, config.hidden_size),
+        "encoder_hidden_states": _noise(_BATCH, 5, config.encoder_hidden_size),
+    }
+
+
+def _decisions(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "states": _noise(_BATCH, 4, config.state_dim),
+        "actions": _noise(_BATCH, 4, config.act_dim),
+        "rewards": _noise(_BATCH, 4, 1),
+        "returns_to_go": _noise(_BATCH, 4, 1),
+        "timesteps": torch.arange(4).expand(_BATCH, 4),
+        "attention_mask": torch.ones(_BATCH, 4, dtype=torch.long),
+    }
+
+
+def _regions(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text and what a detector saw in a picture."""
+    ids = _tokens()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "visual_feats": _noise(_BATCH, 4, config.visual_feat_dim),
+        "visual_pos": torch.rand(_BATCH, 4, 4, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+def _embedded(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "input_values": _noise(_BATCH, _TOKENS, config.hidden_size),
+        "decoder_input_values": _noise(_BATCH, 5, config.hidden_size),
+    }
+
+
+def _series(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"past_values": _noise(_BATCH, config.context_length, config.num_input_channels)}
+
+
+def _stacked_frames(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"input_features": _noise(_BATCH, 16, 4 * config.num_mel_bins)}
+
+
+def _array(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"inputs": _noise(_BATCH, 10, config.d_model)}
+
+
 EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "MusicgenForCausalLM": _codebooks,
     "MusicgenMelodyForCausalLM": _codebooks,
     "blip-2": _queried,
+    "blip_2_qformer": _queries,
     "bros": _boxes,
+    "decision_transformer": _decisions,
+    "granite_speech5_encoder": _stacked_frames,
     "idefics": _several_pictures,
     "instructblip": _instructed,
     "instructblipvideo": _instructed_film,
     "kosmos-2": _placed,
+    "lxmert": _regions,
+    "patchtsmixer": _series,
+    "patchtst": _series,
+    "perceiver": _array,
     "pix2struct": _flattened_patches,
+    "speecht5": _embedded,
     "udop": _boxes_to_decode,
 }
 """By `model_type`, or by the name of a class where others of that type need none."""

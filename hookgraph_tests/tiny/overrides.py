@@ -218,6 +218,24 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "instructblipvideo": {"video_token_index": 100},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     **dict.fromkeys(("donut-swin", "maskformer-swin", "swin", "swin2sr", "swinv2"), _WINDOWED),
+    **{
+        name: {
+            "t2u_pad_token_id": 0,
+            "t2u_bos_token_id": 1,
+            "t2u_eos_token_id": 2,
+            "vocoder_offset": 4,
+            "unit_embed_dim": WIDTH,
+        }
+        for name in ("seamless_m4t", "seamless_m4t_v2")
+    },
+    "bridgetower": {
+        "hidden_size": 64,
+        "text_config": {"hidden_size": 64},
+        "vision_config": {"hidden_size": 64},
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "lilt": {"hidden_size": 48},
+    "x_clip": {"projection_dim": WIDTH},
     # Parts that are large by default
     "florence_vision": {
         "embed_dim": [16, 16, 32, 32],
@@ -226,6 +244,19 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "depths": [1, 1, 1, 1],
     },
     "janus_vqgan": {"base_channels": WIDTH, "channel_multiplier": [1, 1]},
+    **{
+        name: {
+            "hidden_size": 16,
+            "num_filters": 4,
+            "downsampling_ratios": [2, 2],
+            "depths": [1, 1, 1],
+        }
+        for name in (
+            "vibevoice_acoustic_tokenizer",
+            "vibevoice_acoustic_tokenizer_encoder",
+            "vibevoice_acoustic_tokenizer_decoder",
+        )
+    },
     "vits": {"upsample_initial_channel": 64},
     "vjepa2": {"pred_hidden_size": WIDTH, "pred_num_attention_heads": HEADS, "pred_num_hidden_layers": 2},
     "step3p5": {"sliding_window": 4},

@@ -41,7 +41,7 @@ RULES: Final = (
     Rule(r"(t2u_|original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions"
          r"|context_length|max_sequence_length|seq_length", POSITIONS),
     Rule(r"sliding_window(_size)?|local_attention|attention_window(_size)?|window_size|attention_chunk_size"
-         r"|keep_window_size|local_attention_window_len", 4, above=4),
+         r"|keep_window_size|local_attention_window_len|local_radius|(global_)?block_size", 4, above=4),
 
     # Heads
     Rule(r"num_key_value_heads", KV_HEADS, unset=True),
@@ -62,7 +62,7 @@ RULES: Final = (
 
     # Widths
     Rule(r"((true|encoder|decoder|backbone|out|output|cross_attention|vision|text|audio|mm|llm|lm|bottleneck"
-         r"|encoder_seq|attention|relation)_)?hidden_size|hidden_size_global|d_model|n_embd|dim|condition_dim"
+         r"|encoder_seq|attention|relation|mit)_)?hidden_size|upsample_groups|hidden_size_global|d_model|n_embd|dim|condition_dim"
          r"|adapter_(in|out)_dim|adapter_input_size|text_(embed|config)_dim|(text|vision)_embed_dim"
          r"|(input_|output_)?embedding_(size|dim)|emb(ed)?_dim|word_embed_proj_dim|lru_width|d_latents"
          r"|projection_dim|output_dim|audio_embed_dim|entity_emb_size|(pronunciation|shape)_embed_dim"
@@ -89,6 +89,7 @@ RULES: Final = (
     Rule(r"n_groups|mamba_ngroups", 2, above=2),
 
     # Low ranks and selections
+    Rule(r"num_queries|num_object_queries", 8, above=8),
     Rule(r"index_topk(_blocks)?|laurel_rank|d_rel|num_centroids|embedding_rank|prompt_length|hc_lowrank"
          r"|gated_norm_rank|num_latents", 8, above=8),
 
