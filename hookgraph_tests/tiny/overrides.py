@@ -16,6 +16,12 @@ _SECTIONS: Final = {**_ROPE, "mrope_section": [2, 1, 1]}
 _GRANITE: Final = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 4.0}
 _ALTERNATING: Final = ["sliding_attention", "full_attention"] * 2
 _MIXED: Final = ["linear_attention", "full_attention"]
+_SHARING: Final = {
+    "num_kv_shared_layers": 2,
+    "num_hidden_layers": 4,
+    "layer_types": _ALTERNATING,
+    "global_head_dim": 2 * HEAD_WIDTH,
+}
 _HYBRID: Final = ["linear_attention", "hybrid"] * 2
 
 _WINDOWED: Final = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
@@ -135,8 +141,8 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "intermediate_size": [NEURONS] * 4,
     },
-    "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _ALTERNATING},
-    "gemma4_unified_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _ALTERNATING},
+    "gemma4_text": _SHARING,
+    "gemma4_unified_text": _SHARING,
     # Tokens and languages
     "esm": {
         "vocab_size": VOCABULARY,
@@ -170,7 +176,12 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
-    "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": NEURONS},
+    "diffusion_gemma_text": {
+        "global_head_dim": 2 * HEAD_WIDTH,
+        "num_experts": EXPERTS,
+        "top_k_experts": 2,
+        "moe_intermediate_size": NEURONS,
+    },
     "dots3_note": {
         "vision_config": {"mlp_layer_types": ["dense", "sparse"]},
         "audio_config": {"num_key_value_heads": HEADS},

@@ -50,7 +50,7 @@ RULES: Final = (
          r"|n_heads?|num_heads|index_n_heads|linear_num_heads|num_attention_groups", HEADS),
     Rule(r"head_dim", HEAD_WIDTH, unset=True),
     Rule(r"mamba_head_dim|mamba_d_head|mamba_headdim", 2 * WIDTH // HEADS, unset=True),
-    Rule(r"qk_(nope|rope)_head_dim|((swa_)?v|swa|indexer?|global|linear(_key|_value)?)_head_dim|d_kv|dim_head"
+    Rule(r"qk_(nope|rope)_head_dim|((swa_)?v|swa|index(er)?|global|linear(_key|_value)?)_head_dim|d_kv|dim_head"
          r"|d_head|attention_head_size|kv_channels|rotary_dim|query_pre_attn_scalar", HEAD_WIDTH),
     Rule(r"linear_num_key_heads", 2),
     Rule(r"linear_num_value_heads", HEADS),
