@@ -93,6 +93,8 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
     ]
     for table, (title, automatic) in _TITLES.items():
         count = Counter(o.status for o in outcomes if o.table == table)
+        if not count:
+            continue
         run = count["bound"] + count["not bound"]
         share = f"{count['bound'] / run:.0%}" if run else ""
         lines.append(
