@@ -294,10 +294,10 @@ def _direction(location: Location, gradient: Tensor, value: Tensor, generator: t
 
 
 def _live(location: Location, value: Tensor) -> Bool[Tensor, "..."]:
-    """Cells that are not masked: masked scores stay as they are."""
+    """Cells that are not masked: masked scores and ruled-out logits stay as they are."""
     if location.type.name.endswith("scores"):
         return ~masked_cells(value)
-    return torch.ones_like(value, dtype=torch.bool)
+    return value.abs() < _RULED_OUT
 
 
 def _moved(location: Location, value: Tensor, generator: torch.Generator) -> Tensor:

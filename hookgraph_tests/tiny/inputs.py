@@ -157,6 +157,7 @@ def _array(config: PreTrainedConfig) -> dict[str, Any]:
 EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "MusicgenForCausalLM": _codebooks,
     "MusicgenMelodyForCausalLM": _codebooks,
+    "PerceiverModel": _array,
     "blip-2": _queried,
     "blip_2_qformer": _queries,
     "bros": _boxes,
@@ -169,7 +170,6 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "lxmert": _regions,
     "patchtsmixer": _series,
     "patchtst": _series,
-    "perceiver": _array,
     "pix2struct": _flattened_patches,
     "speecht5": _embedded,
     "udop": _boxes_to_decode,

@@ -22,7 +22,7 @@ TABLES: Final = {
 }
 """The mappings of transformers' automatic classes."""
 
-_DECODERS: Final = ("LMHeadModel", "ForCausalLM", "Decoder")
+_DECODERS: Final = ("LMHeadModel", "ModelWithLMHead", "ForCausalLM", "Decoder")
 
 
 def architectures(table: str) -> dict[str, str]:

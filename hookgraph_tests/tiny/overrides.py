@@ -94,7 +94,6 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "axial_pos_embds": False,
         "attn_layers": ["local", "lsh", "local"],
         "num_hidden_layers": 3,
-        "is_decoder": True,
         "num_buckets": 4,
         "lsh_attn_chunk_length": 7,
         "local_attn_chunk_length": 7,
