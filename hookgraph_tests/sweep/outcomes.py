@@ -68,7 +68,7 @@ def outcome_of(table: str, architecture: str) -> Outcome:
         status = "not run"
         example = _runnable(model)
         status = "not bound"
-        return _bound(table, architecture, bind(model, example=example))
+        return _bound(table, architecture, bind(model, example=example, cached=False))
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST]
     name = architectures(table)[architecture]
