@@ -21,7 +21,7 @@ from hookgraph.graph.hook_graph import HookGraph
 
 
 def bind(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     check: bool = True,
@@ -36,7 +36,7 @@ def bind(
     not changed.
 
     Args:
-        model: any transformers model.
+        model: any transformers model, also one wrapped by PEFT: the model inside is bound, adapters included.
         tokenizer: with it, strings and lists of strings are accepted wherever inputs are.
         check: whether to prove what was resolved; `graph.report` tells the outcome.
         example: keyword arguments for one forward pass of a batch of two, for a model that cannot be run on
@@ -51,6 +51,7 @@ def bind(
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] (users' input)
         raise BindingError(f"expected a transformers model, found {type(model).__name__}")
+    model = _unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise BindingError(f"{type(model).__name__} is not a transformers model")
     examples = list(candidates(model)) if example is None else [dict(example)]
@@ -97,6 +98,23 @@ def _known(
         if entry is not None:
             return example, entry
     return None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside one that PEFT wrapped; its adapters are modules of that model.
+
+    Raises:
+        BindingError: the wrapper adds to the inputs, which the model inside knows nothing of.
+    """
+    inside = getattr(model, "get_base_model", None)
+    if inside is None:
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise BindingError(
+            f"{type(model).__name__} puts learnt prompts before its inputs: bind the model inside, "
+            "model.get_base_model(), and give it these as inputs_embeds"
+        )
+    return inside()
 
 
 def _traced(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Trace]:

@@ -59,6 +59,7 @@ class HuggingFaceBinding(AbstractBinding):
         self.example = dict(example or {})
         self._report = ConformanceReport()
         self._modules = dict(model.named_modules())
+        self._checkpointed = [m for m in self._modules.values() if hasattr(m, "gradient_checkpointing")]
         self._embedding = embedding_of(model)
         self._identity = _identity(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
@@ -199,6 +200,11 @@ class HuggingFaceBinding(AbstractBinding):
         head = self._modules[anchor.module]
         with installed(lambda: head.register_forward_pre_hook(choose, with_kwargs=True)):
             yield True
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether some layer is checkpointed: only while the model trains."""
+        return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
 
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""

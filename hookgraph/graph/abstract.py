@@ -90,6 +90,11 @@ class AbstractBinding(ABC):
         """
         return nullcontext(False)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether a backward pass runs parts of the model again, as with gradient checkpointing."""
+        return False
+
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences; None: at their start, without padding."""
         return None

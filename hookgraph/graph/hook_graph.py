@@ -20,6 +20,7 @@ from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_fro
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
 from hookgraph.hooks.positions import Place, is_placed
+from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
@@ -276,6 +277,15 @@ class HookGraph:
         place = self.binding.place(inputs)
         return Place(alone=True) if place is None and any(map(_chooses_steps, placed)) else place
 
+    @contextmanager
+    def _recomputing(self, taps: Taps, start: Start | None) -> Generator[None]:
+        """What a backward pass runs again is run as before: attached, and as frozen."""
+        if not self.binding.recomputes:
+            yield
+            return
+        with self.binding.frozen(), self.binding.attached(taps, start):
+            yield
+
     def _pass(
         self,
         inputs: Prepared,
@@ -289,6 +299,11 @@ class HookGraph:
     ) -> Run:
         for location in save:
             self.check(location)
+        if grad and self.binding.recomputes:
+            raise InputError(
+                "with gradient checkpointing a backward pass runs the model again, without the hooks of a "
+                "run that is over: name the gradients in `save`, or call the model within `graph.attached()`"
+            )
         place = self._place(inputs, save)
         recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad), place=place)
         needs_graph = bool(grad) or bool(recorder.differentiated)
@@ -305,7 +320,8 @@ class HookGraph:
             measured = None
             if metric is not None and logits is not None:
                 measured = measure(metric, logits, taken=taken)
-            values = recorder.values(measured)
+            with self._recomputing(reached, start) if recorder.differentiated else nullcontext():
+                values = recorder.values(measured)
         taps.clear()
         if not grad:
             measured = None if measured is None else measured.detach()

@@ -19,6 +19,11 @@ class EnoughSeen(Exception):  # noqa: N818 (a signal, not an error)
     """Raised inside a pass when every location asked for has fired."""
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass runs parts of the model again, as with gradient checkpointing."""
+    return torch._C._current_graph_task_id() >= 0  # pyright: ignore[reportPrivateUsage]
+
+
 @final
 class Recorder:
     """Keeps the values of one pass at the locations asked for.
@@ -67,6 +72,8 @@ class Recorder:
 
         def see(value: Tensor, given: Location | None) -> None:
             if whole in self._seen:
+                if _in_backward():  # run again, to be differentiated
+                    return
                 raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
             if given is not None:
                 self._given[whole] = given
@@ -129,6 +136,12 @@ class Recorder:
         if not metric.requires_grad:
             raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         inputs = [self._seen[whole] for whole in wholes]
+        for whole, value in zip(wholes, inputs, strict=True):
+            if not value.requires_grad:
+                raise MetricError(
+                    f"{whole} was computed without gradients, as in reentrant checkpointing: call "
+                    "gradient_checkpointing_enable({'use_reentrant': False})"
+                )
         total = metric.sum()
         found = cast(
             "tuple[Tensor | None, ...]",

@@ -1,0 +1,223 @@
+"""Models as people run them: offloaded, in half precision, checkpointed, wrapped, side by side."""
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hookgraph.binding import bind
+from hookgraph.errors import BindingError, InputError, MetricError
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.run import Run
+from hookgraph.ontology.transformer import (
+    ATTN_K,
+    ATTN_PATTERN,
+    ATTN_Z,
+    MLP_OUT,
+    MLP_POST,
+    MLP_PRE,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+)
+from hookgraph_tests.families import FAMILIES, bound, build, model_of, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+"""Its new name is not in every version that is supported, and PEFT asks for the old one."""
+
+IDS = tokens(2, 6)
+ASKED = [
+    RESID_POST[1],
+    ATTN_Z[0],
+    MLP_PRE[2],
+    ATTN_PATTERN[1],
+    RESID_POST[1].grad,
+    ATTN_K[1].grad,
+    MLP_POST[0].grad,
+]
+
+
+def metric(logits: Tensor) -> Tensor:
+    return logits[:, -1, 5].float()
+
+
+def edited(graph: HookGraph) -> HookGraph:
+    return (
+        graph.hook(RESID_POST[0], lambda x: 1.5 * x)
+        .hook(ATTN_PATTERN[1], lambda x: 0.5 * x)
+        .hook(ATTN_K[1].at(pos=2), lambda x: x + 1)
+        .hook(MLP_PRE[0].grad, lambda g: 3 * g)
+    )
+
+
+def assert_same(found: Run, expected: Run, tolerance: float = 1e-5):
+    for location, value in expected.items():
+        torch.testing.assert_close(
+            found[location], value, rtol=tolerance, atol=tolerance, msg=lambda m, x=location: f"{x}: {m}"
+        )
+
+
+# --- weights that lie elsewhere ---------------------------------------------------------------
+
+
+def dispatched(folder: Path) -> nn.Module:
+    build("llama").save_pretrained(folder)
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map={**places, **layers}, offload_folder=folder / "offload"
+    )
+
+
+def on_cpu(folder: Path) -> nn.Module:
+    return accelerate.cpu_offload(build("llama"), execution_device=torch.device("cpu"))
+
+
+def on_disk(folder: Path) -> nn.Module:
+    return accelerate.disk_offload(build("llama"), folder, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [dispatched, on_cpu, on_disk])
+def test_a_model_whose_weights_lie_elsewhere_is_the_same(
+    offload: Callable[[Path], nn.Module], tmp_path: Path
+):
+    graph: Any = bind(offload(tmp_path))  # pyright: ignore[reportArgumentType]
+    whole = bind(build("llama"))
+    assert graph.report.ok
+    assert graph.locations == whole.locations
+    assert_same(graph.run(IDS, save=ASKED, metric=metric), whole.run(IDS, save=ASKED, metric=metric))
+    assert_same(
+        edited(graph).run(IDS, save=ASKED, metric=metric), edited(whole).run(IDS, save=ASKED, metric=metric)
+    )
+    steered = [
+        g.hook(RESID_POST[1].at(pos=7), torch.zeros_like)
+        .generate(IDS, max_new_tokens=4, do_sample=False)
+        .tokens
+        for g in (graph, whole)
+    ]
+    assert torch.equal(*steered)
+
+
+# --- half precision ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_half_precision_a_model_has_the_same_locations(family: str):
+    graph = bind(build(family, torch.bfloat16))
+    single = bound(family)
+    assert graph.report.ok
+    assert graph.locations == single.locations
+    run = graph.run(IDS, save=ASKED, metric=metric)
+    assert {value.dtype for value in run.values()} == {torch.bfloat16}
+    for location, value in single.run(IDS, save=ASKED, metric=metric).items():
+        assert (run[location].float() - value).norm() < 0.1 * value.norm(), location
+
+
+# --- gradient checkpointing -------------------------------------------------------------------
+
+
+def training(family: str, *, reentrant: bool | None) -> HookGraph:
+    """A model in training mode, without dropout; checkpointed unless `reentrant` is None."""
+    model = build(family)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return bind(model.train(), check=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "neox", "gemma2"])
+def test_layers_that_are_run_again_are_run_with_their_hooks(family: str):
+    plain, graph = training(family, reentrant=None), training(family, reentrant=False)
+    for change in (lambda g: g, edited):
+        found, expected = (change(g).run(IDS, save=ASKED, metric=metric) for g in (graph, plain))
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "neox", "gemma2"])
+def test_training_under_hooks_gives_the_gradients_of_the_edited_model(family: str, reentrant: bool):
+    gradients = list[Tensor]()
+    for graph in (training(family, reentrant=None), training(family, reentrant=reentrant)):
+        model = model_of(graph)
+        with edited(graph).attached():
+            metric(model(input_ids=IDS, use_cache=False).logits).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_checkpointing_cannot_give_are_refused():
+    with pytest.raises(MetricError, match="was computed without gradients, as in reentrant checkpointing"):
+        training("llama", reentrant=True).run(IDS, save=[RESID_MID[1].grad], metric=metric)
+    with pytest.raises(InputError, match="a backward pass runs the model again"):
+        training("llama", reentrant=False).run(IDS, grad=True)
+
+
+# --- other readers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_that_the_model_returns_show_edits(family: str):
+    for location in (RESID_POST[0], MLP_OUT[0]):
+        graph = bound(family).hook(location, lambda x: 2 * x)
+        with torch.no_grad(), graph.attached():
+            states = model_of(graph)(input_ids=IDS, output_hidden_states=True).hidden_states
+        run = graph.run(IDS, save=[RESID_PRE[1], RESID_POST[1]])
+        for state, value in zip(states[1:3], run.values(), strict=True):
+            assert torch.equal(state, value)
+
+
+def test_a_model_in_another_thread_is_bit_for_bit_itself():
+    graph, other = edited(bind(build("llama"), check=False)), build("llama")
+    expected, ours = other(input_ids=IDS).logits, graph.run(IDS).logits
+    wrong, done = list[str](), threading.Event()
+
+    def run_other() -> None:
+        while not done.is_set():
+            if not torch.equal(other(input_ids=IDS).logits, expected):
+                wrong.append("other")
+
+    thread = threading.Thread(target=run_other)
+    thread.start()
+    with torch.no_grad(), graph.attached():
+        for _ in range(10):
+            if not torch.equal(model_of(graph)(input_ids=IDS, use_cache=False).logits, ours):
+                wrong.append("ours")
+    done.set()
+    thread.join()
+    assert not wrong
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def test_a_model_with_adapters_is_bound_wrapped_or_not():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain = bind(build("llama"))
+    wrapped = peft.get_peft_model(copy.deepcopy(model_of(plain)), config)
+    expected = wrapped(input_ids=IDS).logits
+    for model in (wrapped, wrapped.get_base_model()):
+        graph: Any = bind(model)  # pyright: ignore[reportArgumentType]
+        assert graph.report.ok
+        assert torch.equal(graph.run(IDS).logits, expected)
+        assert {ATTN_Z[1], RESID_MID[1], MLP_POST[2], ATTN_K[0]} <= set(graph.locations)
+        with graph.hook(RESID_POST[1], torch.zeros_like).attached():
+            steered = wrapped(input_ids=IDS).logits
+        assert torch.equal(steered, graph.hook(RESID_POST[1], torch.zeros_like).run(IDS).logits)
+    assert not torch.equal(expected, plain.run(IDS).logits)
+
+
+def test_learnt_prompts_are_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    wrapped: Any = peft.get_peft_model(build("llama"), config)
+    with pytest.raises(BindingError, match="puts learnt prompts before its inputs"):
+        bind(wrapped)
