@@ -116,7 +116,8 @@ def test_in_half_precision_a_model_has_the_same_locations(family: str):
     assert graph.report.ok
     assert graph.locations == single.locations
     run = graph.run(IDS, save=ASKED, metric=metric)
-    assert {value.dtype for value in run.values()} == {torch.bfloat16}
+    # Many models compute their softmax in single precision.
+    assert {v.dtype for k, v in run.items() if k != ATTN_PATTERN[1]} == {torch.bfloat16}
     for location, value in single.run(IDS, save=ASKED, metric=metric).items():
         assert (run[location].float() - value).norm() < 0.1 * value.norm(), location
 
