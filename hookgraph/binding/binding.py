@@ -12,6 +12,7 @@ from hookgraph.binding.cache_use import see_cache
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, one_row, unrunnable
 from hookgraph.binding.family import Family, apply
+from hookgraph.binding.findings import Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.proving import prove
 from hookgraph.binding.tracing import Trace, evaluating
@@ -63,7 +64,7 @@ def bind(
         told = {**entry.report.metadata, **binding.metadata}
         return HookGraph(binding.proven(entry.findings, replace(entry.report, metadata=told)))
     inputs, trace = _traced(model, examples)
-    found = see_cache(model, discover(trace), inputs)
+    found = see_cache(model, _resolved(model, trace), inputs)
     found = found if family is None else apply(family, found, model)
     binding = HuggingFaceBinding(model, found, tokenizer, example=inputs)
     if not check:
@@ -98,6 +99,21 @@ def _known(
         if entry is not None:
             return example, entry
     return None
+
+
+def _resolved(model: PreTrainedModel, trace: Trace) -> Findings:
+    """What is found in a trace.
+
+    Raises:
+        BindingError: no layers were found, or the model is built in a way that was not foreseen.
+    """
+    try:
+        return discover(trace)
+    except (LookupError, AttributeError, TypeError, RuntimeError) as error:
+        raise BindingError(
+            f"the layers of {type(model).__name__} cannot be resolved, which is a fault of hookgraph; please "
+            f"report it with the model's name: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -17,6 +17,9 @@ from hookgraph.binding.interleaved import interleaved_layers
 from hookgraph.binding.norms import Norm, find_norm
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
 
+_MAPS = frozenset({"mm", "addmm", "native_layer_norm", "convolution"})
+"""Operations that make features of features: no scale, mask or view."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -235,7 +238,32 @@ def _cone(value: Value, stream: set[Value], first: int) -> Iterator[Value]:
 
 
 def is_softmax_over_positions(value: Value) -> bool:
-    """Whether an operation is the softmax of an attention, or a fused attention as a whole."""
+    """Whether an operation is the softmax of an attention, or a fused attention as a whole.
+
+    With three axes it is one over a batched matrix product, batch and heads on one axis; a router's is not.
+    """
     if value.op.startswith("_scaled_dot_product"):
         return True
-    return value.op in ("_softmax", "_safe_softmax") and value.tensor.ndim >= 4
+    if value.op not in ("_softmax", "_safe_softmax") or value.tensor.ndim < 3:
+        return False
+    return value.tensor.ndim > 3 or _is_product_per_head(value.inputs[0])
+
+
+def _is_product_per_head(value: Value) -> bool:
+    """Whether a value is a batched matrix product, but for its scale, its mask, and views."""
+    waiting, shape = [value], value.tensor.shape
+    seen: set[Value] = set()
+    while waiting:
+        here = waiting.pop()
+        if here.op in ("bmm", "baddbmm"):
+            return True
+        if here not in seen and here.op not in _MAPS:
+            seen.add(here)
+            waiting += [v for v in here.inputs if not v.is_source and v.tensor.numel() == shape.numel()]
+    return False
+
+
+def reads_past_attention(value: Value, block: Block) -> bool:
+    """Whether a value was computed through an attention of the block after the stream was last read."""
+    stream = {block.entering, *(s.value for s in block.steps)}
+    return any(is_softmax_over_positions(v) for v in _cone(value, stream, block.call.first))

@@ -60,6 +60,10 @@ def bind_attention(
         reason = "the attention function is called more than once in this layer"
         found.absent(reason, *parts, *before, layer=layer)
         return
+    if inside.softmax is not None and inside.softmax.tensor.ndim == 3:
+        reason = "the model's own attention code has batch and heads on one axis"
+        found.absent(reason, *parts, *before, layer=layer)
+        return
     cross = "" if types.q_pre is not None else "x"
     heads: tuple[tuple[LocationType, _Optional, _Optional, Part, Value | None, str], ...] = (
         (types.q, types.q_pre, types.q_in, "query", inside.query, f"{cross}W_Q"),

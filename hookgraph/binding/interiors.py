@@ -1,7 +1,7 @@
 """What an update reads from the stream, the norm before it, and the inside of the MLP."""
 
 from hookgraph.binding.anchors import Anchor, on_call
-from hookgraph.binding.blocks import Block, Update
+from hookgraph.binding.blocks import Block, Update, reads_past_attention
 from hookgraph.binding.findings import Findings, WeightSource
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.projections import Reached, as_output, floating_input, is_projection, last_projection
@@ -98,6 +98,7 @@ def bind_reading(
     size = block.entering.tensor.numel()
     for source in sources:
         given = [] if source is None else [(s, v) for s, v in source.inputs.items() if _fits(v, size)]
+        given = [(s, v) for s, v in given if not reads_past_attention(v, block)]
         if source is not None and given:
             _add_reading(trace, found, location, scale, block, source, *given[0])
             return
