@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -119,7 +120,7 @@ class Contrast:
         """The metric of the clean run."""
         return finite_metric(self.base)
 
-    @property
+    @cached_property
     def deltas(self) -> dict[Location, Float[Tensor, "..."]]:
         """corrupt - clean at each place."""
         return {place: self.corrupt[place] - self.clean[place] for place in self.places}

@@ -1,0 +1,186 @@
+"""Attribution against the same work written plainly: raw hooks, full forward passes, every logit.
+
+W6 to W8 of the specification, on a random model of GPT-2 small's size. Run it with
+`python -m benchmarks.attribution`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GPT2Config
+
+import hookgraph as hg
+from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
+from benchmarks.overhead import Subject, registered, subject_of
+from hookgraph import locations as at
+from hookgraph.algorithms.exact import exact_effects
+from hookgraph.algorithms.quadrature import nodes_and_weights
+
+Hooked = dict[str, Float[Tensor, "..."]]
+
+_CORRECT, _WRONG = 11, 23
+_LAYER = 6
+"""Of the twelve, where the path integral is taken."""
+
+
+def measured(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+    """The metric, plainly."""
+    return logits[:, -1, _CORRECT] - logits[:, -1, _WRONG]
+
+
+METRIC = hg.metrics.logit_diff(_CORRECT, _WRONG)
+
+
+def _logits(subject: Subject, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+    return subject.plain(input_ids=ids, use_cache=False).logits
+
+
+def _keeping(subject: Subject, seen: Hooked) -> list[Any]:
+    """Hooks that keep z and mlp.out of every layer."""
+
+    def given(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        return keep
+
+    def returned(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return keep
+
+    hooks: list[Any] = []
+    for i, block in enumerate(subject.blocks):
+        hooks.append(block.attn.c_proj.register_forward_pre_hook(given(f"z{i}")))
+        hooks.append(block.mlp.register_forward_hook(returned(f"mlp{i}")))
+    return hooks
+
+
+def nodes(subject: Subject) -> Iterator[Comparison]:
+    """W6: attribution patching of every head and MLP."""
+    clean, corrupt = subject.ids, subject.ids.flip(0)
+    places = [*subject.graph.every(at.ATTN_Z), *subject.graph.every(at.MLP_OUT)]
+
+    def plain() -> Sequence[Tensor]:
+        first: Hooked = {}
+        second: Hooked = {}
+        with registered(_keeping(subject, first)):
+            total = measured(_logits(subject, clean)).sum()
+        grads = torch.autograd.grad(total, list(first.values()))
+        with registered(_keeping(subject, second)), torch.no_grad():
+            _logits(subject, corrupt)
+        effects = {n: (second[n] - first[n].detach()) * g for n, g in zip(first, grads, strict=True)}
+        names = [f"z{i}" for i in range(12)] + [f"mlp{i}" for i in range(12)]
+        return [effects[name] for name in names]
+
+    def ours() -> Sequence[Tensor]:
+        found = hg.patching_effect(subject.graph, clean, corrupt, METRIC, places)
+        return [found.effects[place].flatten(2) for place in places]
+
+    yield Comparison("W6 attribution patching, every z and mlp.out", plain, ours, limit=0.85, exact=False)
+
+
+def integral(subject: Subject, steps: int, limit: float) -> Iterator[Comparison]:
+    """W7: integrated gradients at the heads of one layer."""
+    clean, corrupt, place = subject.ids[:1], subject.ids[1:2], at.ATTN_Z[_LAYER]
+    projection = subject.blocks[_LAYER].attn.c_proj
+    points, weights = nodes_and_weights("gauss-legendre", steps)
+
+    def read(ids: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        hook = projection.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        with registered([hook]), torch.no_grad():
+            _logits(subject, ids)
+        return seen[0]
+
+    def plain() -> Sequence[Tensor]:
+        first, second = read(clean), read(corrupt)
+        alpha = points.float().view(-1, 1, 1)
+        moved = ((1 - alpha) * first + alpha * second).requires_grad_()
+        with registered([projection.register_forward_pre_hook(lambda m, args: (moved,))]):
+            total = measured(_logits(subject, clean.expand(steps, -1))).sum()
+        (grads,) = torch.autograd.grad(total, [moved])
+        return [(weights.float().view(-1, 1, 1) * grads).sum(0) * (second - first)[0]]
+
+    def ours() -> Sequence[Tensor]:
+        found = hg.patching_effect(subject.graph, clean, corrupt, METRIC, [place], "ig", steps=steps)
+        return [found.effects[place][0].flatten(1)]
+
+    yield Comparison(f"W7 ig at one layer's heads, {steps} steps", plain, ours, limit=limit, exact=False)
+
+
+def exact(subject: Subject) -> Iterator[Comparison]:
+    """W8: exact patching of every head at the last position."""
+    clean, corrupt = subject.ids[:1], subject.ids[1:2]
+    heads = subject.plain.config.n_head
+    places = [at.ATTN_Z[i].at(head=h, pos=-1) for i in range(len(subject.blocks)) for h in range(heads)]
+
+    def plain() -> Sequence[Tensor]:
+        seen: Hooked = {}
+        with torch.no_grad():
+            with registered(_keeping(subject, seen)):
+                _logits(subject, corrupt)
+            base = measured(_logits(subject, clean))
+            found: list[Tensor] = []
+            for i, block in enumerate(subject.blocks):
+                for h in range(heads):
+                    with registered([block.attn.c_proj.register_forward_pre_hook(_one(seen[f"z{i}"], h, heads))]):
+                        found.append(measured(_logits(subject, clean)) - base)
+        return [torch.stack(found)]
+
+    def ours() -> Sequence[Tensor]:
+        return [exact_effects(subject.graph, clean, corrupt, METRIC, places)]
+
+    yield Comparison("W8 exact, every head at the last position", plain, ours, limit=0.025, exact=False, effort=0.4)
+
+
+def _one(corrupt: Tensor, head: int, heads: int) -> Callable[..., tuple[Tensor]]:
+    """A hook that sets one head at the last position."""
+    width = corrupt.shape[-1] // heads
+    part = slice(head * width, (head + 1) * width)
+
+    def patch(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        z = args[0].clone()
+        z[:, -1, part] = corrupt[:, -1, part]
+        return (z,)
+
+    return patch
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    only: Annotated[str, typer.Option(help="Only comparisons whose name contains this.")] = "",
+) -> None:
+    """Compare attribution with plain code and print a table."""
+    settle(threads)
+    print(", ".join(f"{k} {v}" for k, v in conditions().items()))
+    plans = (
+        (subject_of("small 2x64", GPT2Config(), batch=2, length=64), (nodes,)),
+        (
+            subject_of("small 1x17", GPT2Config(), batch=2, length=17),
+            (lambda s: integral(s, 10, 0.55), lambda s: integral(s, 50, 0.45)),
+        ),
+        (subject_of("small 1x15", GPT2Config(), batch=2, length=15), (exact,)),
+    )
+    found: list[Measurement] = []
+    for subject, groups in plans:
+        for comparison in (c for group in groups for c in group(subject) if only in c.name):
+            found.append(measure(subject.name, comparison, rounds))
+            print(f"  {subject.name}: {comparison.name}: {found[-1].ratio:.3f}", flush=True)
+    show(found)
+    if json is not None:
+        write(json, found)
+    if not all(m.holds for m in found):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
