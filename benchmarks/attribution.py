@@ -130,14 +130,18 @@ def exact(subject: Subject) -> Iterator[Comparison]:
             found: list[Tensor] = []
             for i, block in enumerate(subject.blocks):
                 for h in range(heads):
-                    with registered([block.attn.c_proj.register_forward_pre_hook(_one(seen[f"z{i}"], h, heads))]):
+                    with registered(
+                        [block.attn.c_proj.register_forward_pre_hook(_one(seen[f"z{i}"], h, heads))]
+                    ):
                         found.append(measured(_logits(subject, clean)) - base)
         return [torch.stack(found)]
 
     def ours() -> Sequence[Tensor]:
         return [exact_effects(subject.graph, clean, corrupt, METRIC, places)]
 
-    yield Comparison("W8 exact, every head at the last position", plain, ours, limit=0.025, exact=False, effort=0.4)
+    yield Comparison(
+        "W8 exact, every head at the last position", plain, ours, limit=0.025, exact=False, effort=0.4
+    )
 
 
 def _one(corrupt: Tensor, head: int, heads: int) -> Callable[..., tuple[Tensor]]:

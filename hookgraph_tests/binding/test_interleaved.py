@@ -19,9 +19,11 @@ def proven(table: str, architecture: str) -> HookGraph:
 @pytest.mark.parametrize(("table", "architecture"), [("causal", "xlm"), ("masked", "flaubert")])
 def test_every_layer_has_its_stream_and_its_updates(table: str, architecture: str):
     graph = proven(table, architecture)
+    layers = binding_of(graph).layers("decoder")
+    assert layers > 1
     assert graph.report.ok
     for kind in (RESID_PRE, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST):
-        assert [x.layer for x in graph.every(kind)] == [0, 1, 2]
+        assert [x.layer for x in graph.every(kind)] == list(range(layers))
 
 
 def test_an_edit_of_what_a_layer_reads_reaches_its_updates_and_the_stream_beside_them():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.cache import Entry
-from hookgraph.binding.findings import Findings, Layer, StreamStep, WeightSource
+from hookgraph.binding.findings import ExpertLayer, Findings, Layer, StreamStep, WeightSource
 from hookgraph.binding.records import decode, encode
 from hookgraph.binding.views import View
 from hookgraph.errors import LoadError
@@ -51,10 +51,13 @@ def test_every_value_comes_back_as_it_was(kind: Any):
     st.dictionaries(
         st.tuples(st.text(), st.text(), st.none() | st.integers()), st.from_type(WeightSource), max_size=3
     ),
+    st.dictionaries(st.tuples(st.text(), st.integers()), st.from_type(ExpertLayer), max_size=2),
     st.integers(),
 )
-def test_findings_come_back_as_they_were(anchors: Any, reasons: Any, layers: Any, weights: Any, batch: int):
-    assert survives(Findings(anchors, reasons, layers, weights, batch), Findings)
+def test_findings_come_back_as_they_were(
+    anchors: Any, reasons: Any, layers: Any, weights: Any, experts: Any, batch: int
+):
+    assert survives(Findings(anchors, reasons, layers, weights, experts, batch), Findings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
