@@ -10,7 +10,7 @@ HookGraphError
 ├── AlreadyAttachedError     the model is attached already
 ├── SubgraphError            a subgraph that cannot be injected: name taken, site unknown, overlap
 ├── BindingError             an invariant failed at bind: which, where, by how much
-└── LoadError                a file that is not what it should be: what was expected, what was found
+└── LoadError                a file that cannot be written, or is not what it should be: what was found
 ```
 """
 
@@ -59,7 +59,7 @@ class BindingError(HookGraphError):
 
 
 class LoadError(HookGraphError):
-    """A file that is not what it should be: what was expected and what was found."""
+    """A file that cannot be written, or is not what it should be: what was expected and what was found."""
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:

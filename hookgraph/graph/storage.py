@@ -18,9 +18,21 @@ Tensors = Mapping[str, Shaped[Tensor, "..."]]
 
 
 def write(path: str | Path, kind: str, tensors: Tensors, header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header. `kind` names what it is, and is checked on reading."""
+    """Write tensors and a JSON header. `kind` names what it is, and is checked on reading.
+
+    Raises:
+        LoadError: the folder does not exist, or the file cannot be written, with the reason.
+    """
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise LoadError(
+            f"cannot save a {kind} to {str(path)!r}: there is no folder {str(folder)!r}, make it first"
+        )
     content = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(content, str(path), metadata={"kind": kind, "header": json.dumps(header)})
+    try:
+        save_file(content, str(path), metadata={"kind": kind, "header": json.dumps(header)})
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"cannot save a {kind} to {str(path)!r}: {error}") from error
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Shaped[Tensor, "..."]], dict[str, Any]]:

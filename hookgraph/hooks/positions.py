@@ -16,7 +16,8 @@ from hookgraph.hooks.editing import Hook, apply_hook
 from hookgraph.hooks.gradients import hook_gradient
 from hookgraph.hooks.slicing import read
 from hookgraph.ontology.dimensions import Dimension
-from hookgraph.ontology.locations import MAIN_STACK, Index, Location
+from hookgraph.ontology.indices import Index
+from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
 
 _ALONG = (Dimension.POS, Dimension.KEY_POS)

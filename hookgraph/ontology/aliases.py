@@ -70,13 +70,13 @@ def from_transformer_lens(name: str) -> Location:
     Raises:
         LocationError: no location has that name; near names are given.
     """
-    layer = re.search(r"(?<=blocks\.)\d+", name)
-    found = _TRANSFORMER_LENS.get(re.sub(r"(?<=blocks\.)\d+", "{}", name))
+    layer = re.search(r"(?<=blocks\.)[0-9]+", name)
+    number = int(layer.group()) if layer else 0
+    found = _TRANSFORMER_LENS.get(re.sub(r"(?<=blocks\.)[0-9]+", "{}", name))
     if found is None:
-        raise LocationError(
-            f"no location is the TransformerLens hook {name!r}: {nearest(name, _TRANSFORMER_LENS)}"
-        )
-    return found if isinstance(found, Location) else found[int(layer.group()) if layer else 0]
+        known = [pattern.format(number) for pattern in _TRANSFORMER_LENS]
+        raise LocationError(f"no location is the TransformerLens hook {name!r}: {nearest(name, known)}")
+    return found if isinstance(found, Location) else found[number]
 
 
 def to_transformer_lens(location: Location) -> str:

@@ -3,7 +3,7 @@
 from typing import Final
 
 from hookgraph.ontology.dimensions import Dimension
-from hookgraph.ontology.locations import LocationType
+from hookgraph.ontology.locations import LocationType, reserve_declared
 
 _LATENTS = (Dimension.BATCH, Dimension.POS, Dimension.LATENT)
 _STREAM = (Dimension.BATCH, Dimension.POS, Dimension.D_MODEL)
@@ -16,3 +16,4 @@ RECONSTRUCTION: Final = LocationType("reconstruction", _STREAM, 30, layered=Fals
 """x̂ = dec(f)."""
 ERROR: Final = LocationType("error", _STREAM, 30, layered=False, joint=(Dimension.D_MODEL,))
 """e = x - x̂, computed from the unedited latents: one node per position."""
+reserve_declared()

@@ -5,14 +5,12 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, SupportsIndex, TypeAlias, cast, final, overload
+from typing import Final, SupportsIndex, cast, final, overload
 
 from hookgraph.errors import LocationError, nearest
 from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.indices import Index, parse_index, print_index, print_slice
 from hookgraph.ontology.passes import PassType
-
-Index: TypeAlias = int | slice | tuple[int, ...]
-"""An index along one dimension: an int removes the axis, a slice or a tuple of ints keeps it."""
 
 STACKS: Final[tuple[str, ...]] = ("vision", "encoder", "decoder")
 """The stacks of layers of a model, in the order in which they run."""
@@ -22,9 +20,10 @@ MAIN_STACK: Final = "decoder"
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)*")
 _LOCATION = re.compile(
-    r"(?P<name>[A-Za-z_][\w.]*?)(\[(?P<layer>-?\d+)\])?(?P<grad>\.grad)?(@(?P<index>[^/]*))?"
+    r"(?P<name>[A-Za-z_][\w.]*?)(\[(?P<layer>-?\d+)\])?(?P<grad>\.grad)?(@(?P<index>[^/]*))?", re.ASCII
 )
 _declared: dict[str, "LocationType"] = {}
+_reserved: dict[str, "LocationType"] = {}
 
 
 @final
@@ -32,7 +31,8 @@ _declared: dict[str, "LocationType"] = {}
 class LocationType:
     """A kind of activation: `RESID_POST`, `ATTN_Z`, or one of your own.
 
-    Declaring a type makes its name parseable; declaring it again replaces the former one.
+    Declaring a type makes its name parseable; declaring it again replaces the former one, unless that is
+    one of the standard vocabulary.
 
     Args:
         name: dotted lower-case name, such as `attn.z`.
@@ -46,7 +46,8 @@ class LocationType:
             vector per position.
 
     Raises:
-        LocationError: a malformed name, an unknown stack, repeated dimensions, or a joint one it lacks.
+        LocationError: a malformed name, or one of the standard vocabulary for something else, an unknown
+            stack, repeated dimensions, or a joint one it lacks.
     """
 
     name: str
@@ -68,6 +69,13 @@ class LocationType:
             raise LocationError(f"{self.name} repeats a dimension: {' '.join(self.dims)}")
         if not set(self.joint) <= set(self.dims):
             raise LocationError(f"{self.name} has no {' '.join(self.joint)} to be joint along")
+        standard = _reserved.get(self.qualified_name, self)
+        if standard != self:
+            raise LocationError(
+                f"{self.qualified_name} is a location type of the standard vocabulary, with the axes "
+                f"{' '.join(standard.dims)} at stage {standard.stage}: give yours another name, such as "
+                f"'my.{self.name}'"
+            )
         _declared[self.qualified_name] = self
 
     def __hash__(self) -> int:
@@ -89,7 +97,7 @@ class LocationType:
         if isinstance(layer, slice):
             if layer.stop is None or layer.stop < 0 or (layer.start or 0) < 0:
                 raise LocationError(
-                    f"{self.qualified_name}[{_print_slice(layer)}] needs the number of layers: "
+                    f"{self.qualified_name}[{print_slice(layer)}] needs the number of layers: "
                     "give a stop that is not negative, or use graph.every(...), which knows the model"
                 )
             return tuple(Location(self, i) for i in range(layer.stop)[layer])
@@ -242,7 +250,7 @@ class Location:
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"[{self.layer}]"
         grad = ".grad" if self.pass_type is PassType.BACKWARD else ""
-        index = ";".join(f"{d.value}={_print_index(i)}" for d, i in self.index)
+        index = ";".join(f"{d.value}={print_index(i)}" for d, i in self.index)
         inner = f"{self.type.qualified_name}{layer}{grad}{'@' if index else ''}{index}"
         return inner if self.site is None else f"{self.site}/{self.subgraph}/{inner}"
 
@@ -269,6 +277,11 @@ class Location:
 def declared() -> tuple[LocationType, ...]:
     """Every location type declared so far."""
     return tuple(_declared.values())
+
+
+def reserve_declared() -> None:
+    """From now on no type may take the name of another one that is declared already."""
+    _reserved.update(_declared)
 
 
 def _check(location: Location) -> None:
@@ -315,7 +328,7 @@ def _check_steps(steps: Index) -> None:
     numbers = (bounds,) if isinstance(bounds, int) else bounds
     if any(n is not None and n < 0 for n in numbers):
         raise LocationError(
-            f"step={_print_index(steps)}: steps count from the prefill, 0; which will be the last is unknown"
+            f"step={print_index(steps)}: steps count from the prefill, 0; which will be the last is unknown"
         )
 
 
@@ -326,31 +339,10 @@ def _integer(number: SupportsIndex) -> int:
     return operator.index(number)
 
 
-def _print_slice(part: slice) -> str:
-    text = ":".join("" if p is None else str(p) for p in (part.start, part.stop))
-    return text if part.step is None else f"{text}:{part.step}"
-
-
-def _print_index(index: Index) -> str:
-    if isinstance(index, int):
-        return str(index)
-    if isinstance(index, slice):
-        return _print_slice(index)
-    return f"{index[0]}," if len(index) == 1 else ",".join(map(str, index))
-
-
-def _parse_index(text: str, whole: str) -> int | slice | list[int]:
-    try:
-        if ":" in text:
-            parts = [int(p) if p else None for p in text.split(":")]
-            if len(parts) > 3:
-                raise ValueError(text)
-            return slice(*parts)
-        if "," in text:
-            return [int(p) for p in text.removesuffix(",").split(",")]
-        return int(text)
-    except ValueError:
-        raise LocationError(f"cannot parse {whole!r}: {text!r} is no index; write 3, 2:5 or 6,9") from None
+def _near_names(name: str) -> str:
+    """A clause naming the types near to a name; the name of a constant, `ATTN_Z`, means its type."""
+    meant = [known for known in _declared if known.replace(".", "_") == name.lower().replace(".", "_")]
+    return f"did you mean {' or '.join(meant)}?" if meant else nearest(name, _declared)
 
 
 def _parse_part(part: str, whole: str) -> Location:
@@ -359,17 +351,19 @@ def _parse_part(part: str, whole: str) -> Location:
         raise LocationError(f"cannot parse {whole!r}: a location reads like attn.z[9]@head=6,9;pos=-1")
     kind = _declared.get(match["name"])
     if kind is None:
-        raise LocationError(
-            f"no location type is called {match['name']!r}: {nearest(match['name'], _declared)}"
-        )
+        raise LocationError(f"no location type is called {match['name']!r}: {_near_names(match['name'])}")
     location = Location(kind, int(match["layer"]) if match["layer"] is not None else None)
     if match["grad"]:
         location = location.grad
+    indexed: set[str] = set()
     for pair in (match["index"] or "").split(";"):
         if not pair:
             if match["index"] is not None:
                 raise LocationError(f"cannot parse {whole!r}: after @ comes dimension=index")
             continue
         name, _, value = pair.partition("=")
-        location = location.at(**{name: _parse_index(value, whole)})
+        if name in indexed:
+            raise LocationError(f"cannot parse {whole!r}: {name} is indexed twice")
+        indexed.add(name)
+        location = location.at(**{name: parse_index(value, whole)})
     return location

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, final
 
 from hookgraph.ontology.dimensions import Dimension
-from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
+from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType, reserve_declared
 
 _BATCH, _POS, _KEY_POS = Dimension.BATCH, Dimension.POS, Dimension.KEY_POS
 _HEAD, _KV_HEAD, _D_HEAD = Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_HEAD
@@ -226,6 +226,7 @@ class TransformerStack:
 DECODER: Final = TransformerStack(MAIN_STACK)
 ENCODER: Final = TransformerStack("encoder")
 VISION: Final = TransformerStack("vision")
+reserve_declared()
 
 EMBED: Final = DECODER.EMBED
 RESID_PRE: Final = DECODER.RESID_PRE

@@ -124,6 +124,12 @@ def test_an_unknown_transformer_lens_name_is_an_error(name: str, message: str):
         from_transformer_lens(name)
 
 
+def test_the_names_that_are_suggested_are_names_of_the_layer_that_was_meant():
+    with pytest.raises(LocationError, match=r"did you mean .*blocks\.3\.attn\.hook_z") as caught:
+        from_transformer_lens("blocks.3.attn.hook_zz")
+    assert "{}" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [

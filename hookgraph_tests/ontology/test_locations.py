@@ -235,6 +235,13 @@ WRONG_TEXTS = (
     ("mlp.out[8]@pos=1/sae/latents", "a subgraph stands at a whole activation"),
     ("mlp.out[8].grad/sae/latents", "a subgraph stands at a whole activation"),
     ("mlp.out[8]/s e/latents", "'s e' cannot name a subgraph"),
+    ("attn.z[1]@head=1;head=2", "head is indexed twice"),
+    ("attn.z[1]@head=1_0", "'1_0' is no index"),
+    ("attn.z[1]@head=1,+2", r"'1,\+2' is no index"),
+    ("attn.z[1]@head=\u0663", "is no index; write 3, 2:5 or 6,9"),
+    ("attn.z[\u0663]", "a location reads like attn.z"),
+    ("ATTN_Z[3]", r"no location type is called 'ATTN_Z': did you mean attn\.z\?"),
+    ("ENCODER.ATTN_Z[3]", r"did you mean encoder\.attn\.z\?"),
 )
 
 
@@ -286,6 +293,28 @@ def test_a_malformed_type_is_not_declared():
     with pytest.raises(LocationError):
         LocationType("not.declared", STREAM, 1, stack="nowhere")
     assert "not.declared" not in map(str, declared())
+
+
+HIJACKED: dict[str, Callable[[], Any]] = {
+    "axes": lambda: LocationType("attn.z", STREAM, 70),
+    "stage": lambda: LocationType("resid.post", RESID_POST.dims, 7),
+    "layers": lambda: LocationType("latents", LATENTS.dims, 20),
+}
+
+
+@pytest.mark.parametrize("declare", HIJACKED.values(), ids=HIJACKED)
+def test_a_name_of_the_vocabulary_is_not_taken_by_another_type(declare: Callable[[], Any]):
+    before = declared()
+    with pytest.raises(LocationError, match="is a location type of the standard vocabulary, with the axes"):
+        declare()
+    assert declared() == before
+
+
+def test_the_same_declaration_and_one_of_the_users_own_may_be_repeated():
+    assert LocationType("attn.z", ATTN_Z.dims, ATTN_Z.stage) == ATTN_Z
+    LocationType("mine.once", STREAM, 1)
+    again = LocationType("mine.once", STREAM, 2)
+    assert Location.parse("mine.once[0]").type == again
 
 
 def test_stacks_of_the_vocabulary_are_the_known_ones():
