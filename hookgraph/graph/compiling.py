@@ -1,11 +1,11 @@
 """From what a graph registers to one tap per location."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
-from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.editing import Hook, hook_apart
 from hookgraph.hooks.positions import Place, Placed, PlacedGradient, is_placed
 from hookgraph.hooks.taps import Observer, Splice, Tap, Taps
 from hookgraph.ontology.locations import Location
@@ -20,6 +20,7 @@ def compile_taps(
     observers: Mapping[Location, Observer] | None = None,
     differentiated: Iterable[Location] = (),
     place: Place | None = None,
+    held: Callable[[Tensor], bool] | None = None,
 ) -> dict[Location, Tap]:
     """One tap for every whole location at which anything happens, those inside subgraphs included.
 
@@ -28,6 +29,9 @@ def compile_taps(
 
     With `place`, parts are those of the sequence, wherever in it the pass lies; without, the pass holds it
     from position 0 on.
+
+    A hook that is given a tensor in whose memory lies what was saved, as `held` tells, is given a copy, so
+    that a change in place does not reach it.
     """
     observers = observers or {}
     needs_gradient = frozenset(differentiated)
@@ -36,6 +40,8 @@ def compile_taps(
     placed: list[Registration] = []
     for location, hook in registrations:
         whole, backward = location.whole, location.pass_type is PassType.BACKWARD
+        if held is not None and observers and not backward:
+            hook = hook_apart(hook, held)
         if place is None or not is_placed(location):
             (gradient_hooks if backward else hooks).setdefault(whole, []).append((location, hook))
         elif not backward:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError, UnknownLocationError, nearest
 from hookgraph.graph import storage
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import shares_memory
 from hookgraph.hooks.positions import Place, Span, read_at
 from hookgraph.hooks.taps import Observer
 from hookgraph.ontology.dimensions import Dimension
@@ -148,6 +149,10 @@ class StepRecorder:
     def observers(self) -> Mapping[Location, Observer]:
         """What is to see the value at each whole location."""
         return {whole: self._observer(whole, parts) for whole, parts in self._wholes.items()}
+
+    def holds(self, value: Shaped[Tensor, "..."]) -> bool:
+        """Whether something that the present pass saved lies in the memory of a tensor."""
+        return shares_memory(value, self._step().saved.values())
 
     def _observer(self, whole: Location, parts: list[Location]) -> Observer:
         def see(value: Tensor, given: Location | None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import torch
@@ -263,7 +264,9 @@ class HookGraph:
         """
         place = Place()
         recorder = StepRecorder([self.check(x) for x in _asked(save)], place)
-        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), place=place)
+        taps = compile_taps(
+            self.registrations, self.subgraphs, recorder.observers(), place=place, held=recorder.holds
+        )
         with torch.no_grad(), self.binding.attached(taps), self.binding.following(place):
             tokens = self.binding.generate(self.binding.prepare(inputs), options)
         taps.clear()
@@ -307,7 +310,9 @@ class HookGraph:
         place = self._place(inputs, save)
         recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad), place=place)
         needs_graph = bool(grad) or bool(recorder.differentiated)
-        taps = compile_taps(self.registrations, self.subgraphs, recorder.observers(), recorder.tracked, place)
+        taps = compile_taps(
+            self.registrations, self.subgraphs, recorder.observers(), recorder.tracked, place, recorder.holds
+        )
         reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
         reads = None if whole or LOGITS in taps else positions_read(metric)
@@ -332,7 +337,8 @@ class HookGraph:
 
         known = None if taken else logits
         about, found = self.binding.metadata, complete if known is None else known
-        return Run(values, measured, inputs, about, found, self.registrations)
+        where = partial(self.binding.place, inputs)
+        return Run(values, measured, inputs, about, found, self.registrations, where)
 
 
 def _chooses_steps(location: Location) -> bool:

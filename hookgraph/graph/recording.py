@@ -8,6 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hookgraph.errors import HookGraphError, LocationError, MetricError
+from hookgraph.hooks.editing import shares_memory
 from hookgraph.hooks.positions import Place, read_at
 from hookgraph.hooks.slicing import read, relative
 from hookgraph.hooks.taps import Observer
@@ -59,6 +60,10 @@ class Recorder:
     def observers(self) -> Mapping[Location, Observer]:
         """What is to see the value at each whole location."""
         return {w: Observer(self._see(w, parts), tuple(parts)) for w, parts in self._wholes.items()}
+
+    def holds(self, value: Shaped[Tensor, "..."]) -> bool:
+        """Whether something that was saved lies in the memory of a tensor."""
+        return shares_memory(value, self._seen.values())
 
     def _see(self, whole: Location, parts: list[Location]) -> Callable[[Tensor, Location | None], None]:
         # A part is copied so that the whole tensor need not be kept alive for it.

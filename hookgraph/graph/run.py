@@ -1,7 +1,7 @@
 """`Run`: what one pass returned."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, UnknownLocationError, nearest
+from hookgraph.errors import HookGraphError, LocationError, UnknownLocationError, nearest
 from hookgraph.graph import storage
 from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.positions import Place, is_placed, read_at
+from hookgraph.hooks.slicing import read
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import LOGITS
 
@@ -35,6 +37,8 @@ class Run(Mapping[Location, Tensor]):
     _logits: "Float[Tensor, 'batch ...'] | Callable[[], Tensor] | None" = None
     _hooks: tuple[tuple[Location, Hook], ...] = ()
     """What the pass was hooked with."""
+    _place: "Callable[[], Place | None] | None" = None
+    """Tells where the pass lay in its sequences; None where that is not known."""
 
     def is_hooked_by(self, registration: tuple[Location, Hook]) -> bool:
         """Whether the pass was hooked with this very hook, so that what it saved shows its effect."""
@@ -58,18 +62,37 @@ class Run(Mapping[Location, Tensor]):
         return found
 
     def __getitem__(self, location: Location) -> Shaped[Tensor, "..."]:
-        """The saved value at a location.
+        """The saved value at a location; of one that was saved whole, any part of it as well.
 
         Raises:
             UnknownLocationError: it was not saved; near names are given.
+            LocationError: what was saved whole has no such part, or it is not known where its positions are.
         """
         found = self.saved.get(location)
+        if found is None and location.index:
+            found = self._part(location)
         if found is None:
             near = nearest(str(location), map(str, self.saved))
             raise UnknownLocationError(f"{location} was not saved in this run: {near}")
         return found
 
+    def _part(self, location: Location) -> Shaped[Tensor, "..."] | None:
+        """The part of what was saved whole; None if it was not."""
+        whole = self.saved.get(replace(location, index=()))
+        if whole is None or not is_placed(location):
+            return None if whole is None else read(location, whole)
+        if self._place is None:
+            raise LocationError(
+                f"{location}: this run, as one that was loaded, does not know which positions are padding: "
+                f"index run[{replace(location, index=())}] itself, or save the part"
+            )
+        part = read_at(location, whole, self._place() or Place(alone=True))
+        if part is None:
+            raise LocationError(f"{location}: a run is one pass, step 0, and holds nothing of this")
+        return part
+
     def __contains__(self, location: object) -> bool:
+        """Whether this very location was saved."""
         return location in self.saved
 
     def __iter__(self) -> Iterator[Location]:
@@ -100,7 +123,7 @@ class Run(Mapping[Location, Tensor]):
             complete = logits
             logits = lambda: change(complete())  # noqa: E731 (stays lazy)
         saved = {k: change(v) for k, v in self.saved.items()}
-        return Run(saved, metric, self.inputs, self.metadata, logits, self._hooks)
+        return Run(saved, metric, self.inputs, self.metadata, logits, self._hooks, self._place)
 
     def save(self, path: str | Path) -> None:
         """Write the saved values, the metric and the computed logits to a safetensors file."""

@@ -1,6 +1,7 @@
 """Call a user's hook on the part of an activation that it was registered for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -43,6 +44,27 @@ def apply_hook(
             "an edit keeps shape, dtype and device"
         )
     return write(here, value, new)
+
+
+def hook_apart(hook: Hook, held: Callable[[Tensor], bool]) -> Hook:
+    """`hook`, given a copy of a tensor of which `held` says that its memory is not to change."""
+
+    def apart(value: Tensor) -> Any:  # what a user's hook returns is checked where it is written back
+        if not held(value):
+            return hook(value)
+        copy = value.clone()
+        version = _version(copy)
+        new = hook(copy)
+        unchanged = version is not None and _version(copy) == version
+        return (None if unchanged else copy) if new is None or new is copy else new
+
+    return apart
+
+
+def shares_memory(value: Shaped[Tensor, "..."], others: Iterable[Tensor]) -> bool:
+    """Whether a tensor lies in the memory of one of the others."""
+    memory = value.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == memory for other in others)
 
 
 def _version(value: Tensor) -> int | None:

@@ -32,6 +32,7 @@ def hook_gradient(
         return
 
     def on_gradient(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()  # autograd hands the same tensor to other branches of the backward pass
         for location, hook in hooks:
             gradient = apply_hook(location, hook, gradient, given)
         return gradient

@@ -190,3 +190,12 @@ def test_what_cannot_be_asked_of_a_model_says_why_and_does_no_harm(
 ):
     with pytest.raises(kind, match=message):
         ask(unharmed)
+
+
+def test_a_part_of_what_was_saved_whole_counts_the_tokens_of_each_row():
+    graph, mask = bound("gpt2"), torch.ones_like(IDS)
+    mask[0, :2] = 0
+    inputs = {"input_ids": IDS, "attention_mask": mask}
+    whole, part = RESID_POST[1], RESID_POST[1].at(pos=[0, 3])
+    expected = graph.run(inputs, save=[part])[part]
+    assert torch.equal(graph.run(inputs, save=[whole])[part], expected)

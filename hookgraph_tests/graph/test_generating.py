@@ -24,6 +24,7 @@ from hookgraph.ontology.transformer import (
     LOGITS,
     MLP_PRE,
     RESID_POST,
+    RESID_PRE,
 )
 from hookgraph_tests.families import FAMILIES, bound, model_of, tokens
 from hookgraph_tests.toy import toy_graph, toy_tokens
@@ -32,6 +33,12 @@ IDS = tokens(2, 5)
 NEW = 4
 JOINED = (RESID_POST[1], MLP_PRE[2].at(d_mlp=[3, 5]), ATTN_K[1], ATTN_V[1].at(pos=slice(2, None)))
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+
+
+def test_an_edit_in_place_leaves_what_was_saved_before_it_alone():
+    graph = bound("gpt2").hook(RESID_PRE[1].at(pos=slice(2, None)), lambda x: x.mul_(0))
+    saved = graph.generate(IDS, save=[RESID_POST[0]], **OPTIONS)[RESID_POST[0]]
+    assert bool((saved != 0).all())
 
 
 def generated(family: str, save: list[Location], **options: Any) -> Generation:

@@ -5,7 +5,7 @@ from torch import Tensor
 from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import LOGITS, RESID_POST, RESID_PRE
+from hookgraph.ontology.transformer import LOGITS, MLP_OUT, RESID_POST, RESID_PRE
 from hookgraph_tests.toy import toy_graph, toy_of, toy_tokens
 
 FIRST, SECOND = RESID_POST[0], RESID_POST[1]
@@ -98,6 +98,28 @@ def test_a_pass_that_stops_early_saves_what_a_whole_pass_saves():
     asked = [RESID_PRE[0], RESID_POST[1]]
     stopped, whole = graph.run(IDS, save=asked), graph.run(IDS, save=[*asked, LOGITS])
     assert all(torch.equal(stopped[place], whole[place]) for place in asked)
+
+
+@pytest.mark.parametrize("at", [RESID_PRE[1], RESID_PRE[1].at(pos=1), RESID_PRE[1].at(pos=[0, 2])], ids=str)
+@pytest.mark.parametrize("grad", [None, True], ids=["", "keeping the graph"])
+def test_a_hook_that_changes_in_place_does_what_one_that_returns_does(at: Location, grad: bool | None):
+    asked = [RESID_POST[0], RESID_PRE[1], RESID_POST[1], LOGITS]
+    graph = toy_graph()
+    for in_place, returning in ((lambda x: x.add_(1), lambda x: x + 1), (lambda x: None, lambda x: x)):
+        run = graph.hook(at, in_place).run(IDS, save=asked, grad=grad)
+        expected = graph.hook(at, returning).run(IDS, save=asked, grad=grad)
+        assert all(torch.equal(run[place], expected[place]) for place in asked)
+        assert torch.equal(run[RESID_POST[0]], graph.run(IDS, save=[RESID_POST[0]])[RESID_POST[0]])
+
+
+def test_a_hook_is_given_the_very_tensor_where_nothing_saved_lies_in_it():
+    given: list[int] = []
+    graph = toy_graph().hook(RESID_PRE[1], lambda x: given.append(x.data_ptr()))
+    graph = graph.hook(RESID_PRE[1], lambda x: given.append(x.data_ptr()))
+    graph.run(IDS, save=[MLP_OUT[0], RESID_PRE[1]])
+    assert given[0] == given[1]
+    graph.run(IDS, save=[RESID_POST[0], LOGITS])
+    assert given[2] != given[3]
 
 
 def test_with_nothing_to_save_the_pass_is_whole():

@@ -1,12 +1,13 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, LoadError, UnknownLocationError
+from hookgraph.errors import HookGraphError, LoadError, LocationError, UnknownLocationError
 from hookgraph.graph.run import Run
 from hookgraph.ontology.transformer import ATTN_OUT, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
 from hookgraph_tests.toy import Coordinates, orthonormal, toy_graph, toy_of, toy_tokens
@@ -44,10 +45,63 @@ def test_what_is_asked_for_twice_is_saved_once():
     assert list(run) == [RESID_POST[1], RESID_POST[0]]
 
 
-@pytest.mark.parametrize("location", [RESID_POST[1], RESID_POST[2].grad, RESID_POST[2].at(pos=0)], ids=str)
+@pytest.mark.parametrize("location", [RESID_POST[1], RESID_POST[2].grad, RESID_POST[1].at(pos=0)], ids=str)
 def test_what_was_not_saved_is_an_error_that_names_what_was(location: object):
     with pytest.raises(UnknownLocationError, match=r"was not saved in this run: did you mean resid"):
         example()[location]  # pyright: ignore[reportArgumentType]
+
+
+PARTS: list[dict[str, Any]] = [{"pos": -1}, {"batch": 1, "d_model": slice(2)}, {"pos": [0, 2]}, {"step": 0}]
+
+
+@pytest.mark.parametrize("index", PARTS, ids=str)
+def test_a_part_of_what_was_saved_whole_is_what_would_have_been_saved(index: dict[str, Any]):
+    whole, part = RESID_POST[1], RESID_POST[1].at(**index)
+    graph = toy_graph()
+    run = graph.run(IDS, save=[whole, whole.grad], metric=metric)
+    expected = graph.run(IDS, save=[part, part.grad], metric=metric)
+    for one in (run, run.detach()):
+        assert torch.equal(one[part], expected[part])
+        assert torch.equal(one[part.grad], expected[part.grad])
+    assert part not in run, "only what was saved is in the mapping"
+
+
+def test_a_part_that_a_whole_does_not_have_says_why():
+    run = toy_graph().run(IDS, save=[RESID_POST[1]])
+    with pytest.raises(
+        LocationError, match=r"pos=7 is out of range, pos has size 3|this pass holds positions 0 to 2"
+    ):
+        run[RESID_POST[1].at(pos=7)]
+    with pytest.raises(LocationError, match="a run is one pass, step 0, and holds nothing of this"):
+        run[RESID_POST[1].at(step=2)]
+
+
+def test_a_loaded_run_serves_parts_but_does_not_guess_positions(tmp_path: Path):
+    run = toy_graph().run(IDS, save=[RESID_POST[1]])
+    run.save(tmp_path / "run")
+    loaded = Run.load(tmp_path / "run")
+    part = RESID_POST[1].at(d_model=[1, 3])
+    assert torch.equal(loaded[part], run[part])
+    with pytest.raises(
+        LocationError, match=r"does not know which positions are padding: index run\[resid.post"
+    ):
+        loaded[RESID_POST[1].at(pos=-1)]
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path):
+    missing = tmp_path / "no" / "such"
+    with pytest.raises(LoadError, match=f"cannot save a run to .*: there is no folder '{missing}', make it"):
+        example().save(missing / "run.safetensors")
+    with pytest.raises(LoadError, match="cannot save a run to"):
+        example().save(tmp_path)
+
+
+def test_a_location_that_is_not_declared_is_an_error_of_the_file(tmp_path: Path):
+    path = tmp_path / "run"
+    example().save(path)
+    path.write_bytes(path.read_bytes().replace(b"attn.out[1]", b"attn.owt[1]"))
+    with pytest.raises(LoadError, match=r"holds a location that is not declared here: .*'attn\.owt'"):
+        Run.load(path)
 
 
 def test_printing_a_run_lists_names_shapes_and_dtypes():

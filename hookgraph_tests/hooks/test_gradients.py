@@ -43,6 +43,14 @@ def test_hooks_see_and_replace_the_gradient_in_order():
     assert gradient[0].tolist() == [[4, 4, 4], [2, 2, 2]]
 
 
+def test_a_gradient_changed_in_place_is_that_of_its_own_value_only():
+    x = torch.ones(1, 2, 3, requires_grad=True)
+    left, right = x * 2, x * 5
+    hook_gradient(left, ((HERE.grad, lambda gradient: gradient.zero_()),))
+    (gradient,) = torch.autograd.grad((left + right).sum(), x)
+    assert gradient.unique().tolist() == [5]
+
+
 def test_a_gradient_hook_that_returns_none_changes_nothing():
     x = torch.ones(1, 2, 3, requires_grad=True)
     value = x * 1
