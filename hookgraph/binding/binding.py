@@ -51,10 +51,17 @@ def bind(
             wrong, with the invariant that fails, the location, and by how much.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] (users' input)
-        raise BindingError(f"expected a transformers model, found {type(model).__name__}")
+        given = f"{type(model).__name__} {model!r}" if isinstance(model, str) else type(model).__name__
+        raise BindingError(
+            f"expected a transformers model, found {given}: load one first, as with "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
     model = _unwrapped(model)
     if not isinstance(model, PreTrainedModel):
-        raise BindingError(f"{type(model).__name__} is not a transformers model")
+        raise BindingError(
+            f"{type(model).__name__} is not a transformers model (a PreTrainedModel): bind the whole model, "
+            "or write an AbstractBinding for a network of your own"
+        )
     examples = list(candidates(model)) if example is None else [dict(example)]
     keeping = check and cached
     kept = _known(model, examples, family) if keeping else None

@@ -2,12 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Final, Literal, TypeAlias, final
 
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.tracing import Slot
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location, LocationType
+
+_PARTS: Final[Mapping[str, str]] = {
+    "attn": "attention",
+    "xattn": "cross-attention",
+    "mixer": "a mixer other than attention",
+    "mlp": "an MLP",
+    "moe": "experts",
+    "extra": "a branch other than mixing and MLP",
+}
+"""What the locations of a layer belong to, by the first word of their names."""
 
 StepKind: TypeAlias = Literal["add", "norm", "scale", "parameter", "here"]
 
@@ -101,6 +111,16 @@ class Findings:
         for location in locations:
             place = location if isinstance(location, Location) else Location(location, layer)
             self.reasons.setdefault(place, reason)
+
+    def missing(self, kind: LocationType) -> str:
+        """What no layer has, if that is why no location of a type exists; empty if another one of it does."""
+        if kind.layered and not self.layers.get(kind.stack):
+            return f"it has no {kind.stack} of which the layers were found"
+        family = kind.name.partition(".")[0]
+        found = {x.type.name.partition(".")[0] for x in self.anchors if x.type.stack == kind.stack}
+        if family in found or family not in _PARTS:
+            return ""
+        return f"no layer of its {kind.stack} is known to have {_PARTS[family]}"
 
     def without(self, failed: Mapping[Location, str]) -> "Findings":
         """The same without some locations, for these reasons."""

@@ -1,6 +1,5 @@
 """A HuggingFace model seen as locations."""
 
-import inspect
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +14,7 @@ from hookgraph.binding.anchors import Anchor, Mechanism, Role
 from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.experts import ExpertsInterior
 from hookgraph.binding.findings import Findings
-from hookgraph.binding.inputs import device_of, embedding_of, prepare, vocabulary_size
+from hookgraph.binding.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
 from hookgraph.binding.outputs import read_output
 from hookgraph.binding.positions import Following, spans_of
@@ -62,7 +61,7 @@ class HuggingFaceBinding(AbstractBinding):
         self._checkpointed = [m for m in self._modules.values() if hasattr(m, "gradient_checkpointing")]
         self._embedding = embedding_of(model)
         self._identity = _identity(model)
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self._accepted = Accepted.by(model)
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
 
@@ -82,6 +81,12 @@ class HuggingFaceBinding(AbstractBinding):
         binding._report = report
         return binding
 
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{len(x)} layers of its {stack}" for stack, x in self.findings.layers.items())
+        return (
+            f"HuggingFaceBinding of {type(self.model).__name__}: {layers}, {len(self._locations)} locations"
+        )
+
     def layers(self, stack: str) -> int:
         """How many layers a stack has."""
         return len(self.findings.layers.get(stack, ()))
@@ -94,7 +99,9 @@ class HuggingFaceBinding(AbstractBinding):
         layers = self.layers(location.type.stack)
         if location.layer is not None and location.layer >= layers > 0:
             return f"its {location.type.stack} has {layers} layers, 0 to {layers - 1}"
-        return nearest(str(location), map(str, self._locations))
+        missing = self.findings.missing(location.type)
+        near = nearest(str(location), map(str, self._locations))
+        return f"{missing}; {near}" if missing else near
 
     def prepare(self, inputs: Inputs, *, copies: int = 1) -> Prepared:
         """Inputs as keyword arguments of the model, on its device."""

@@ -1,21 +1,65 @@
 """Token ids, keyword arguments or text -> keyword arguments of the model."""
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hookgraph.errors import InputError
+from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
+
+_SLIP: Final = 0.8
+"""How alike two names are of which one is taken for a slip of the other."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The keyword arguments that a model knows.
+
+    Args:
+        names: those of its signature.
+        more: whether it takes others as well, to hand them on.
+    """
+
+    names: frozenset[str]
+    more: bool
+
+    @staticmethod
+    def by(model: PreTrainedModel) -> "Accepted":
+        """What a model's `forward` says."""
+        parameters = inspect.signature(model.forward).parameters.values()
+        open_ended = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        names = frozenset(p.name for p in parameters) - frozenset(open_ended)
+        return Accepted(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+    def check(self, arguments: Iterable[str]) -> None:
+        """Refuse what the model does not know, or, if it hands others on, what is nearly a name it knows.
+
+        Raises:
+            InputError: naming the argument and those near to it.
+        """
+        for name in arguments:
+            if name in self.names or (self.more and not self._slip(name)):
+                continue
+            raise InputError(f"the model takes no argument {name!r}: {nearest(name, self.names)}")
+
+    def _slip(self, name: str) -> bool:
+        """Whether a name is nearly a known one; with a word more or less, it is one of its own."""
+        words = name.count("_")
+        return bool(get_close_matches(name, [x for x in self.names if x.count("_") == words], 1, _SLIP))
 
 
 def prepare(
     inputs: Inputs,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
-    accepted: frozenset[str],
+    accepted: Accepted,
     vocabulary: int,
     device: torch.device,
     copies: int,
@@ -36,6 +80,7 @@ def prepare(
         InputError: the inputs cannot be run, with the reason.
     """
     arguments = dict(_arguments(tokenizer, inputs))
+    accepted.check(arguments)
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):
@@ -43,9 +88,9 @@ def prepare(
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         mask = None
-    if mask is not None and "position_ids" in accepted and "position_ids" not in arguments:
+    if mask is not None and "position_ids" in accepted.names and "position_ids" not in arguments:
         arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    if "use_cache" in accepted:
+    if "use_cache" in accepted.names:
         arguments.setdefault("use_cache", False)
     return arguments if copies == 1 else _repeated(arguments, copies)
 

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import InputError, LocationError, SubgraphError, UnknownLocationError, nearest
+from hookgraph.errors import InputError, LocationError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.generating import Generation, StepRecorder
+from hookgraph.graph.injecting import check_injectable
 from hookgraph.graph.measuring import Metric, measure, positions_read
 from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_from
@@ -45,6 +46,17 @@ class HookGraph:
     binding: AbstractBinding
     registrations: tuple[Registration, ...] = ()
     subgraphs: tuple[AbstractSubgraph, ...] = ()
+
+    def __repr__(self) -> str:
+        layers = len({x.layer for x in self.binding.locations if x.type.stack == MAIN_STACK} - {None})
+        counts = {
+            "layer": layers,
+            "location": len(self.locations),
+            "hook": len(self.registrations),
+            "subgraph": len(self.subgraphs),
+        }
+        told = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
+        return f"HookGraph of {self.binding.metadata.get('class', type(self.binding).__name__)}: {told}"
 
     @property
     def locations(self) -> tuple[Location, ...]:
@@ -135,7 +147,7 @@ class HookGraph:
         """
         graph = self
         for subgraph in subgraphs:
-            _check_injectable(graph, subgraph)
+            check_injectable(subgraph, graph.subgraphs, graph.check)
             graph = replace(graph, subgraphs=(*graph.subgraphs, subgraph))
         return graph
 
@@ -372,32 +384,3 @@ def _batch_size(inputs: Prepared) -> int:
     if found is None:
         raise InputError("this run holds no inputs, as when it was loaded from a file: run them again")
     return found
-
-
-def _check_injectable(graph: HookGraph, subgraph: AbstractSubgraph) -> None:
-    name = subgraph.name
-    if not subgraph.sites:
-        raise SubgraphError(f"subgraph {name!r} names no site at which to inject it")
-    for site in subgraph.sites:
-        if site != site.whole:
-            raise SubgraphError(f"subgraph {name!r}: a site is a whole location, not {site}")
-        try:
-            graph.check(site)
-        except UnknownLocationError as error:
-            raise SubgraphError(f"subgraph {name!r} cannot be injected: {error}") from error
-        for other in graph.subgraphs:
-            if other.name == name and site in other.sites:
-                raise SubgraphError(f"a subgraph called {name!r} is at {site} already")
-    for location in subgraph.locations:
-        if location.site not in subgraph.sites or location.subgraph != name:
-            raise SubgraphError(
-                f"subgraph {name!r} declares {location}: its locations stand at one of its "
-                f"sites and bear its name, as {location.type}.within(site, {name!r}) makes them"
-            )
-        if location.layer not in (None, location.root.layer):
-            raise SubgraphError(
-                f"subgraph {name!r} declares {location}: inside a subgraph the layer is that of the "
-                f"site; declare {location.type} with layered=False"
-            )
-        if subgraph.locations.count(location) > 1:
-            raise SubgraphError(f"subgraph {name!r} declares {location} twice")

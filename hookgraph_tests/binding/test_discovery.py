@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hookgraph.binding import HuggingFaceBinding, bind, check
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.views import Columns
 from hookgraph.errors import BindingError, UnknownLocationError
+from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import (
     ATTN_K,
@@ -28,6 +30,7 @@ from hookgraph.ontology.transformer import (
     ATTN_Z,
     DECODER,
     EMBED,
+    ENCODER,
     FINAL_LN_SCALE,
     LOGITS,
     MLP_LN_SCALE,
@@ -84,8 +87,38 @@ def test_every_location_of_the_vocabulary_is_listed_or_absent_for_a_reason(famil
 
 @pytest.mark.parametrize("name", [n for n in vars(DECODER) if n.startswith(OTHERS)])
 def test_locations_of_other_kinds_of_models_are_unknown_with_near_names(name: str):
-    with pytest.raises(UnknownLocationError, match=r"this model has no location [\w.]+\[1\]: did you mean"):
+    with pytest.raises(UnknownLocationError, match=r"this model has no location [\w.]+\[1\]: .*did you mean"):
         bound("llama").check(getattr(DECODER, name)[1])
+
+
+REASONS: dict[str, tuple[Callable[[HookGraph], object], str]] = {
+    "mixer": (
+        lambda g: g.every(DECODER.MIXER_OUT),
+        "no layer of its decoder is known to have a mixer other than attention; did you mean",
+    ),
+    "cross": (
+        lambda g: g.check(DECODER.XATTN_Z[0]),
+        "no layer of its decoder is known to have cross-attention; did you mean",
+    ),
+    "stack": (lambda g: g.every(ENCODER.ATTN_Z), "it has no encoder of which the layers were found; did you"),
+}
+
+
+@pytest.mark.parametrize(("ask", "reason"), REASONS.values(), ids=REASONS)
+def test_what_no_layer_has_is_told_with_the_reason(ask: Callable[[HookGraph], object], reason: str):
+    with pytest.raises(UnknownLocationError, match=reason):
+        ask(bound("gpt2"))
+
+
+def test_a_binding_prints_as_what_it_binds():
+    graph = bound("gpt2")
+    assert re.fullmatch(
+        rf"HuggingFaceBinding of GPT2LMHeadModel: {LAYERS} layers of its decoder, \d+ locations",
+        repr(graph.binding),
+    )
+    assert re.fullmatch(
+        rf"HookGraph of GPT2LMHeadModel: {LAYERS} layers, \d+ locations, 0 hooks, 0 subgraphs", repr(graph)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,13 +279,17 @@ class Refusing(Bigram):
 
 
 UNBINDABLE = {
-    "linear": (lambda: nn.Linear(3, 3), "Linear is not a transformers model"),
+    "linear": (lambda: nn.Linear(3, 3), "Linear is not a transformers model (a PreTrainedModel): bind the"),
     "convolution": (Convolution, "Convolution is not a transformers model"),
     "image model": (
         resnet,
         "ResNetForImageClassification is not a transformer that hookgraph can bind: no list of layers",
     ),
-    "no module": (lambda: "gpt2", "expected a transformers model, found str"),
+    "no module": (
+        lambda: "gpt2",
+        "expected a transformers model, found str 'gpt2': load one first, as with Auto",
+    ),
+    "nothing": (lambda: None, "expected a transformers model, found NoneType: load one first"),
     "no layers": (
         Bigram,
         "Bigram is not a transformer that hookgraph can bind: no list of layers feeds one layer's output",

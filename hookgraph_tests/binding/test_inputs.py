@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from hookgraph.binding import bind
+from hookgraph.binding.inputs import Accepted
 from hookgraph.errors import InputError, LoadError, LocationError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
@@ -199,3 +200,26 @@ def test_a_part_of_what_was_saved_whole_counts_the_tokens_of_each_row():
     whole, part = RESID_POST[1], RESID_POST[1].at(pos=[0, 3])
     expected = graph.run(inputs, save=[part])[part]
     assert torch.equal(graph.run(inputs, save=[whole])[part], expected)
+
+
+@pytest.mark.parametrize("name", ["input_idz", "inputs_ids", "atention_mask", "position_id"])
+def test_an_argument_that_is_nearly_one_of_the_models_is_refused(name: str):
+    with pytest.raises(InputError, match=f"the model takes no argument '{name}': did you mean "):
+        bound("gpt2").run({"input_ids": IDS, name: torch.ones_like(IDS)})
+
+
+def test_arguments_that_a_model_hands_on_are_let_through():
+    graph = bound("llama")
+    given = {"input_ids": IDS, "output_hidden_states": True}
+    assert torch.equal(graph.run(given).logits, graph.run(IDS).logits)
+
+
+def test_a_name_with_a_word_more_or_less_is_no_slip():
+    Accepted(frozenset({"mm_token_type_ids", "pixel_values"}), more=True).check(["token_type_ids"])
+
+
+def test_a_model_that_hands_nothing_on_takes_what_it_names_only():
+    known = Accepted(frozenset({"input_ids", "use_cache"}), more=False)
+    known.check(["use_cache"])
+    with pytest.raises(InputError, match="takes no argument 'pixels': known: input_ids, use_cache"):
+        known.check(["input_ids", "pixels"])
