@@ -202,6 +202,12 @@ def test_a_folder_that_is_no_model(tmp_path: Path):
     assert f"cannot load a model from '{tmp_path}'" in fail("check", str(tmp_path))
 
 
+def test_a_folder_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["locations", "."], ["attribute", ".", *PAIR]):
+        assert f"from '{tmp_path}': " in fail(*command)
+
+
 def test_a_folder_with_damaged_weights(tiny: str, tmp_path: Path):
     for file in Path(tiny).iterdir():
         (tmp_path / file.name).write_bytes(

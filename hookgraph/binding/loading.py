@@ -44,10 +44,11 @@ def load_model(name: str | Path) -> PreTrainedModel:
     Raises:
         LoadError: there is no such model, or it cannot be loaded, with the reason.
     """
+    place = _place(name)
     try:
-        return _loader(AutoConfig.from_pretrained(name))(name).eval()
+        return _loader(AutoConfig.from_pretrained(place))(place).eval()
     except _FAILURES as error:
-        raise LoadError(f"cannot load a model from {str(name)!r}: {_reason(name, error)}") from error
+        raise LoadError(f"cannot load a model from {place!r}: {_reason(place, error)}") from error
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -56,14 +57,20 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         LoadError: there is none, or it cannot be loaded, with the reason.
     """
+    place = _place(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except _FAILURES as error:
-        raise LoadError(f"cannot load a tokenizer from {str(name)!r}: {_reason(name, error)}") from error
+        raise LoadError(f"cannot load a tokenizer from {place!r}: {_reason(place, error)}") from error
     # Where there are no files, transformers makes a tokenizer without a vocabulary.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise LoadError(f"cannot load a tokenizer from {str(name)!r}: it has no vocabulary there")
+        raise LoadError(f"cannot load a tokenizer from {place!r}: it has no vocabulary there")
     return tokenizer
+
+
+def _place(name: str | Path) -> str:
+    """A folder by its whole path, so that a message says which `.` it was; a name on the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def _loader(config: PreTrainedConfig) -> Callable[[str | Path], PreTrainedModel]:
@@ -77,8 +84,8 @@ def _loader(config: PreTrainedConfig) -> Callable[[str | Path], PreTrainedModel]
     return possible[0][0].from_pretrained if possible else AutoModel.from_pretrained
 
 
-def _reason(name: str | Path, error: Exception) -> str:
+def _reason(place: str, error: Exception) -> str:
     """The first line of what transformers says, and what it does not say of a name that is no folder."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    nowhere = "" if Path(name).exists() else " (there is no such folder here)"
+    nowhere = "" if Path(place).exists() else " (there is no such folder here)"
     return f"{lines[0].strip()}{nowhere}"

@@ -42,6 +42,7 @@ def load() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     """The model, ready to evaluate, and its tokenizer. Nothing is downloaded."""
     model = GPT2LMHeadModel.from_pretrained(model_path(), local_files_only=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path(), local_files_only=True)
+    model.config.name_or_path = "hookgraph.demo"  # results remember a name, not a folder of this machine
     return model.eval(), tokenizer
 
 

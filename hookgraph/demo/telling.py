@@ -144,7 +144,7 @@ def _write(console: Console, speaker: Speaker, card: str, found: Findings, out: 
         pair=found.pair,
         effect=found.nodes,
         rankings={
-            "Heads and MLPs that carry the answer": found.ranking,
+            f"Heads and MLPs that carry the answer, mean of {story.HELD_OUT} pairs": found.ranking,
             "The residual stream of this pair, by layer and position": found.places,
         },
         maps=_maps(heads, found),

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Final, final
 
 from hookgraph.algorithms.ranking import Ranking
 from hookgraph.algorithms.results import PatchingEffect
-from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.conformance import ConformanceReport, Proof
+from hookgraph.ontology.locations import Location
 from hookgraph.report import page
 from hookgraph.report.breakdown import total, verdict
 from hookgraph.report.figures import Picture
@@ -64,12 +66,16 @@ def attribution_page(found: Attribution) -> Page:
 def _question(found: Attribution) -> Section:
     pair = found.pair
     examples = 1 if found.effect.total_effect is None else len(found.effect.total_effect)
-    of = f", mean of {examples} pairs" if examples > 1 else ""
+    one = "this pair: " if examples > 1 else ""
     numbers = [
-        ("logit difference, clean", f"{pair.clean.difference:+.2f}"),
-        ("logit difference, corrupt", f"{pair.corrupt.difference:+.2f}"),
-        (f"total effect{of}", f"{total(found.effect):+.2f}"),
+        (f"{one}logit difference, clean", f"{pair.clean.difference:+.2f}"),
+        (f"{one}logit difference, corrupt", f"{pair.corrupt.difference:+.2f}"),
     ]
+    if examples > 1:
+        change = pair.corrupt.difference - pair.clean.difference
+        numbers.append((f"{one}corrupt − clean", f"{change:+.2f}"))
+    of = f"mean of {examples} pairs: " if examples > 1 else ""
+    numbers.append((f"{of}total effect", f"{total(found.effect):+.2f}"))
     return Section(
         f"{pair.answer} or {pair.wrong}?", (page.prompts(pair), page.facts(numbers), page.paragraph(SIGN))
     )
@@ -92,17 +98,27 @@ def _conventions(found: Attribution) -> Section:
     rows = [
         (k.replace("_", " "), str(v)) for k, v in asdict(found.effect.convention).items() if v not in ("", 0)
     ]
-    rows += [(k, v) for k, v in found.effect.metadata.items() if v]
+    rows += [(k, _public(k, v)) for k, v in found.effect.metadata.items() if v]
     return Section("Conventions", (page.table(("what", "value"), rows),))
+
+
+def _public(key: str, value: str) -> str:
+    """What a page says of a model: of one that was loaded from a folder its name, not where it lay."""
+    return Path(value).name if key == "model" and Path(value).is_absolute() else value
 
 
 def _conformance(report: ConformanceReport) -> Section:
     """What was proven, and on demand each location."""
-    by_location: dict[str, list[str]] = {}
+    worst: dict[Location, dict[str, Proof]] = {}
     for proof in report.proofs:
-        outcome = "holds" if proof.holds else f"off by {proof.error:.1e}"
-        by_location.setdefault(str(proof.location), []).append(f"{proof.invariant}: {outcome}")
-    rows = [(name, "; ".join(verdicts)) for name, verdicts in by_location.items()]
+        known = worst.setdefault(proof.location, {})
+        other = known.get(proof.invariant, proof)
+        known[proof.invariant] = max(other, proof, key=lambda p: (not p.holds, p.error))
+    rows = [(str(x), "; ".join(map(_outcome, proofs.values()))) for x, proofs in worst.items()]
     rows += [(str(location), f"absent: {reason}") for location, reason in report.absent.items()]
     everything = page.folded("Each location", page.table(("location", "invariants"), rows))
     return Section("Conformance", (page.paragraph(f"{verdict(report)}."), everything))
+
+
+def _outcome(proof: Proof) -> str:
+    return f"{proof.invariant}: {'holds' if proof.holds else f'off by {proof.error:.1e}'}"

@@ -135,6 +135,8 @@ def test_the_page_tells_the_same(told: tuple[str, Path]):
     for part in ("John or Mary?", "Steering", "Conformance", "Conventions", "Rank correlation"):
         assert part in text, part
     assert text.count("<figure>") == 2
+    assert str(demo.model_path()) not in text
+    assert "conserved: holds; conserved: holds" not in text
     assert "https:" not in text
 
 

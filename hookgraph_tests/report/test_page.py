@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hookgraph.algorithms.results import Node, PatchingEffect, Ranking
-from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.conformance import ConformanceReport, Proof
 from hookgraph.ontology.transformer import MLP_OUT
 from hookgraph.report import (
     Attribution,
@@ -154,9 +154,42 @@ def test_a_page_is_written_where_it_is_asked_for(tmp_path: Path):
     assert "<title>Ü</title>" in path.read_text(encoding="utf-8")
 
 
+def test_numbers_of_this_pair_and_means_are_told_apart(content: Attribution):
+    tiles = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", attribution_page(content).render()))
+    assert tiles == {
+        "this pair: logit difference, clean": "+1.50",
+        "this pair: logit difference, corrupt": "-0.50",
+        "this pair: corrupt − clean": "-2.00",
+        "mean of 2 pairs: total effect": "-1.50",
+    }
+
+
+def test_a_model_from_a_folder_is_told_by_its_name(content: Attribution, effect: PatchingEffect):
+    for name, told in (("/home/me/tiny", "tiny"), ("openai-community/gpt2", "openai-community/gpt2")):
+        known = replace(content, effect=replace(effect, metadata={"model": name}))
+        assert f"<td>model</td><td>{told}</td>" in attribution_page(known).render()
+
+
+def test_an_invariant_is_told_once_for_each_location_by_its_worst_proof(content: Attribution):
+    proofs = tuple(
+        Proof(MLP_OUT[0], invariant, holds, error, 0.1)
+        for invariant, holds, error in (
+            ("conserved", True, 0.0),
+            ("shape", True, 0.0),
+            ("conserved", False, 0.5),
+            ("conserved", True, 0.0),
+            ("shape", True, 0.0),
+        )
+    )
+    known = replace(content, conformance=ConformanceReport(proofs, {MLP_OUT[0]: "hook"}))
+    assert "<td>conserved: off by 5.0e-01; shape: holds</td>" in attribution_page(known).render()
+
+
 def test_one_pair_is_not_called_a_mean(content: Attribution, effect: PatchingEffect):
     one = replace(content, effect=replace(effect, total_effect=torch.tensor([-1.0])))
-    assert "mean of" not in attribution_page(one).render()
+    text = attribution_page(one).render()
+    assert "mean of" not in text
+    assert "this pair" not in text
 
 
 def test_a_ranking_of_which_nothing_was_measured_claims_nothing(content: Attribution):
