@@ -19,7 +19,7 @@ from hookgraph.errors import (
     SubgraphError,
     UnknownLocationError,
 )
-from hookgraph.graph.abstract import AbstractBinding, Frame
+from hookgraph.graph.abstract import Frame
 from hookgraph.graph.abstract import AbstractSubgraph as Subgraph
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
@@ -34,7 +34,6 @@ from hookgraph.subgraphs import (
 )
 
 __all__ = [
-    "AbstractBinding",
     "AlreadyAttachedError",
     "AutoencoderGraph",
     "BindingError",

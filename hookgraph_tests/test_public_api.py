@@ -18,7 +18,6 @@ def test_the_names_are_in_order_and_stand_once():
     assert hg.__all__ == sorted(set(hg.__all__))
 
 
-@pytest.mark.xfail(strict=True, reason="31 names: see QUARANTINE.md")
 def test_the_names_are_few():
     assert len(hg.__all__) <= MOST
 
