@@ -19,8 +19,8 @@ from hookgraph.errors import (
     SubgraphError,
     UnknownLocationError,
 )
-from hookgraph.graph.abstract import Frame
 from hookgraph.graph.abstract import AbstractSubgraph as Subgraph
+from hookgraph.graph.abstract import Frame
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import hookgraph as hg
 from hookgraph.graph.hook_graph import HookGraph
@@ -241,8 +241,12 @@ def test_a_mixture_has_no_neurons_outside_its_experts():
 
 
 def test_experts_by_code_of_their_own_have_router_logits_and_reasons_for_the_rest():
-    graph = hg.bind(build("seq2seq", "switch_transformers"), check=False)
-    assert graph.every(ENCODER.ROUTER_LOGITS)
-    layer = graph.every(ROUTER_LOGITS)[0].layer
+    layers = {"num_layers": 2, "num_sparse_encoder_layers": 2}
+    decoder = {"num_decoder_layers": 2, "num_sparse_decoder_layers": 2}
+    width = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": 4, "vocab_size": 48}
+    config = SwitchTransformersConfig(**width, **layers, **decoder, decoder_start_token_id=0)
+    graph = hg.bind(SwitchTransformersForConditionalGeneration(config), check=False)
+    assert len(graph.every(ENCODER.ROUTER_LOGITS)) == len(graph.every(ROUTER_LOGITS)) == 2
+    layer = 1
     with pytest.raises(hg.UnknownLocationError, match="do not go through transformers' experts interface"):
-        graph.hook(EXPERT_POST[layer or 0], lambda n: None)
+        graph.hook(EXPERT_POST[layer], lambda n: None)
