@@ -1,7 +1,7 @@
 """A HuggingFace model seen as locations."""
 
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
@@ -113,6 +113,11 @@ class HuggingFaceBinding(AbstractBinding):
             device=self._device,
             copies=copies,
         )
+
+    def token_texts(self, tokens: Sequence[int]) -> Mapping[int, str]:
+        """Tokens as text; none without a tokenizer."""
+        tokenizer = self.tokenizer
+        return {} if tokenizer is None else {token: str(tokenizer.decode([token])) for token in tokens}
 
     def forward(self, inputs: Prepared) -> Float[Tensor, "batch ..."]:
         """One forward pass of the model: its logits; without a head, its last hidden state."""

@@ -1,7 +1,7 @@
 """The two classes a user may subclass: a binding of some model, and a subgraph to inject."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
@@ -120,6 +120,10 @@ class AbstractBinding(ABC):
             UnknownLocationError: this binding has no such weight.
         """
         raise UnknownLocationError(f"{type(self).__name__} has no weights by name, so no {kind}")
+
+    def token_texts(self, tokens: Sequence[int]) -> Mapping[int, str]:
+        """Tokens as text; none where there is no tokenizer."""
+        return {}
 
     @property
     def report(self) -> ConformanceReport:

@@ -1,0 +1,206 @@
+"""`direct_logit_attribution`: what each layer, head, neuron or latent adds to a logit difference directly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.logit_attribution import LogitAttribution
+from hookgraph.algorithms.metrics import Tokens
+from hookgraph.algorithms.splitting import Frozen, by_latents, by_writers, everything
+from hookgraph.algorithms.streams import if_present, last_residual, updates
+from hookgraph.errors import HookGraphError, InputError, MetricError, UnknownLocationError, nearest
+from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import take
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import FINAL_LN_OUT, FINAL_LN_SCALE, RESID_PRE
+from hookgraph.ontology.weights import W_U, b_U
+
+Parts: TypeAlias = Literal["layer", "head", "neuron", "latent"]
+
+
+def direct_logit_attribution(
+    graph: HookGraph,
+    inputs: Inputs,
+    correct: Tokens,
+    wrong: Tokens | None = None,
+    *,
+    pos: Tokens = -1,
+    by: Parts | Sequence[Parts] = "layer",
+) -> LogitAttribution:
+    """What every part of the residual stream adds to logit[correct] - logit[wrong] at position `pos`.
+
+    The stream after the last layer is x = embeddings + Σ updates. With the scale s of the last norm held at
+    its value, the logits before a soft-cap or scale are linear in x:
+
+        logit[correct] - logit[wrong] = u · x + bias = Σ_parts u · part + bias
+
+    with u the gradient of that difference at x for constant s, whatever kind of norm it is. An update is
+    told apart further by what writes it: by `head` z[h] W_O[h], by `neuron` n[i] W_out[i], by `latent` an
+    injected dictionary's latents and error. The scale of a norm after the update is held too. What none
+    of these writes, such as the projection's bias, is `.rest`.
+
+    Args:
+        graph: the hooked model.
+        inputs: what is run.
+        correct: the answer's token id, one for all examples or one per example.
+        wrong: that of the other answer; None for the logit of `correct` alone.
+        pos: the position at which the logits are read.
+        by: how updates are told apart; several, such as `["head", "neuron"]`, for each its own kind. Updates
+            that none of them divides are one part each.
+
+    Raises:
+        HookGraphError: an unknown `by`, or there is no dictionary to tell latents apart.
+        MetricError: a position or token is out of range, or there is not one per example.
+        UnknownLocationError: the model lacks what is needed, such as the scale of its last norm.
+
+    Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021); nostalgebraist,
+    "interpreting GPT: the logit lens" (2020).
+    """
+    kinds = _kinds(by)
+    frozen = _frozen(graph, inputs, correct, wrong, pos)
+    parts = {place: frozen.along(frozen.run[place]) for place in frozen.places}
+    rest: dict[Location, Tensor] = {}
+    splits = by_writers(frozen, kinds)
+    if "latent" in kinds:
+        splits.update(by_latents(frozen))
+    for update, (pieces, left) in splits.items():
+        del parts[update]
+        parts.update(pieces)
+        rest[update] = left
+    reduced = dict.fromkeys((Dimension.POS, Dimension.D_MODEL, Dimension.D_HEAD), "sum")
+    attributed, remaining = Attribution(parts, reduced), Attribution(rest, reduced)
+    explained = frozen.bias + sum(v.reshape(len(v), -1).sum(1) for v in (*parts.values(), *rest.values()))
+    residual = frozen.total - explained
+    return LogitAttribution(
+        attributed, remaining, frozen.bias, frozen.total, residual, graph.binding.metadata
+    )
+
+
+def _kinds(by: Parts | Sequence[Parts]) -> tuple[Parts, ...]:
+    kinds = (by,) if isinstance(by, str) else tuple(by)
+    for kind in kinds:
+        if kind not in get_args(Parts):
+            raise HookGraphError(f"updates are not told apart by {kind!r}: {nearest(kind, get_args(Parts))}")
+    return kinds
+
+
+def _frozen(graph: HookGraph, inputs: Inputs, correct: Tokens, wrong: Tokens | None, pos: Tokens) -> Frozen:
+    """The pass, and u: the gradient at the last residual with the last norm's scale constant."""
+    last, out = last_residual(graph), if_present(graph, FINAL_LN_OUT)
+    places = (graph.check(RESID_PRE[0]), *updates(graph))
+    prepared = graph.binding.prepare(inputs)
+    answer = _Answer(correct, wrong, pos)
+    if out is None:
+        held = graph
+        metric = answer
+    else:
+        held = _held(graph)
+        direction, offset = _unembedding(graph, answer)
+        metric = everything
+        held = held.hook(out.grad, _Push(answer, direction))
+    read = [last] if out is None else [last, out]
+    run = held.run(prepared, save=[*places, *read, last.grad], metric=metric)
+    if run.metric is None:
+        raise ValueError("the run was measured")
+    if out is None:
+        total = run.metric
+    else:
+        at = _one(take(run[out], answer.reads(run[out])))
+        rows = answer.rows(direction, len(at))
+        total = (at * rows).sum(-1) + answer.rows(offset, len(at))
+    linear = (run[last] * run[last.grad]).flatten(1).sum(1)
+    return Frozen(graph, prepared, run, places, run[last.grad], total, total - linear)
+
+
+def _held(graph: HookGraph) -> HookGraph:
+    """The graph with the scale of the last norm constant."""
+    try:
+        return graph.stop_gradient(FINAL_LN_SCALE)
+    except UnknownLocationError as error:
+        raise UnknownLocationError(
+            f"the logits are divided among parts with the scale of the last norm held: {error}"
+        ) from error
+
+
+def _unembedding(graph: HookGraph, answer: "_Answer") -> tuple[Tensor, Tensor]:
+    """W_U[:, correct] - W_U[:, wrong], one row per answer, and the same of the bias."""
+    table = graph.weight(W_U).detach()
+    try:
+        bias = graph.weight(b_U).detach()
+    except UnknownLocationError:
+        bias = table.new_zeros(table.shape[1])
+    for tokens in (answer.correct, answer.wrong):
+        answer.check(tokens, table.shape[1])
+    return answer.of(table), answer.of(bias[None])[:, 0]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """Which logits, and where. Called, it is the metric: their difference."""
+
+    correct: Tokens
+    wrong: Tokens | None
+    pos: Tokens
+
+    def reads(self, values: Float[Tensor, "batch pos ..."]) -> int | Int[Tensor, "..."]:
+        """The positions, one per example."""
+        return self.pos if isinstance(self.pos, int) else torch.as_tensor(self.pos).to(values.device)
+
+    def check(self, tokens: Tokens | None, vocabulary: int) -> None:
+        """Refuse a token that does not exist."""
+        found = torch.as_tensor([] if tokens is None else tokens)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+            raise MetricError(f"token {int(found.max())} is out of range, there are {vocabulary} logits")
+
+    def of(self, table: Float[Tensor, "d_model vocab"]) -> Float[Tensor, "..."]:
+        """Columns of a table, as rows, one for all examples or one per example."""
+        chosen = table[:, torch.as_tensor(self.correct, device=table.device).view(-1)]
+        if self.wrong is not None:
+            chosen = chosen - table[:, torch.as_tensor(self.wrong, device=table.device).view(-1)]
+        return chosen.T
+
+    def rows(self, values: Float[Tensor, "..."], batch: int) -> Float[Tensor, "..."]:
+        """One row per example."""
+        if len(values) not in (1, batch):
+            raise MetricError(f"{len(values)} answers for a batch of {batch}: give one for all, or one each")
+        return values.expand(batch, *values.shape[1:])
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """logit[correct] - logit[wrong]."""
+        for tokens in (self.correct, self.wrong):
+            self.check(tokens, logits.shape[-1])
+        at = _one(take(logits, self.reads(logits)))
+        weights = self.rows(self.of(torch.eye(at.shape[1], dtype=at.dtype, device=at.device)), len(at))
+        return (at * weights).sum(-1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Push:
+    """A gradient hook at what the unembedding reads: the difference's own gradient, whatever the metric."""
+
+    answer: _Answer
+    direction: Float[Tensor, "..."]
+
+    def __call__(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Zero but at the answer positions."""
+        rows = self.answer.rows(self.direction, len(gradient)).to(gradient.dtype)
+        places = torch.arange(gradient.shape[1], device=gradient.device).expand(gradient.shape[:2])
+        here = take(places, self.answer.reads(gradient))
+        result = torch.zeros_like(gradient)
+        return result.scatter(1, here[..., None].expand(-1, -1, rows.shape[-1]), rows[:, None])
+
+
+def _one(values: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch d"]:
+    """The one position of each example."""
+    if values.shape[1] != 1:
+        raise InputError(f"give one position per example, not {values.shape[1]}")
+    return values[:, 0]

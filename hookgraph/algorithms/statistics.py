@@ -1,0 +1,165 @@
+"""Means of activations over a data set, streamed: what `ablate` puts in place of a location."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.algorithms.padding import weights_at
+from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.sites import chosen_places
+from hookgraph.errors import HookGraphError, InputError, LocationError, nearest
+from hookgraph.graph import storage
+from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+
+_KIND = "ablation statistics"
+Constants = Mapping[Location, Float[Tensor, "..."]]
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class AblationStatistics:
+    """What stands in for locations: means over a data set, and fitted constants.
+
+    Args:
+        means: by location, over its axes less the batch; the position axis has size 1 unless means are per
+            position.
+        counts: how many real tokens (or examples, of locations without positions) each mean is of.
+        optimal: the constants that `optimal_constants` fitted.
+        seed: of that fit.
+        metadata: the model's name, revision and dtype.
+    """
+
+    means: Constants
+    counts: Constants
+    optimal: Constants = field(default_factory=dict[Location, Tensor])
+    seed: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def of(self, location: Location, mode: str) -> Float[Tensor, "..."]:
+        """The constant of a location: `mean` or `optimal`.
+
+        Raises:
+            HookGraphError: there is none.
+        """
+        found = self.means if mode == "mean" else self.optimal
+        if location not in found:
+            made = "mean_activations" if mode == "mean" else "optimal_constants"
+            near = nearest(str(location), map(str, found))
+            raise HookGraphError(f"no {mode} of {location} is known: give it to {made}; {near}")
+        return found[location]
+
+    def __repr__(self) -> str:
+        lines = [f"AblationStatistics of {len(self.means)} locations"]
+        for place, mean in self.means.items():
+            fitted = ", fitted" if place in self.optimal else ""
+            lines.append(
+                f"  {place}: {tuple(mean.shape)}, {float(self.counts[place].max()):g} values{fitted}"
+            )
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a safetensors file."""
+        groups = {"means": self.means, "counts": self.counts, "optimal": self.optimal}
+        tensors = {f"{name}/{k}": v for name, group in groups.items() for k, v in group.items()}
+        order = {name: [str(k) for k in group] for name, group in groups.items()}
+        storage.write(path, _KIND, tensors, {**order, "seed": self.seed, "metadata": dict(self.metadata)})
+
+    @staticmethod
+    def load(path: str | Path) -> "AblationStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no such file, or not saved statistics.
+        """
+        tensors, header = storage.read(path, _KIND)
+        means, counts, optimal = (
+            {Location.parse(text): tensors[f"{name}/{text}"] for text in header[name]}
+            for name in ("means", "counts", "optimal")
+        )
+        return AblationStatistics(means, counts, optimal, header["seed"], header["metadata"])
+
+
+def mean_activations(
+    graph: HookGraph,
+    data: Iterable[Inputs],
+    at: Sequence[Location],
+    *,
+    per_position: bool = False,
+    progress: bool | None = None,
+) -> AblationStatistics:
+    """The mean of each location over a data set: Σ values at real tokens / their number.
+
+    Batches stream through; what is kept does not grow with them. Sums are in double precision. Padding, as
+    the attention mask tells it, does not count.
+
+    Args:
+        graph: the hooked model.
+        data: batches of inputs, each as the model takes them.
+        at: locations or parts of locations.
+        per_position: one mean per position, instead of one over all. Batches may differ in length.
+        progress: whether to show a progress bar; by default on a terminal, if it takes long.
+
+    Raises:
+        InputError: there is no data.
+        LocationError: a location has key positions, of which no mean over inputs of other lengths exists.
+        UnknownLocationError: the graph has no such location.
+
+    Source: Wang et al., arXiv:2211.00593 (mean ablation).
+    """
+    places = chosen_places(graph, at)
+    for place in places:
+        if Dimension.KEY_POS in place.dims:
+            raise LocationError(f"{place} has an axis per key: there is no mean of it; ablate attn.z instead")
+    sums: dict[Location, Tensor] = {}
+    counts: dict[Location, Tensor] = {}
+    with Progress("statistics", None, shown=progress) as bar:
+        for batch in data:
+            inputs = graph.binding.prepare(batch)
+            run = graph.run(inputs, save=places)
+            for place in places:
+                value = run[place].double()
+                weight = weights_at(place, value, inputs).to(value)
+                axes = [0] if per_position or Dimension.POS not in place.dims else _both(place)
+                weight = weight.expand(_counted(place, value))
+                _add(sums, place, (value * weight).sum(axes, keepdim=True)[0])
+                _add(counts, place, weight.sum(axes, keepdim=True)[0])
+            bar.advance()
+    if not sums:
+        raise InputError("there is no data to take means of: pass an iterable of batches")
+    means = {x: sums[x] / counts[x].clamp(min=1) for x in places}
+    return AblationStatistics(means, counts, metadata=graph.binding.metadata)
+
+
+def _both(place: Location) -> list[int]:
+    return [0, place.dims.index(Dimension.POS)]
+
+
+def _counted(place: Location, value: Tensor) -> list[int]:
+    """The shape of the weights: 1 along what is neither batch nor position."""
+    kept = (Dimension.BATCH, Dimension.POS)
+    return [n if d in kept else 1 for d, n in zip(place.dims, value.shape, strict=True)]
+
+
+def _add(total: dict[Location, Tensor], place: Location, value: Tensor) -> None:
+    """Add, padding the shorter of two lengths with zeros."""
+    before = total.get(place)
+    if before is None or before.shape == value.shape:
+        total[place] = value if before is None else before + value
+        return
+    shape = [max(a, b) for a, b in zip(before.shape, value.shape, strict=True)]
+    result = value.new_zeros(shape)
+    for part in (before, value):
+        result[tuple(slice(n) for n in part.shape)] += part
+    total[place] = result
+
+
+def with_optimal(found: AblationStatistics, constants: Constants, seed: int) -> AblationStatistics:
+    """The same statistics with fitted constants."""
+    return replace(found, optimal={**found.optimal, **constants}, seed=seed)

@@ -1,0 +1,144 @@
+"""`steering_vector`: the mean difference of activations over pairs, and the hook that adds it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.algorithms.padding import real_tokens
+from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.sites import chosen_places
+from hookgraph.errors import HookGraphError, InputError
+from hookgraph.graph import storage
+from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+
+_KIND = "steering vector"
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringVector:
+    """A direction at a location.
+
+    `graph.hook(v.location, v.hook(4))` adds four times it; `v.add_to(graph, 4)` is the same.
+
+    Args:
+        vector: over the axes of the location less batch and positions.
+        location: where it was read, and is added.
+        pairs: how many pairs it is the mean of.
+        metadata: the model's name, revision and dtype.
+    """
+
+    vector: Float[Tensor, "..."]
+    location: Location
+    pairs: int
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def hook(self, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+        """x -> x + scale · vector, at every position."""
+        return _Add(self.vector, scale)
+
+    def add_to(self, graph: HookGraph, scale: float = 1.0) -> HookGraph:
+        """A graph that adds it."""
+        return graph.hook(self.location, self.hook(scale))
+
+    def __repr__(self) -> str:
+        size = float(self.vector.norm())
+        shape = tuple(self.vector.shape)
+        return f"SteeringVector at {self.location}: {shape}, norm {size:.4g}, {self.pairs} pairs"
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file."""
+        header = {"location": str(self.location), "pairs": self.pairs, "metadata": dict(self.metadata)}
+        storage.write(path, _KIND, {"vector": self.vector}, header)
+
+    @staticmethod
+    def load(path: str | Path) -> "SteeringVector":
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no such file, or not a saved steering vector.
+        """
+        tensors, header = storage.read(path, _KIND)
+        place = Location.parse(header["location"])
+        return SteeringVector(tensors["vector"], place, header["pairs"], header["metadata"])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Add:
+    vector: Float[Tensor, "..."]
+    scale: float
+
+    def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return value + self.scale * self.vector.to(value)
+
+
+def steering_vector(
+    graph: HookGraph,
+    pairs: Iterable[tuple[Inputs, Inputs]],
+    at: Location,
+    *,
+    pos: int | None = -1,
+    progress: bool | None = None,
+) -> SteeringVector:
+    """mean over pairs of x(positive) - x(negative) at a location.
+
+    Pairs stream through in batches. The two inputs of a pair may differ in length, and padding, as the
+    attention mask tells it, is never read.
+
+    Args:
+        graph: the hooked model.
+        pairs: batches of (positive, negative) inputs, each with as many examples.
+        at: a location with positions, such as `RESID_POST[6]`, or its part, such as some heads.
+        pos: the position read, counted among the real tokens of an example; None for their mean.
+        progress: whether to show a progress bar; by default on a terminal, if it takes long.
+
+    Raises:
+        InputError: there are no pairs, or a batch has more positive than negative examples.
+        HookGraphError: the location has no positions, or an example is too short.
+        UnknownLocationError: the graph has no such location.
+
+    Source: Turner et al., arXiv:2308.10248; Rimsky et al., arXiv:2312.06681.
+    """
+    place = chosen_places(graph, [at])[0]
+    if place.dims[:2] != (Dimension.BATCH, Dimension.POS):
+        raise HookGraphError(f"{place} has no axis of positions to read: leave `pos` out of it")
+    total: Tensor | None = None
+    count = 0
+    with Progress("steering vector", None, shown=progress) as bar:
+        for positive, negative in pairs:
+            first, second = (_read(graph, place, x, pos) for x in (positive, negative))
+            if len(first) != len(second):
+                raise InputError(f"a batch has {len(first)} positive and {len(second)} negative examples")
+            difference = first.sum(0) - second.sum(0)
+            total = difference if total is None else total + difference
+            count += len(first)
+            bar.advance()
+    if total is None:
+        raise InputError("there are no pairs: pass an iterable of (positive, negative) batches")
+    return SteeringVector(total / count, place, count, graph.binding.metadata)
+
+
+def _read(graph: HookGraph, place: Location, inputs: Inputs, pos: int | None) -> Float[Tensor, "batch ..."]:
+    """One value per example, in double precision."""
+    prepared = graph.binding.prepare(inputs)
+    value = graph.run(prepared, save=[place])[place].double()
+    mask = real_tokens(prepared, *value.shape[:2]).to(value.device)
+    if pos is None:
+        weight = mask.to(value).view(*mask.shape, *([1] * (value.ndim - 2)))
+        return (value * weight).sum(1) / weight.sum(1)
+    lengths = mask.sum(1)
+    if not bool(((lengths > pos) & (lengths >= -pos)).all()):
+        raise HookGraphError(f"pos={pos} is out of range, an example has {int(lengths.min())} tokens")
+    rank = mask.long().cumsum(1) - 1
+    wanted = (pos if pos >= 0 else lengths + pos) * torch.ones_like(lengths)
+    chosen = (mask & (rank == wanted[:, None])).long().argmax(1)
+    return value[torch.arange(len(value), device=value.device), chosen]

@@ -1,0 +1,57 @@
+"""What writes to the residual stream of the main stack, in causal order."""
+
+from collections.abc import Iterable
+
+from hookgraph.errors import UnknownLocationError
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import (
+    ATTN_OUT,
+    EXTRA_OUT,
+    MIXER_OUT,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    RESID_XMID,
+    XATTN_OUT,
+)
+
+UPDATES = frozenset({ATTN_OUT, MIXER_OUT, XATTN_OUT, MLP_OUT, EXTRA_OUT})
+"""The types of what a layer adds to the stream."""
+RESIDUALS = frozenset({RESID_PRE, RESID_MID, RESID_XMID, RESID_POST})
+"""The types of the stream itself."""
+
+
+def updates(graph: HookGraph) -> tuple[Location, ...]:
+    """Everything that is added to the stream after the embeddings."""
+    return tuple(x for x in graph.locations if x.site is None and x.type in UPDATES)
+
+
+def last_residual(graph: HookGraph) -> Location:
+    """The stream after the last layer.
+
+    Raises:
+        UnknownLocationError: the model has no such stream.
+    """
+    return graph.every(RESID_POST)[-1]
+
+
+def own_update(location: Location, among: Iterable[Location]) -> Location | None:
+    """The update that a location inside a branch of a layer goes into, or is; None for the stream itself.
+
+    A branch is what lies between two updates: the next one of the layer is the location's own.
+    """
+    root = location.root
+    if root.type in RESIDUALS or root.layer is None:
+        return None
+    later = [x for x in among if x.layer == root.layer and x.type.stage >= root.type.stage]
+    return min(later, key=lambda x: x.order, default=None)
+
+
+def if_present(graph: HookGraph, location: Location) -> Location | None:
+    """A location if the graph has it, or None."""
+    try:
+        return graph.check(location)
+    except UnknownLocationError:
+        return None

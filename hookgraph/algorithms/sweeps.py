@@ -1,0 +1,148 @@
+"""`activation_patching`: patch every layer, position, head, neuron or latent in turn, and measure."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Literal, TypeAlias, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.algorithms.attribution import Attribution, part_of
+from hookgraph.algorithms.exact import exact_effects
+from hookgraph.algorithms.examples import by_examples
+from hookgraph.algorithms.results import Convention, PatchingEffect
+from hookgraph.algorithms.sites import chosen_places
+from hookgraph.errors import HookGraphError, LocationError, nearest
+from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric
+from hookgraph.ontology.dimensions import Dimension
+from hookgraph.ontology.locations import Location
+
+Direction: TypeAlias = Literal["noising", "denoising"]
+
+TOGETHER = "patched together"
+"""What was done to an axis along which the coordinates are one node."""
+
+
+def activation_patching(
+    graph: HookGraph,
+    clean: Inputs,
+    corrupt: Inputs | None,
+    metric: Metric,
+    at: Sequence[Location],
+    *,
+    over: Sequence[str] = ("pos",),
+    direction: Direction = "noising",
+    batch_size: int = 256,
+    progress: bool | None = None,
+) -> PatchingEffect:
+    """What patching each node alone changes, exactly: for a map of layers and positions, or of heads.
+
+    `noising` runs clean and sets a node to its corrupt value, which shows what the behaviour needs:
+    effect = m(clean | node := corrupt) - m(clean). `denoising` runs corrupt and sets it to its clean value,
+    which shows what suffices: effect = m(corrupt | node := clean) - m(corrupt).
+
+    A node is one index along each axis in `over`, with everything along the other axes but the batch:
+
+    * `graph.every(RESID_POST)`, over `["pos"]`: the layer x position map.
+    * `graph.every(ATTN_Z)`, over `["head"]`: the layer x head map.
+    * `[MLP_POST[2]]`, over `["d_mlp"]`: neurons; `[sae.latents]`, over `["latent"]`: latents.
+
+    Args:
+        graph: the hooked model.
+        clean: the inputs with the behaviour.
+        corrupt: as many tokens with the same mask; None, for noising, sets nodes to zero.
+        metric: logits -> one number per example.
+        at: locations or parts of locations, mixed freely; each is divided along the axes that it has.
+        over: the axes along which nodes are told apart.
+        direction: see above; recorded as the result's `convention.sign`.
+        batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        progress: whether to show a progress bar; by default on a terminal, if it takes long.
+
+    Returns:
+        Effects over (batch, *over), and in `total_effect` what patching everything changes.
+
+    Raises:
+        HookGraphError: an unknown direction, or denoising without corrupt inputs.
+        LocationError: no location has an axis named in `over`.
+        UnknownLocationError: the graph has no such location.
+        ShapeMismatchError: clean and corrupt differ in shape or mask.
+        MetricError: the metric is not one finite number per example.
+
+    Source: Vig et al., arXiv:2004.12265; Meng et al., arXiv:2202.05262; Heimersheim & Nanda,
+    arXiv:2404.15255 (noising and denoising).
+    """
+    if direction not in get_args(Direction):
+        raise HookGraphError(f"unknown direction {direction!r}: {nearest(direction, get_args(Direction))}")
+    places = chosen_places(graph, at)
+    axes = axes_of(places, over)
+    denoising = direction == "denoising"
+    if denoising and corrupt is None:
+        raise HookGraphError("denoising runs the corrupt inputs: give them, or use direction='noising'")
+    start, other = (corrupt, clean) if denoising and corrupt is not None else (clean, corrupt)
+
+    def measure(start: Inputs, other: Inputs | None, metric: Metric) -> PatchingEffect:
+        run = graph.run(start, save=places, metric=metric, logits=False)
+        sizes = {x: dict(zip(x.dims, run[x].shape, strict=True)) for x in places}
+        total = None
+        if other is not None and run.metric is not None:
+            end = graph.run(other, metric=metric, logits=False).metric
+            total = None if end is None else end - run.metric
+        nodes = {x: nodes_over(x, axes, sizes[x]) for x in places}
+        del run
+        every = [node for found in nodes.values() for node in found]
+        effects = exact_effects(graph, start, other, metric, every, batch_size=batch_size, progress=progress)
+        sign = "clean - corrupt" if denoising else "corrupt - clean"
+        stands_in = "zero" if corrupt is None else "clean" if denoising else "corrupt"
+        convention = Convention("activation patching", sign, stands_in)
+        return PatchingEffect(
+            shaped(effects, nodes, axes, sizes),
+            Attribution({}),
+            Attribution({}),
+            total,
+            convention,
+            metadata=graph.binding.metadata,
+        )
+
+    return by_examples(graph, start, other, metric, batch_size, measure)
+
+
+def axes_of(places: Sequence[Location], over: Sequence[str]) -> tuple[Dimension, ...]:
+    """Axes by name.
+
+    Raises:
+        LocationError: no place has one of them, or it is the batch.
+    """
+    names = (over,) if isinstance(over, str) else tuple(over)
+    known = {d.value for place in places for d in place.dims} - {Dimension.BATCH.value}
+    for name in names:
+        if name not in known:
+            raise LocationError(f"nothing to patch has an axis {name!r}: {nearest(name, known)}")
+    return tuple(Dimension(name) for name in names)
+
+
+def nodes_over(place: Location, axes: Sequence[Dimension], sizes: dict[Dimension, int]) -> list[Location]:
+    """The parts of a place that are one node each, the last axis fastest."""
+    told = [d for d in place.dims if d in axes]
+    return [
+        part_of(place, dict(zip(told, index, strict=True)), sizes)
+        for index in product(*(range(sizes[d]) for d in told))
+    ]
+
+
+def shaped(
+    effects: Float[Tensor, "... batch"],
+    nodes: dict[Location, list[Location]],
+    axes: Sequence[Dimension],
+    sizes: dict[Location, dict[Dimension, int]],
+) -> Attribution:
+    """Effects of nodes, one after the other, by place: over the batch and the axes that tell nodes apart."""
+    values: dict[Location, Tensor] = {}
+    done = 0
+    for place, found in nodes.items():
+        shape = [sizes[place][d] for d in place.dims if d in axes]
+        values[place] = effects[done : done + len(found)].T.reshape(-1, *shape)
+        done += len(found)
+    joint = {d for place in nodes for d in place.dims} - {*axes, Dimension.BATCH}
+    return Attribution(values, dict.fromkeys(sorted(joint), TOGETHER))

@@ -1,0 +1,167 @@
+"""Direct logit attribution and the logit lens against sums written by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hookgraph.algorithms import LogitAttribution, direct_logit_attribution, logit_lens
+from hookgraph.algorithms.direct import Parts
+from hookgraph.errors import HookGraphError, LocationError, MetricError
+from hookgraph.locations import (
+    ATTN_OUT,
+    ATTN_RESULT,
+    ATTN_Z,
+    FINAL_LN_SCALE,
+    LATENTS,
+    MLP_OUT,
+    MLP_POST,
+    RESID_POST,
+    RESID_PRE,
+)
+from hookgraph.ontology.weights import W_U, W_out
+from hookgraph_tests.families import FAMILIES, bound, model_of, tokens
+from hookgraph_tests.toy import Coordinates, orthonormal, toy_graph, toy_of, toy_tokens
+
+CORRECT, WRONG, POS = [3, 4], 5, [-1, 3]
+ROWS = torch.arange(2)
+
+
+def whole(found: LogitAttribution) -> Tensor:
+    parts = [v.reshape(len(v), -1).sum(1) for v in (*found.parts.values(), *found.rest.values())]
+    return torch.stack(parts).sum(0) + found.bias
+
+
+def test_on_the_toy_network_every_update_adds_its_product_with_the_unembedding():
+    graph, ids = toy_graph(), toy_tokens()
+    found = direct_logit_attribution(graph, ids, 1, [2, 3], pos=1)
+    values = toy_of(graph).closed_form(ids, torch.zeros(7, dtype=torch.float64))
+    direction = toy_of(graph).unembedding[:, 1] - toy_of(graph).unembedding[:, [2, 3]].T
+    assert set(found.parts) == {RESID_PRE[0], *ATTN_OUT[:3], *MLP_OUT[:3]}
+    for place, value in found.parts.items():
+        assert torch.allclose(value, (values[place][:, 1] * direction).sum(-1), atol=1e-13)
+    assert torch.allclose(found.bias, torch.zeros(2, dtype=torch.float64), atol=1e-13)
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron", ["head", "neuron"]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_and_bias_add_up_to_the_logit_difference(family: str, by: Parts | list[Parts]):
+    graph = bound(family, torch.float64)
+    found = direct_logit_attribution(graph, tokens(), CORRECT, WRONG, pos=POS, by=by)
+    logits = graph.run(tokens()).logits[ROWS, POS]
+    cap = getattr(model_of(graph).config, "final_logit_softcapping", None)
+    if cap is not None:  # the logits before the cap are what is linear
+        logits = cap * torch.atanh(logits / cap)
+    expected = logits[ROWS, CORRECT] - logits[:, WRONG]
+    assert torch.allclose(found.total, expected, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(whole(found), expected, rtol=1e-10, atol=1e-12)
+    assert float(found.residual.abs().max()) < 1e-12
+
+
+def test_layers_add_their_product_with_gain_and_scale_of_the_last_norm():
+    graph = bound("llama", torch.float64)
+    found = direct_logit_attribution(graph, tokens(), 3, 5)
+    run = graph.run(tokens(), save=[FINAL_LN_SCALE, MLP_OUT[1]])
+    gain = next(m.weight for m in model_of(graph).get_decoder().children() if hasattr(m, "variance_epsilon"))
+    table = graph.weight(W_U)
+    direction = gain * (table[:, 3] - table[:, 5])
+    expected = (run[MLP_OUT[1]][:, -1] * direction).sum(-1) * run[FINAL_LN_SCALE][:, -1, 0]
+    assert torch.allclose(found.parts[MLP_OUT[1]], expected, atol=1e-6)  # the norm is in single precision
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_heads_add_what_they_write(family: str):
+    graph = bound(family, torch.float64)
+    whole_update = direct_logit_attribution(graph, tokens(), 3, 5)
+    heads = direct_logit_attribution(graph, tokens(), 3, 5, by="head")
+    run = graph.run(tokens(), save=[ATTN_RESULT[1], ATTN_OUT[1]])
+    assert heads.parts[ATTN_Z[1]].shape == (2, 4)
+    # u is linear: what heads add is to what attention adds as their writing is to its own.
+    bias = (run[ATTN_OUT[1]] - run[ATTN_RESULT[1]].sum(2))[:, -1]
+    assert torch.allclose(
+        heads.parts[ATTN_Z[1]].sum(1) + heads.rest[ATTN_OUT[1]], whole_update.parts[ATTN_OUT[1]], atol=1e-12
+    )
+    again = direct_logit_attribution(
+        graph.hook(ATTN_OUT[1], lambda x: x - bias[:, None]), tokens(), 3, 5, by="layer"
+    )
+    assert again.parts[ATTN_OUT[1]].shape == (2,)
+
+
+def test_a_norm_after_the_update_is_held_at_its_scale():
+    graph = bound("gemma2", torch.float64)
+    layers = direct_logit_attribution(graph, tokens(), 3, 5)
+    found = direct_logit_attribution(graph, tokens(), 3, 5, by="neuron")
+    run = graph.run(tokens(), save=[MLP_POST[1], MLP_OUT[1], RESID_POST[2], FINAL_LN_SCALE])
+    raw = run[MLP_POST[1]] @ graph.weight(W_out, 1)
+    ratio = (run[MLP_OUT[1]] / raw)[:, -1]  # gain times scale, coordinate by coordinate
+    neurons = run[MLP_POST[1]][:, -1, :, None] * graph.weight(W_out, 1)[None] * ratio[:, None]
+    norm = next(
+        m for m in model_of(graph).get_decoder().children() if not isinstance(m, nn.ModuleList | nn.Embedding)
+    )
+    table = graph.weight(W_U)
+    direction = (1 + norm.weight) * (table[:, 3] - table[:, 5]) * run[FINAL_LN_SCALE][:, -1]
+    expected = (neurons * direction[:, None]).sum(-1)
+    assert torch.allclose(found.parts[MLP_POST[1]], expected, atol=1e-5)
+    assert torch.allclose(found.parts[MLP_POST[1]].sum(1), layers.parts[MLP_OUT[1]], atol=1e-10)
+
+
+def test_latents_add_their_share_of_the_site():
+    graph, ids = toy_graph(), toy_tokens()
+    columns = orthonormal(4, 4)
+    spliced = graph.inject(Coordinates(MLP_OUT[1], "c", columns))
+    found = direct_logit_attribution(spliced, ids, 1, 2, by="latent")
+    latents = LATENTS().within(MLP_OUT[1], "c")
+    value = graph.run(ids, save=[MLP_OUT[1]])[MLP_OUT[1]][:, -1]
+    unembedding = toy_of(graph).unembedding
+    expected = (value @ columns) * (columns.T @ (unembedding[:, 1] - unembedding[:, 2]))
+    assert torch.allclose(found.parts[latents], expected, atol=1e-13)
+    assert torch.allclose(found.rest[MLP_OUT[1]], torch.zeros(2, dtype=torch.float64), atol=1e-13)
+
+
+def test_an_attribution_saves_and_prints(tmp_path: Path):
+    found = direct_logit_attribution(bound("gpt2", torch.float64), tokens(), 3, 5, by="head")
+    found.save(tmp_path / "a.safetensors")
+    again = LogitAttribution.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.parts[ATTN_Z[2]], found.parts[ATTN_Z[2]])
+    assert torch.equal(again.total, found.total)
+    assert repr(again) == repr(found)
+    assert "unexplained" in repr(found)
+    assert "<table" in found._repr_html_()
+    assert len(found.to_frame()) == 2 * (3 * 4 + 3 + 1)
+    assert found.plot().axes
+
+
+def test_bad_requests_are_refused():
+    graph = bound("gpt2", torch.float64)
+    with pytest.raises(MetricError, match="token 48 is out of range"):
+        direct_logit_attribution(graph, tokens(), 48)
+    with pytest.raises(MetricError, match="pos=6 is out of range"):
+        direct_logit_attribution(graph, tokens(), 3, pos=6)
+    with pytest.raises(MetricError, match="3 answers for a batch of 2"):
+        direct_logit_attribution(graph, tokens(), [3, 4, 5])
+    with pytest.raises(HookGraphError, match="no dictionary is injected"):
+        direct_logit_attribution(graph, tokens(), 3, by="latent")
+    with pytest.raises(LocationError, match=r"attn.out\[0\]@pos=1 is not the stream"):
+        logit_lens(graph, tokens(), [ATTN_OUT[0].at(pos=1)])
+    with pytest.raises(LocationError, match="pos=9 is out of range"):
+        logit_lens(graph, tokens(), pos=9)
+    with pytest.raises(HookGraphError, match="k=49: there are 48 tokens"):
+        logit_lens(graph, tokens(), k=49)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lens_is_the_model_with_a_residual_in_the_place_of_the_last(family: str):
+    graph = bound(family, torch.float64)
+    found = logit_lens(graph, tokens(), pos=[-1, 2], k=3)
+    run = graph.run(tokens(), save=graph.every(RESID_POST))
+    for row, place in enumerate(graph.every(RESID_POST)):
+        logits = graph.hook(RESID_POST[2], lambda _, v=run[place]: v).run(tokens()).logits
+        expected = logits[:, [-1, 2]].log_softmax(-1)
+        assert torch.allclose(found.log_probs[row], expected.topk(3).values, atol=1e-12)
+        assert torch.equal(found.tokens[row], expected.topk(3).indices)
+    assert found.positions == (5, 2)
+    assert found.table().shape == (3, 2)
+    assert len(found.to_frame()) == 3 * 2 * 2 * 3
+    assert "<table" in found._repr_html_()
+    assert found.plot().axes
