@@ -193,8 +193,8 @@ class _Push:
     def __call__(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Zero but at the answer positions."""
         rows = self.answer.rows(self.direction, len(gradient)).to(gradient.dtype)
-        places = torch.arange(gradient.shape[1], device=gradient.device).expand(gradient.shape[:2])
-        here = take(places, self.answer.reads(gradient))
+        places = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
+        here = take(places.expand(gradient.shape[:2]), self.answer.reads(gradient)).long()
         result = torch.zeros_like(gradient)
         return result.scatter(1, here[..., None].expand(-1, -1, rows.shape[-1]), rows[:, None])
 

@@ -41,11 +41,11 @@ class SteeringVector:
     pairs: int
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def hook(self, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    def hook(self, scale: float | int = 1.0) -> Callable[[Tensor], Tensor]:
         """x -> x + scale · vector, at every position."""
         return _Add(self.vector, scale)
 
-    def add_to(self, graph: HookGraph, scale: float = 1.0) -> HookGraph:
+    def add_to(self, graph: HookGraph, scale: float | int = 1.0) -> HookGraph:
         """A graph that adds it."""
         return graph.hook(self.location, self.hook(scale))
 
@@ -75,7 +75,7 @@ class SteeringVector:
 @dataclass(frozen=True, eq=False)
 class _Add:
     vector: Float[Tensor, "..."]
-    scale: float
+    scale: float | int
 
     def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return value + self.scale * self.vector.to(value)
