@@ -18,8 +18,8 @@ import hookgraph as hg
 from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
 from benchmarks.overhead import Subject, registered, subject_of
 from hookgraph import locations as at
-from hookgraph.algorithms.exact import exact_effects
-from hookgraph.algorithms.quadrature import nodes_and_weights
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.quadrature import nodes_and_weights
 
 Hooked = dict[str, Float[Tensor, "..."]]
 

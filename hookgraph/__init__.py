@@ -1,24 +1,35 @@
-"""hookgraph: every activation and gradient of a HuggingFace model by name, and algorithms on them."""
+"""hookgraph: every activation and gradient of a HuggingFace model by name, and algorithms on them.
+
+`__all__` has the names of every day. The errors, and what `hookgraph.algorithms` has, are reached here too.
+"""
 
 from hookgraph import checking as checking  # isort: split
 
-from hookgraph import locations, weights
-from hookgraph.algorithms import metrics
-from hookgraph.algorithms.patching import patching_effect
-from hookgraph.algorithms.results import PatchingEffect
-from hookgraph.binding import Family, bind, check
-from hookgraph.errors import (
-    AlreadyAttachedError,
-    BindingError,
-    HookGraphError,
-    InputError,
-    LoadError,
-    LocationError,
-    MetricError,
-    ShapeMismatchError,
-    SubgraphError,
-    UnknownLocationError,
+from hookgraph import errors, locations, weights
+from hookgraph.algorithms import (
+    PatchingEffect,
+    direct_logit_attribution,
+    logit_lens,
+    metrics,
+    patching_effect,
 )
+from hookgraph.algorithms import ablate as ablate
+from hookgraph.algorithms import activation_patching as activation_patching
+from hookgraph.algorithms import mean_activations as mean_activations
+from hookgraph.algorithms import optimal_constants as optimal_constants
+from hookgraph.algorithms import path_patching as path_patching
+from hookgraph.algorithms import steering_vector as steering_vector
+from hookgraph.binding import Family, bind, check
+from hookgraph.errors import AlreadyAttachedError as AlreadyAttachedError
+from hookgraph.errors import BindingError as BindingError
+from hookgraph.errors import HookGraphError as HookGraphError
+from hookgraph.errors import InputError as InputError
+from hookgraph.errors import LoadError as LoadError
+from hookgraph.errors import LocationError as LocationError
+from hookgraph.errors import MetricError as MetricError
+from hookgraph.errors import ShapeMismatchError as ShapeMismatchError
+from hookgraph.errors import SubgraphError as SubgraphError
+from hookgraph.errors import UnknownLocationError as UnknownLocationError
 from hookgraph.graph.abstract import AbstractSubgraph as Subgraph
 from hookgraph.graph.abstract import Frame
 from hookgraph.graph.hook_graph import HookGraph
@@ -34,33 +45,26 @@ from hookgraph.subgraphs import (
 )
 
 __all__ = [
-    "AlreadyAttachedError",
     "AutoencoderGraph",
-    "BindingError",
     "CrosscoderGraph",
     "Dimension",
     "Family",
     "Frame",
     "HookGraph",
-    "HookGraphError",
-    "InputError",
-    "LoadError",
     "Location",
-    "LocationError",
     "LocationType",
-    "MetricError",
     "PatchingEffect",
     "Run",
-    "ShapeMismatchError",
     "Subgraph",
-    "SubgraphError",
     "SubspaceGraph",
     "TranscoderGraph",
-    "UnknownLocationError",
     "bind",
     "check",
+    "direct_logit_attribution",
+    "errors",
     "load_autoencoder",
     "locations",
+    "logit_lens",
     "metrics",
     "patching_effect",
     "weights",

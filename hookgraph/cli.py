@@ -13,10 +13,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hookgraph.algorithms.effects.patching import Method, patching_effect
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.metrics import logit_diff
-from hookgraph.algorithms.patching import Method, patching_effect
 from hookgraph.algorithms.ranking import Ranking
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.binding import Family, bind
 from hookgraph.binding.binding import check as check_all
 from hookgraph.binding.examples import example_inputs

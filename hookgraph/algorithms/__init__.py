@@ -1,19 +1,19 @@
 """Algorithms over hook graphs and locations. None knows a model class or a kind of subgraph."""
 
 from hookgraph.algorithms import metrics
-from hookgraph.algorithms.ablation import ablate, optimal_constants
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.direct import direct_logit_attribution
-from hookgraph.algorithms.exact import exact_effects
-from hookgraph.algorithms.lens import LogitLens, logit_lens
-from hookgraph.algorithms.logit_attribution import LogitAttribution
-from hookgraph.algorithms.patching import patching_effect
-from hookgraph.algorithms.paths import path_patching
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.patching import patching_effect
+from hookgraph.algorithms.effects.results import Convention, PatchingEffect
+from hookgraph.algorithms.interventions.ablation import ablate, optimal_constants
+from hookgraph.algorithms.interventions.paths import path_patching
+from hookgraph.algorithms.interventions.statistics import AblationStatistics, mean_activations
+from hookgraph.algorithms.interventions.steering import SteeringVector, steering_vector
+from hookgraph.algorithms.interventions.sweeps import activation_patching
 from hookgraph.algorithms.ranking import Node, Ranking
-from hookgraph.algorithms.results import Convention, PatchingEffect
-from hookgraph.algorithms.statistics import AblationStatistics, mean_activations
-from hookgraph.algorithms.steering import SteeringVector, steering_vector
-from hookgraph.algorithms.sweeps import activation_patching
+from hookgraph.algorithms.readouts.direct import direct_logit_attribution
+from hookgraph.algorithms.readouts.lens import LogitLens, logit_lens
+from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
 
 __all__ = [
     "AblationStatistics",

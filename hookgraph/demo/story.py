@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hookgraph.algorithms.effects.patching import patching_effect
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.metrics import LogitDifference, logit_diff
-from hookgraph.algorithms.patching import patching_effect
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.demo.grammar import Pair, ioi_pairs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location

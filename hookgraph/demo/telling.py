@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.ranking import Ranking
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.binding import bind
 from hookgraph.demo import load, model_path, story
 from hookgraph.demo.card import stated_figures

@@ -36,3 +36,7 @@ class Dimension(StrEnum):
     """An axis of size one: a single number per position."""
     STEP = "step"
     """Passes of a generation, counted from the prefill; an index only, no activation has this axis."""
+    LAYER = "layer"
+    """Layers side by side; an axis of results, no activation has it."""
+    RANK = "rank"
+    """The best few, the best first: likely tokens, directions of a basis; an axis of results."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, final
 
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.ranking import Ranking
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.graph.conformance import ConformanceReport, Proof
 from hookgraph.ontology.locations import Location
 from hookgraph.report import page

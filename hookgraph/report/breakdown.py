@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.results import PatchingEffect
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType

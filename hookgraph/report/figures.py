@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, final
 
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.plotting import DARK, LIGHT, Theme, draw, layer_maps
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.report.breakdown import by_type, places, reduced, units
 

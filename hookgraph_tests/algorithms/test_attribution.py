@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.results import Convention, PatchingEffect
+from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.errors import HookGraphError, LoadError, LocationError
 from hookgraph.graph import storage
 from hookgraph.locations import ATTN_Z, MLP_OUT

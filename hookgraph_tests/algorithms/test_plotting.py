@@ -7,9 +7,9 @@ import torch
 from matplotlib import pyplot
 
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.plotting import layer_maps
 from hookgraph.algorithms.ranking import Node, Ranking
-from hookgraph.algorithms.results import Convention, PatchingEffect
 from hookgraph.errors import HookGraphError
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location

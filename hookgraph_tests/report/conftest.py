@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.results import Convention, Node, PatchingEffect, Ranking
+from hookgraph.algorithms.effects.results import Convention, Node, PatchingEffect, Ranking
 from hookgraph.graph.conformance import ConformanceReport, Proof
 from hookgraph.ontology.transformer import ATTN_Z, MLP_OUT, RESID_POST
 from hookgraph.report import Prompt, PromptPair

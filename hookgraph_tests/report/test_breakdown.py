@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hookgraph.algorithms.results import PatchingEffect
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.ontology.transformer import ATTN_Z, EMBED, MLP_OUT, MLP_POST, RESID_POST
 from hookgraph.report import breakdown

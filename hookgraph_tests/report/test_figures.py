@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.plotting import DARK, LIGHT, Theme
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.errors import HookGraphError
 from hookgraph.ontology.transformer import ATTN_Z, MLP_OUT, RESID_POST
 from hookgraph.report import Picture, head_map, map_of, position_map

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hookgraph.algorithms.results import Node, PatchingEffect, Ranking
+from hookgraph.algorithms.effects.results import Node, PatchingEffect, Ranking
 from hookgraph.graph.conformance import ConformanceReport, Proof
 from hookgraph.ontology.transformer import MLP_OUT
 from hookgraph.report import (

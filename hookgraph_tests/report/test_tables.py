@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hookgraph.algorithms.results import Node, Ranking
+from hookgraph.algorithms.effects.results import Node, Ranking
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.ontology.transformer import ATTN_Z, EMBED, RESID_POST
 from hookgraph.report import Prompt, PromptPair, tables

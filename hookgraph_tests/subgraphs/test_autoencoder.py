@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookgraph.algorithms.patching import patching_effect
+from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.errors import LocationError, ShapeMismatchError, SubgraphError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.autoencoder import LATENTS

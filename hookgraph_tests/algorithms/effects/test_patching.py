@@ -9,9 +9,9 @@ from torch import Tensor
 
 import hookgraph as hg
 from hookgraph.algorithms import memory
-from hookgraph.algorithms.exact import exact_effects
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.metrics import logit_diff
-from hookgraph.algorithms.patching import Method, patching_effect
 from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import (

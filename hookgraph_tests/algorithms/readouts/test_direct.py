@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hookgraph.algorithms import LogitAttribution, direct_logit_attribution, logit_lens
-from hookgraph.algorithms.direct import Parts
+from hookgraph.algorithms.metrics import logit_diff
+from hookgraph.algorithms.readouts.direct import Parts
 from hookgraph.errors import HookGraphError, LocationError, MetricError
 from hookgraph.locations import (
     ATTN_OUT,
@@ -75,17 +76,16 @@ def test_heads_add_what_they_write(family: str):
     graph = bound(family, torch.float64)
     whole_update = direct_logit_attribution(graph, tokens(), 3, 5)
     heads = direct_logit_attribution(graph, tokens(), 3, 5, by="head")
-    run = graph.run(tokens(), save=[ATTN_RESULT[1], ATTN_OUT[1]])
     assert heads.parts[ATTN_Z[1]].shape == (2, 4)
-    # u is linear: what heads add is to what attention adds as their writing is to its own.
-    bias = (run[ATTN_OUT[1]] - run[ATTN_RESULT[1]].sum(2))[:, -1]
     assert torch.allclose(
         heads.parts[ATTN_Z[1]].sum(1) + heads.rest[ATTN_OUT[1]], whole_update.parts[ATTN_OUT[1]], atol=1e-12
     )
-    again = direct_logit_attribution(
-        graph.hook(ATTN_OUT[1], lambda x: x - bias[:, None]), tokens(), 3, 5, by="layer"
+    last = graph.every(RESID_POST)[-1]
+    run = graph.stop_gradient(FINAL_LN_SCALE).run(
+        tokens(), save=[ATTN_RESULT[1], last.grad], metric=logit_diff(3, 5)
     )
-    assert again.parts[ATTN_OUT[1]].shape == (2,)
+    written = (run[ATTN_RESULT[1]][:, -1] * run[last.grad][:, -1, None]).sum(-1)
+    assert torch.allclose(heads.parts[ATTN_Z[1]], written, atol=1e-12)
 
 
 def test_a_norm_after_the_update_is_held_at_its_scale():

@@ -6,8 +6,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import part_of
-from hookgraph.algorithms.exact import effects_of
-from hookgraph.algorithms.gradients import Estimate
+from hookgraph.algorithms.effects.exact import effects_of
+from hookgraph.algorithms.effects.gradients import Estimate
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.ontology.locations import Location
 

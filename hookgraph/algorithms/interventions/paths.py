@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric
+from hookgraph.algorithms.effects.results import Convention, PatchingEffect
+from hookgraph.algorithms.interventions.sweeps import axes_of, nodes_over, shaped
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
-from hookgraph.algorithms.results import Convention, PatchingEffect
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.algorithms.streams import own_update, updates
-from hookgraph.algorithms.sweeps import axes_of, nodes_over, shaped
 from hookgraph.errors import HookGraphError
 from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.logit_attribution import LogitAttribution
 from hookgraph.algorithms.metrics import Tokens
-from hookgraph.algorithms.splitting import Frozen, by_latents, by_writers, everything
+from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
+from hookgraph.algorithms.readouts.splitting import Frozen, by_latents, by_writers, everything
 from hookgraph.algorithms.streams import if_present, last_residual, updates
 from hookgraph.errors import HookGraphError, InputError, MetricError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import Inputs
@@ -23,6 +23,8 @@ from hookgraph.ontology.transformer import FINAL_LN_OUT, FINAL_LN_SCALE, RESID_P
 from hookgraph.ontology.weights import W_U, b_U
 
 Parts: TypeAlias = Literal["layer", "head", "neuron", "latent"]
+
+_SUMMED = (Dimension.POS, Dimension.D_MODEL, Dimension.D_HEAD)
 
 
 def direct_logit_attribution(
@@ -74,7 +76,7 @@ def direct_logit_attribution(
         del parts[update]
         parts.update(pieces)
         rest[update] = left
-    reduced = dict.fromkeys((Dimension.POS, Dimension.D_MODEL, Dimension.D_HEAD), "sum")
+    reduced: dict[Dimension, str] = dict.fromkeys(_SUMMED, "sum")
     attributed, remaining = Attribution(parts, reduced), Attribution(rest, reduced)
     explained = frozen.bias + sum(v.reshape(len(v), -1).sum(1) for v in (*parts.values(), *rest.values()))
     residual = frozen.total - explained
@@ -98,23 +100,14 @@ def _frozen(graph: HookGraph, inputs: Inputs, correct: Tokens, wrong: Tokens | N
     prepared = graph.binding.prepare(inputs)
     answer = _Answer(correct, wrong, pos)
     if out is None:
-        held = graph
-        metric = answer
+        run = graph.run(prepared, save=[*places, last, last.grad], metric=answer)
+        total = answer(run.logits)
     else:
-        held = _held(graph)
         direction, offset = _unembedding(graph, answer)
-        metric = everything
-        held = held.hook(out.grad, _Push(answer, direction))
-    read = [last] if out is None else [last, out]
-    run = held.run(prepared, save=[*places, *read, last.grad], metric=metric)
-    if run.metric is None:
-        raise ValueError("the run was measured")
-    if out is None:
-        total = run.metric
-    else:
+        held = _held(graph).hook(out.grad, _Push(answer, direction))
+        run = held.run(prepared, save=[*places, last, out, last.grad], metric=everything)
         at = _one(take(run[out], answer.reads(run[out])))
-        rows = answer.rows(direction, len(at))
-        total = (at * rows).sum(-1) + answer.rows(offset, len(at))
+        total = (at * answer.rows(direction, len(at))).sum(-1) + answer.rows(offset, len(at))
     linear = (run[last] * run[last.grad]).flatten(1).sum(1)
     return Frozen(graph, prepared, run, places, run[last.grad], total, total - linear)
 
@@ -199,7 +192,7 @@ class _Push:
         return result.scatter(1, here[..., None].expand(-1, -1, rows.shape[-1]), rows[:, None])
 
 
-def _one(values: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch d"]:
+def _one(values: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch ..."]:
     """The one position of each example."""
     if values.shape[1] != 1:
         raise InputError(f"give one position per example, not {values.shape[1]}")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.memory import in_pieces
-from hookgraph.algorithms.results import PatchingEffect
 from hookgraph.errors import MetricError
 from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph

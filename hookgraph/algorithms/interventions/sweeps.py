@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution, part_of
-from hookgraph.algorithms.exact import exact_effects
-from hookgraph.algorithms.examples import by_examples
-from hookgraph.algorithms.results import Convention, PatchingEffect
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.examples import by_examples
+from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, LocationError, nearest
 from hookgraph.graph.abstract import Inputs

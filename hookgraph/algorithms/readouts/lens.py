@@ -41,8 +41,8 @@ class LogitLens:
 
     locations: tuple[Location, ...]
     positions: tuple[int, ...]
-    tokens: Int[Tensor, "layer batch pos k"]
-    log_probs: Float[Tensor, "layer batch pos k"]
+    tokens: Int[Tensor, "layer batch pos rank"]
+    log_probs: Float[Tensor, "layer batch pos rank"]
     entropy: Float[Tensor, "layer batch pos"]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     _names: Mapping[int, str] = field(default_factory=dict[int, str])

@@ -16,7 +16,7 @@ from hookgraph.algorithms import (
     path_patching,
     steering_vector,
 )
-from hookgraph.algorithms.ablation import moved
+from hookgraph.algorithms.interventions.ablation import moved
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import HookGraphError, InputError, LocationError, ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph

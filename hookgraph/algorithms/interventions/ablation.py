@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hookgraph.algorithms.interventions.statistics import AblationStatistics, with_optimal
 from hookgraph.algorithms.padding import real_tokens
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
-from hookgraph.algorithms.statistics import AblationStatistics, with_optimal
 from hookgraph.errors import HookGraphError, InputError, ShapeMismatchError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph

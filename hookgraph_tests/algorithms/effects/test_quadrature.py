@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookgraph.algorithms.quadrature import Quadrature, nodes_and_weights
+from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weights
 from hookgraph.errors import HookGraphError
 from hookgraph_tests.unchecked import unchecked
 

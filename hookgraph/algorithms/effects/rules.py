@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.gradients import Estimate, Tensors, estimate
+from hookgraph.algorithms.effects.gradients import Estimate, Tensors, estimate
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.errors import HookGraphError, UnknownLocationError

@@ -92,5 +92,5 @@ class LogitAttribution:
         tensors, header = storage.read(path, _KIND)
         reduced = {Dimension(d): how for d, how in header["reduced"].items()}
         parts, rest = (Attribution.unpack(tensors, x, header[x], reduced) for x in ("parts", "rest"))
-        whole = (tensors[x] for x in ("bias", "total", "residual"))
-        return LogitAttribution(parts, rest, *whole, header["metadata"])
+        bias, total, residual = (tensors[x] for x in ("bias", "total", "residual"))
+        return LogitAttribution(parts, rest, bias, total, residual, header["metadata"])

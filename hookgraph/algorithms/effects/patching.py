@@ -7,20 +7,20 @@ from typing import Literal, TypeAlias, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms import rules
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.enumeration import measured_exactly
-from hookgraph.algorithms.exact import exact_effects
-from hookgraph.algorithms.examples import by_examples
-from hookgraph.algorithms.gradients import (
+from hookgraph.algorithms.effects import rules
+from hookgraph.algorithms.effects.enumeration import measured_exactly
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.examples import by_examples
+from hookgraph.algorithms.effects.gradients import (
     Estimate,
     Path,
     attribution,
     integrated,
     integrated_over_inputs,
 )
-from hookgraph.algorithms.quadrature import Quadrature
-from hookgraph.algorithms.results import Convention, PatchingEffect
+from hookgraph.algorithms.effects.quadrature import Quadrature
+from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.sites import Contrast, chosen_places
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs

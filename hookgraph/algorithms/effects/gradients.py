@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.copies import per_copy, run_copies
+from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weights
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
-from hookgraph.algorithms.quadrature import Quadrature, nodes_and_weights
 from hookgraph.algorithms.sites import Contrast, contracted
 from hookgraph.errors import HookGraphError
 from hookgraph.graph.run import Run

@@ -1,0 +1,1 @@
+"""What changes a model on purpose: sweeps of patches, paths, ablations, steering."""
