@@ -9,6 +9,7 @@ from hookgraph import errors, locations, weights
 from hookgraph.algorithms import (
     PatchingEffect,
     direct_logit_attribution,
+    edges,
     logit_lens,
     metrics,
     patching_effect,
@@ -61,6 +62,7 @@ __all__ = [
     "bind",
     "check",
     "direct_logit_attribution",
+    "edges",
     "errors",
     "load_autoencoder",
     "locations",

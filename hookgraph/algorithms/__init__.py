@@ -2,6 +2,8 @@
 
 from hookgraph.algorithms import metrics
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.circuits.direct import edges
+from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
@@ -19,6 +21,7 @@ __all__ = [
     "AblationStatistics",
     "Attribution",
     "Convention",
+    "Edges",
     "LogitAttribution",
     "LogitLens",
     "Node",
@@ -28,6 +31,7 @@ __all__ = [
     "ablate",
     "activation_patching",
     "direct_logit_attribution",
+    "edges",
     "exact_effects",
     "logit_lens",
     "mean_activations",

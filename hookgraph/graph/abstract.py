@@ -227,3 +227,54 @@ class AbstractSubgraph(ABC):
         Call `frame.tap(location, value)` once for each own location, in causal order, and go on
         with what it returns: that is how hooks, saves and nested subgraphs reach it.
         """
+
+    def pull(
+        self,
+        location: Location,
+        x: Shaped[Tensor, "..."],
+        left: Shaped[Tensor, "..."],
+        chosen: Int[Tensor, "..."] | None = None,
+    ) -> Shaped[Tensor, "..."]:
+        """The gradient with respect to x of Σ left · (the values at an own location), row by row.
+
+        x is what the site holds at some positions, one per row. The values are read as functions of x,
+        whatever the gradient of what goes on is. Give it where each position is read on its own.
+
+        Args:
+            location: an own one.
+            x: the rows.
+            left: one number per row and value; with `chosen`, one per row.
+            chosen: of each row the one value that counts.
+
+        Raises:
+            SubgraphError: this subgraph does not tell.
+        """
+        raise SubgraphError(_untold(self, "pull"))
+
+    def push(
+        self,
+        location: Location,
+        x: Shaped[Tensor, "..."],
+        delta: Shaped[Tensor, "..."],
+        chosen: Int[Tensor, "..."] | None = None,
+    ) -> Shaped[Tensor, "..."]:
+        """By how much what goes on changes, to first order, if the values at an own location change by delta.
+
+        Args:
+            location: an own one.
+            x: what the site holds at some positions, one per row.
+            delta: one number per row and value; with `chosen`, one per row.
+            chosen: of each row the one value that changes.
+
+        Raises:
+            SubgraphError: this subgraph does not tell.
+        """
+        raise SubgraphError(_untold(self, "push"))
+
+
+def _untold(subgraph: AbstractSubgraph, method: str) -> str:
+    kind = type(subgraph).__name__
+    return (
+        f"subgraph {subgraph.name!r} does not say how its nodes change with its site: edges to and from them "
+        f"need the methods `pull` and `push`, and {kind} has no `{method}`"
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, final
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.errors import ShapeMismatchError, SubgraphError
@@ -12,6 +12,7 @@ from hookgraph.ontology.autoencoder import ERROR, LATENTS, LATENTS_PRE, RECONSTR
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.subgraphs.dictionary import Autoencoder, EncodesAndDecodes, Opaque
+from hookgraph.subgraphs.differentiating import pulled, pushed
 from hookgraph.subgraphs.splicing import (
     ErrorTerm,
     Places,
@@ -111,6 +112,26 @@ class AutoencoderGraph(AbstractSubgraph):
         code = encode(*places, self.splice.input_of(x), frame)
         decoded = decode(places[0], code, self.splice.past(x), needed=needed)
         return self.splice.write(x, decoded, frame, reconstruction=self.reconstruction, error=self.error)
+
+    def pull(
+        self,
+        location: Location,
+        x: Float[Tensor, "batch d_model"],
+        left: Float[Tensor, "..."],
+        chosen: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch d_model"]:
+        """The gradient of Σ left · f, or of left · e with e = x - dec(enc(x)), row by row."""
+        return pulled(self._coder, location.type, x, left, chosen)
+
+    def push(
+        self,
+        location: Location,
+        x: Float[Tensor, "batch d_model"],
+        delta: Float[Tensor, "..."],
+        chosen: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch d_model"]:
+        """delta W_dec of latents, delta itself of the error."""
+        return pushed(self._coder, location.type, x, delta, chosen)
 
     def __repr__(self) -> str:
         return f"AutoencoderGraph({self.autoencoder!r}, at={self.site}, name={self.name!r})"

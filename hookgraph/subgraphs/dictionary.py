@@ -193,6 +193,17 @@ class Autoencoder(nn.Module):
         _, scale, _ = self._normal(x.to(self.W_enc.dtype))
         return result if scale is None else result * scale
 
+    def moved(
+        self,
+        delta: Float[Tensor, " batch"],
+        chosen: Int[Tensor, " batch"],
+        x: Float[Tensor, "batch d_model"],
+    ) -> Float[Tensor, "..."]:
+        """By how much the reconstruction of each row changes if one latent of it changes by delta."""
+        result = self.W_dec[chosen] * delta.to(self.W_dec.dtype)[:, None]
+        _, scale, _ = self._normal(x.to(self.W_enc.dtype))
+        return result if scale is None else result * scale
+
     def part(self, chosen: Int[Tensor, " latent"]) -> "Autoencoder | None":
         """The dictionary of some latents only; None where latents depend on each other."""
         activation = self.activation.part(chosen)

@@ -1,0 +1,1 @@
+"""Edges between nodes, circuits, and how well a circuit does what the model does."""
