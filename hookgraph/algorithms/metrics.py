@@ -68,6 +68,11 @@ class LogitDifference(PositionedMetric):
         """The value of each example."""
         return _pick(logits[:, 0], self.correct) - _pick(logits[:, 0], self.wrong)
 
+    @property
+    def tokens(self) -> Int[Tensor, "..."]:
+        """The two answers, of all examples."""
+        return torch.cat([torch.as_tensor(x).cpu().flatten() for x in (self.correct, self.wrong)])
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -82,6 +82,7 @@ class Contrast:
         gradients: bool = False,
         replays: bool = False,
         wholes: bool = False,
+        totals: bool = True,
     ) -> "Contrast":
         """Run both inputs.
 
@@ -94,6 +95,7 @@ class Contrast:
             gradients: whether the clean run keeps the gradient at each place.
             replays: whether it keeps the boundary before each.
             wholes: whether to see the whole locations of parts, too.
+            totals: whether to measure the corrupt run.
 
         Raises:
             ShapeMismatchError: clean and corrupt differ in shape or mask.
@@ -110,8 +112,8 @@ class Contrast:
             corrupted: Values = {place: torch.zeros_like(base[place]) for place in seen}
             total = None
         else:
-            run = graph.run(second, save=seen, metric=metric, logits=False)
-            corrupted, total = run, finite_metric(run) - measured
+            run = graph.run(second, save=seen, metric=metric if totals else None, logits=False)
+            corrupted, total = run, finite_metric(run) - measured if totals else None
         values = {place: base[place] for place in seen}
         return Contrast(graph, metric, places, first, second, base, values, corrupted, total, entries)
 

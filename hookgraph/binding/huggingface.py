@@ -15,16 +15,18 @@ from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
 from hookgraph.binding.experts import ExpertsInterior
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
-from hookgraph.binding.mechanisms import PassState, element, install, needs_state, replaced
+from hookgraph.binding.mechanisms import PassState, install, needs_state
 from hookgraph.binding.outputs import read_output
 from hookgraph.binding.positions import Following, spans_of
 from hookgraph.binding.products import OwnProduct
+from hookgraph.binding.reading import reading
+from hookgraph.binding.remembering import recalled, remember
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
-from hookgraph.graph.measuring import Reads, take
+from hookgraph.graph.measuring import Reads
 from hookgraph.hooks.handles import Handle, installed
 from hookgraph.hooks.positions import Place
 from hookgraph.hooks.taps import Tap, Taps
@@ -121,7 +123,14 @@ class HuggingFaceBinding(AbstractBinding):
 
     def forward(self, inputs: Prepared) -> Float[Tensor, "batch ..."]:
         """One forward pass of the model: its logits; without a head, its last hidden state."""
-        return read_output(self.model(**inputs))
+        return read_output(self.model(**recalled(inputs)))
+
+    def remember(self, inputs: Prepared, length: int) -> Prepared | None:
+        """Inputs for the positions from `length` on, with the cache that the model makes of those before."""
+        layers = self.findings.layers.get(MAIN_STACK)
+        if not layers or not self.enterable or "past_key_values" not in self._accepted.names:
+            return None
+        return remember(self.model, self._modules[layers[-1].module], inputs, length)
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:
@@ -198,19 +207,13 @@ class HuggingFaceBinding(AbstractBinding):
         return bool(layers) and not any(layer.shared for layer in layers)
 
     @contextmanager
-    def reading(self, reads: Reads) -> Generator[bool]:
+    def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> Generator[bool]:
         """Within this context the unembedding sees these positions only, if one module is known to be it."""
         anchor = self.findings.anchors.get(FINAL_LN_OUT)
         if anchor is None or anchor.mechanism != "input" or anchor.calls > 1 or LOGITS not in self._place:
             yield False
             return
-
-        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return replaced(args, kwargs, anchor.slot, take(element(args, kwargs, anchor.slot), reads))
-
-        # Not prepended: the taps at this place see every position.
-        head = self._modules[anchor.module]
-        with installed(lambda: head.register_forward_pre_hook(choose, with_kwargs=True)):
+        with reading(self._modules[anchor.module], anchor, reads, tokens):
             yield True
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hookgraph.binding.remembering import Remembered
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
 
@@ -155,7 +156,12 @@ def _check_ids(ids: Tensor, vocabulary: int) -> None:
 def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     """The arguments for `copies` batches one after the other."""
     batch = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), 1)
-    return {
-        k: v.repeat(copies, *([1] * (v.ndim - 1))) if isinstance(v, Tensor) and v.shape[:1] == (batch,) else v
-        for k, v in arguments.items()
-    }
+
+    def repeated(value: object) -> object:
+        if isinstance(value, Remembered):
+            return value.repeated(copies)
+        if isinstance(value, Tensor) and value.shape[:1] == (batch,):
+            return value.repeat(copies, *([1] * (value.ndim - 1)))
+        return value
+
+    return {k: repeated(v) for k, v in arguments.items()}

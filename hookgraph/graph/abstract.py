@@ -83,12 +83,21 @@ class AbstractBinding(ABC):
         """Whether `attached` can start between the layers of the main stack."""
         return True
 
-    def reading(self, reads: Reads) -> AbstractContextManager[bool]:
+    def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> AbstractContextManager[bool]:
         """Within this context `forward` returns the logits at these positions only, if the context says so.
 
-        A binding that cannot leave logits out returns all of them, and says False.
+        A binding that cannot leave logits out returns all of them, and says False. Of tokens that are not
+        among `tokens`, where these are given, logits may be 0.
         """
         return nullcontext(False)
+
+    def remember(self, inputs: Prepared, length: int) -> Prepared | None:
+        """Inputs for the positions from `length` on, with what the model remembers of those before.
+
+        Runs the model over the first positions, taps included if it is attached. None where the model
+        remembers nothing, or where it is not known whether that is all that those positions do.
+        """
+        return None
 
     @property
     def recomputes(self) -> bool:
@@ -214,6 +223,11 @@ class AbstractSubgraph(ABC):
     sites = _Sites()
     """The whole locations that it reads or writes, of the model or of another subgraph: unless stated
     otherwise, those at which its locations stand."""
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it treats each position by itself, so that a pass may leave out some."""
+        return False
 
     @property
     @abstractmethod

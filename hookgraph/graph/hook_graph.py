@@ -16,7 +16,7 @@ from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.generating import Generation, StepRecorder
 from hookgraph.graph.injecting import check_injectable
-from hookgraph.graph.measuring import Metric, measure, positions_read
+from hookgraph.graph.measuring import Metric, measure, positions_read, tokens_read
 from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_from
 from hookgraph.graph.run import Run
@@ -258,6 +258,22 @@ class HookGraph:
         entries = (x for x in self.locations if x.type == RESID_PRE and x not in hooked)
         return latest_entry(location, entries, self.subgraphs)
 
+    def remember(self, inputs: Inputs, length: int) -> Prepared | None:
+        """Inputs for the positions from `length` on: run, they give what the whole inputs give there.
+
+        The first positions are run once, and every pass over the rest uses what the model remembers of them.
+        None where that is not known to be right: there are hooks or subgraphs that may look at several
+        positions, padding, or a model without a cache of keys and values. That later positions do not
+        change earlier ones is for the caller to see: compare one run with that of the whole inputs.
+        """
+        if self.registrations or not all(subgraph.pointwise for subgraph in self.subgraphs):
+            return None
+        taps = compile_taps((), self.subgraphs)
+        with torch.no_grad(), self.binding.attached(taps):
+            rest = self.binding.remember(self.binding.prepare(inputs), length)
+        taps.clear()
+        return rest
+
     def generate(
         self, inputs: Inputs, *, save: Sequence[Location] | Location = (), **options: object
     ) -> Generation:
@@ -328,7 +344,7 @@ class HookGraph:
         reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
         reads = None if whole or LOGITS in taps else positions_read(metric)
-        reading = nullcontext(False) if reads is None else self.binding.reading(reads)
+        reading = nullcontext(False) if reads is None else self.binding.reading(reads, tokens_read(metric))
         frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
         attached = self.binding.attached(reached, start)
         with frozen, torch.set_grad_enabled(needs_graph), attached, reading as taken, suppress(EnoughSeen):

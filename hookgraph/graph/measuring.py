@@ -42,6 +42,19 @@ class ReadingMetric(Protocol):
         ...
 
 
+@runtime_checkable
+class TokenMetric(Protocol):
+    """A metric that says of which tokens it reads the logits, so that no others need be computed.
+
+    It stays the same when all other logits are 0.
+    """
+
+    @property
+    def tokens(self) -> Int[Tensor, "..."] | None:
+        """The tokens, each once or more often; None for all of them."""
+        ...
+
+
 def take(values: Float[Tensor, "batch pos ..."], reads: Reads) -> Float[Tensor, "batch ..."]:
     """The chosen positions of each example.
 
@@ -85,6 +98,11 @@ class Tiled:
         reads = self.metric.reads
         return reads.repeat(self.copies, *([1] * (reads.ndim - 1))) if isinstance(reads, Tensor) else reads
 
+    @property
+    def tokens(self) -> Int[Tensor, "..."] | None:
+        """The tokens whose logits the metric reads."""
+        return tokens_read(self.metric)
+
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """The metric of each copy."""
         return torch.cat([self.metric(part) for part in self._parts(logits)])
@@ -109,6 +127,11 @@ class Tiled:
 def positions_read(metric: Metric | None) -> Reads | None:
     """The positions that a metric says it reads; None where it may read any."""
     return metric.reads if isinstance(metric, ReadingMetric) else None
+
+
+def tokens_read(metric: Metric | None) -> Int[Tensor, "..."] | None:
+    """The tokens whose logits a metric says it reads; None where it may read any."""
+    return metric.tokens if isinstance(metric, TokenMetric) else None
 
 
 def measure(metric: Metric, logits: Float[Tensor, "batch ..."], *, taken: bool) -> Float[Tensor, " batch"]:

@@ -87,6 +87,11 @@ class AutoencoderGraph(AbstractSubgraph):
         )
 
     @property
+    def pointwise(self) -> bool:
+        """A dictionary of another kind may look at several positions."""
+        return isinstance(self._coder, Autoencoder)
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre where the encoder tells it, latents, reconstruction, and the error unless dropped."""
         pre = (self.latents_pre,) if isinstance(self._coder, Autoencoder) else ()

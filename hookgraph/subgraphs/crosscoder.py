@@ -141,6 +141,11 @@ class CrosscoderGraph(AbstractSubgraph):
         return list(self.reconstructions.values())[-1]
 
     @property
+    def pointwise(self) -> bool:
+        """Each position is encoded by itself."""
+        return True
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre, latents, and the reconstructions and errors of what is written."""
         rest = () if self.splice.error == "dropped" else self.errors.values()

@@ -63,6 +63,11 @@ class SubspaceGraph(AbstractSubgraph):
         return found
 
     @property
+    def pointwise(self) -> bool:
+        """Coordinates are those of one position."""
+        return True
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """The coordinates."""
         return (self.coordinates,)

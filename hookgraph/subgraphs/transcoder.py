@@ -77,6 +77,11 @@ class TranscoderGraph(AbstractSubgraph):
         self.error = ERROR().within(self.write, name)
 
     @property
+    def pointwise(self) -> bool:
+        """A dictionary of another kind may look at several positions."""
+        return isinstance(self._coder, Autoencoder)
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre where the encoder tells it, latents, reconstruction, and the error unless dropped."""
         pre = (self.latents_pre,) if isinstance(self._coder, Autoencoder) else ()
@@ -223,6 +228,11 @@ class CrossLayerTranscoderGraph(AbstractSubgraph):
         self.reconstructions = tuple(RECONSTRUCTION().within(site, name) for site in self.writes)
         self.errors = tuple(ERROR().within(site, name) for site in self.writes)
         self._encoders = [transcoder.encoder(layer) for layer in range(transcoder.layers)]
+
+    @property
+    def pointwise(self) -> bool:
+        """Each position is encoded by itself."""
+        return True
 
     @property
     def locations(self) -> tuple[Location, ...]:

@@ -7,13 +7,14 @@ what lies after a node is executed for it, and rows of all layers share the pass
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hookgraph.algorithms.copies import per_copy, run_copies, tile
+from hookgraph.algorithms.effects.tails import by_start, length_of, same, shifted, tail
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
@@ -25,6 +26,9 @@ from hookgraph.graph.run import Run
 from hookgraph.hooks.slicing import read, write
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
+
+Gains: TypeAlias = Float[Tensor, "... batch"]
+"""By node and example."""
 
 
 def exact_effects(
@@ -54,13 +58,13 @@ def exact_effects(
         MetricError: the metric of the clean run is not a finite number.
     """
     wholes = list(dict.fromkeys(node.whole for node in nodes))
-    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True)
+    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False)
     return effects_of(contrast, nodes, batch_size, progress)
 
 
 def effects_of(
     contrast: Contrast, nodes: Sequence[Location], batch_size: int, progress: bool | None
-) -> Float[Tensor, "... batch"]:
+) -> Gains:
     """The exact effects of parts of a contrast's places, all of which are whole locations.
 
     Raises:
@@ -72,24 +76,45 @@ def effects_of(
             raise HookGraphError(
                 f"{node}: a node is patched in every example, leave `batch` out of its index"
             )
-    ordered = sorted(
-        ((contrast.entries[node.whole], node) for node in dict.fromkeys(nodes)),
-        key=lambda pair: () if pair[0] is None else pair[0].order,
-    )
+    apart = list(dict.fromkeys(nodes))
     found: dict[Location, Tensor] = {}
-    batch = len(contrast.measured)
-    with Progress("exact patching", len(ordered), shown=progress) as bar:
-        for piece, effects in in_pieces(ordered, max(1, batch_size // batch), lambda p: _sweep(contrast, p)):
-            found.update({node: effect for (_, node), effect in zip(piece, effects, strict=True)})
-            bar.advance(len(piece))
+    batch, length = len(contrast.measured), length_of(contrast)
+    with Progress("exact patching", len(apart), shown=progress) as bar:
+        for start, group in by_start(apart, length):
+            ordered = sorted(group, key=lambda node: _order(contrast.entries[node.whole]))
+            part = tail(contrast, start)
+
+            def work(piece: Sequence[Location], start: int = start, part: Contrast | None = part) -> Gains:
+                gains = None if part is None else _tail_gains(part, piece, start, length)
+                return _sweep(contrast, piece, piece) if gains is None else gains
+
+            for piece, effects in in_pieces(ordered, max(1, batch_size // batch), work):
+                found.update(zip(piece, effects, strict=True))
+                bar.advance(len(piece))
     empty = contrast.measured.new_zeros(0, batch)
     return torch.stack([found[node] for node in nodes]) if nodes else empty
 
 
-def _sweep(
-    contrast: Contrast, piece: Sequence[tuple[Location | None, Location]]
-) -> Float[Tensor, "... batch"]:
-    """The effects of some nodes, in causal order: a copy of the batch each, which joins where its node is."""
+def _tail_gains(part: Contrast, piece: Sequence[Location], start: int, length: int) -> Gains | None:
+    """The effects of some nodes in a tail; None if it does not give what the whole pass gives.
+
+    A copy in which nothing is patched runs with them: its metric has to be that of the clean run.
+    """
+    placed = [None, *(shifted(node, start, length) for node in piece)]
+    gains = _sweep(part, [piece[0], *piece], placed)
+    plain, patched = gains[0], gains[1:]
+    return patched - plain if same(part.measured + plain, part.measured) else None
+
+
+def _order(entry: Location | None) -> tuple[object, ...]:
+    return () if entry is None else entry.order
+
+
+def _sweep(contrast: Contrast, nodes: Sequence[Location], patches: Sequence[Location | None]) -> Gains:
+    """The effects of patches, in causal order of their nodes: a copy of the batch each, which joins where its
+    node is; one of None stays as it is.
+    """
+    piece = [(contrast.entries[node.whole], patch) for node, patch in zip(nodes, patches, strict=True)]
     base, metric, clean = contrast.base, contrast.metric, contrast.measured
     graph = per_copy(contrast.graph, len(clean))
     effects: list[Tensor] = []
@@ -113,19 +138,25 @@ def _sweep(
     return torch.cat(effects)
 
 
-def _gains(run: Run, clean: Float[Tensor, " batch"]) -> Float[Tensor, "... batch"]:
+def _gains(run: Run, clean: Float[Tensor, " batch"]) -> Gains:
     if run.metric is None:
         raise ValueError("the run was measured")
     return run.metric.view(-1, len(clean)) - clean
 
 
 def _patched(
-    graph: HookGraph, nodes: Sequence[Location], values: Mapping[Location, Tensor], *, offset: int, batch: int
+    graph: HookGraph,
+    nodes: Sequence[Location | None],
+    values: Mapping[Location, Tensor],
+    *,
+    offset: int,
+    batch: int,
 ) -> HookGraph:
     """The graph in which node i has its corrupt value in the i-th copy of the batch after row `offset`."""
     by_location: dict[Location, list[tuple[int, Location]]] = {}
     for i, node in enumerate(nodes):
-        by_location.setdefault(node.whole, []).append((offset + i * batch, node))
+        if node is not None:
+            by_location.setdefault(node.whole, []).append((offset + i * batch, node))
     for whole, placed in by_location.items():
         graph = graph.hook(whole, _Patch(placed, values[whole], batch))
     return graph

@@ -1,0 +1,102 @@
+"""What a model remembers of the first positions of its inputs, for passes over the rest of them alone."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hookgraph.hooks.handles import installed
+
+_APPENDED: Final = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that put new tensors in place of old ones, and never write into them."""
+_BY_POSITION: Final = frozenset({"input_ids", "attention_mask", "position_ids"})
+"""The inputs that are known to be divided along positions."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """Keys and values of the first positions of a batch. Every pass is given a copy of its own.
+
+    Args:
+        cache: what one pass over those positions left; it is never written to.
+        copies: how often the batch stands in it, one after the other.
+    """
+
+    cache: DynamicCache
+    copies: int = 1
+
+    def get_seq_length(self) -> int:
+        """How many positions it holds."""
+        return int(self.cache.get_seq_length())
+
+    def repeated(self, copies: int) -> "Remembered":
+        """The same for a batch that is repeated."""
+        return replace(self, copies=self.copies * copies)
+
+    def fresh(self) -> DynamicCache:
+        """A cache that a pass may write to."""
+        cache = copy.copy(self.cache)
+        cache.layers = [self._layer(layer) for layer in self.cache.layers]
+        return cache
+
+    def _layer(self, layer: Any) -> Any:
+        own = copy.copy(layer)
+        own.keys, own.values = (self._tiled(states) for states in (layer.keys, layer.values))
+        return own
+
+    def _tiled(self, states: Tensor) -> Tensor:
+        rest = [-1] * (states.ndim - 1)
+        if len(states) == 1:  # nothing is copied before a layer of the model appends to it
+            return states.expand(self.copies, *rest)
+        return states.repeat(self.copies, *([1] * len(rest)))
+
+
+def remember(
+    model: PreTrainedModel, last: nn.Module, inputs: Mapping[str, Any], length: int
+) -> dict[str, Any] | None:
+    """Inputs for the positions from `length` on, with what the model remembers of those before.
+
+    Runs the model over the first positions, up to its last layer. None where it cannot be said that this is
+    all that they do: there is padding or an input that is not divided by position, or the cache is of another
+    kind.
+    """
+    ids = inputs.get("input_ids")
+    given = {k for k, v in inputs.items() if v is not None and k != "use_cache"}
+    if not isinstance(ids, Tensor) or not 0 < length < ids.shape[1] or not given <= _BY_POSITION:
+        return None
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool(mask.all())):
+        return None
+    parts = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
+    cache = DynamicCache(config=model.config)
+    first: dict[str, Any] = {k: v[:, :length] for k, v in parts.items()}
+    with torch.no_grad(), suppress(_Passed), installed(lambda: last.register_forward_hook(_stop)):
+        model(**first, use_cache=True, past_key_values=cache)
+    if not all(map(_appended, cache.layers)) or cache.get_seq_length() != length:
+        return None
+    rest = {k: v[:, length:] for k, v in parts.items()}
+    return {**rest, "use_cache": True, "past_key_values": Remembered(cache)}
+
+
+class _Passed(Exception):  # noqa: N818 (it ends a pass, and is no error)
+    """The last layer has run: nothing is asked of what comes after."""
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Passed
+
+
+def _appended(layer: Any) -> bool:
+    return type(layer) in _APPENDED and layer.is_initialized
+
+
+def recalled(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs as the model takes them, with a fresh cache of what is remembered."""
+    return {k: v.fresh() if isinstance(v, Remembered) else v for k, v in inputs.items()}

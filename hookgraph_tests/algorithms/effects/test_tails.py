@@ -1,0 +1,192 @@
+"""Exact patching of late positions runs these alone, and gives what a full pass for each node gives."""
+
+from collections.abc import Sequence
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hookgraph as hg
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.tails import by_start, first_position, shifted
+from hookgraph.algorithms.metrics import kl_to, logit_diff
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.locations import ATTN_K, ATTN_PATTERN, ATTN_Q, ATTN_V, ATTN_Z, MLP_POST, RESID_POST, RESID_PRE
+from hookgraph.ontology.locations import Location
+from hookgraph.subgraphs import Autoencoder, AutoencoderGraph, ModuleGraph
+from hookgraph_tests.families import FAMILIES, bound, tokens
+
+METRIC = logit_diff(3, torch.tensor([5, 7]))
+
+
+def others() -> Tensor:
+    return tokens().flip(0)
+
+
+def one_by_one(graph: HookGraph, nodes: Sequence[Location], measure: hg.metrics.LogitDifference) -> Tensor:
+    """A full pass for each node."""
+    clean, corrupt = graph.run(tokens(), metric=measure), graph.run(others(), save=nodes)
+    found: list[Tensor] = []
+    for node in nodes:
+        run = graph.hook(node, lambda _, node=node: corrupt[node]).run(tokens(), metric=measure)
+        assert run.metric is not None
+        assert clean.metric is not None
+        found.append(run.metric - clean.metric)
+    return torch.stack(found)
+
+
+def counting(graph: HookGraph):
+    """Counts the tails that are tried."""
+    return patch.object(graph.binding, "remember", wraps=graph.binding.remember)
+
+
+def places_of_layer(layer: int, pos: int) -> list[Location]:
+    heads = [
+        kind[layer].at(pos=pos, **{axis: 1})
+        for kind, axis in ((ATTN_Z, "head"), (ATTN_Q, "head"), (ATTN_K, "kv_head"), (ATTN_V, "kv_head"))
+    ]
+    return [*heads, MLP_POST[layer].at(d_mlp=7, pos=pos), RESID_POST[layer].at(pos=pos)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_late_positions_alone_give_what_full_passes_give(family: str):
+    graph = bound(family, torch.float64)
+    length = tokens().shape[1]
+    nodes = [x for layer in range(3) for pos in (-1, length - 3) for x in places_of_layer(layer, pos)]
+    nodes += [RESID_PRE[1].at(pos=slice(-2, None)), ATTN_Z[2].at(pos=[-2, -1], head=[0, 2])]
+    with counting(graph) as made:
+        found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    assert [call.args[1] for call in made.call_args_list] == [length - 3, length - 2]
+    expected = one_by_one(graph, nodes, METRIC)
+    assert (expected != 0).all(1).sum() > len(nodes) / 2
+    tolerance = 1e-12 if FAMILIES[family].double_throughout else 1e-5
+    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_patterns_of_late_queries_are_patched_in_a_tail_over_all_keys():
+    graph = bound("gpt2", torch.float64)
+    nodes = [ATTN_PATTERN[i].at(head=h, pos=-1, key_pos=2) for i in range(3) for h in range(4)]
+    found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
+
+
+def test_what_runs_in_a_tail_has_as_many_positions_as_the_tail():
+    graph = bound("gpt2", torch.float64)
+    seen: list[int] = []
+
+    class Watching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.shape[1])
+            return torch.zeros_like(x)
+
+    class Watch(ModuleGraph):  # pyright: ignore[reportGeneralTypeIssues] (final for users)
+        pointwise = True
+
+    watched = graph.inject(Watch(Watching(), at=RESID_POST[2], output="added"))
+    nodes = [ATTN_Z[i].at(head=h, pos=-2) for i in range(3) for h in range(4)]
+    found = exact_effects(watched, tokens(), others(), METRIC, nodes)
+    assert min(seen) == 2
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("hooked", lambda g: g.hook(RESID_PRE[0], lambda x: x)),
+        ("a module", lambda g: g.inject(ModuleGraph(nn.Identity(), at=RESID_POST[0], output="replacing"))),
+    ],
+)
+def test_hooks_and_modules_see_every_position(reason: str, change):  # pyright: ignore[reportMissingParameterType]
+    graph = change(bound("gpt2", torch.float64))
+    assert graph.remember(tokens(), 3) is None, reason
+    nodes = [ATTN_Z[1].at(head=h, pos=-1) for h in range(4)]
+    found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
+
+
+def test_latents_of_a_dictionary_are_patched_in_a_tail():
+    torch.manual_seed(0)
+    width, latents = 32, 20
+    weights = torch.randn(width, latents, dtype=torch.float64)
+    sae = AutoencoderGraph(Autoencoder(weights, weights.T / latents), at=RESID_POST[1])
+    graph = bound("gpt2", torch.float64).inject(sae)
+    nodes = [*(sae.latents.at(latent=i, pos=-1) for i in range(latents)), sae.error.at(pos=-1)]
+    assert graph.remember(tokens(), 3) is not None
+    found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["padding", "an early answer", "a metric of all logits"])
+def test_where_a_tail_is_not_enough_everything_runs(what: str):
+    graph = bound("gpt2", torch.float64)
+    nodes = [ATTN_Z[1].at(head=h, pos=-1) for h in range(4)]
+    clean: hg.graph.abstract.Inputs = tokens()
+    corrupt: hg.graph.abstract.Inputs = others()
+    metric: hg.graph.measuring.Metric = METRIC
+    if what == "padding":
+        mask = torch.ones_like(tokens())
+        mask[0, :2] = 0
+        clean, corrupt = ({"input_ids": x, "attention_mask": mask} for x in (tokens(), others()))
+        assert graph.remember(clean, 3) is None
+    elif what == "an early answer":
+        metric = logit_diff(3, 5, pos=torch.tensor([-1, 2]))
+    else:
+        metric = kl_to(graph.run(others()).logits, pos=None)
+    with counting(graph) as made:
+        found = exact_effects(graph, clean, corrupt, metric, nodes)
+    assert made.called == (what == "padding"), "only the binding sees the padding"
+    base, other = graph.run(clean, metric=metric), graph.run(corrupt, save=[ATTN_Z[1]])
+    for node, effect in zip(nodes, found, strict=True):
+        head = dict(node.index)["head"]
+
+        def put(x: Tensor, head: object = head) -> Tensor:
+            x[:, -1, head] = other[ATTN_Z[1]][:, -1, head]
+            return x
+
+        run = graph.hook(ATTN_Z[1], put).run(clean, metric=metric)
+        assert run.metric is not None
+        assert base.metric is not None
+        assert torch.allclose(effect, run.metric - base.metric, rtol=0, atol=1e-12)
+
+
+def test_a_model_whose_later_positions_change_earlier_ones_is_seen_and_run_whole():
+    """The copy that is not patched tells."""
+    graph = bound("gpt2", torch.float64)
+    nodes = [ATTN_Z[1].at(head=h, pos=-1) for h in range(4)]
+    remembered = graph.binding.remember
+
+    def wrong(inputs: hg.graph.abstract.Prepared, length: int) -> hg.graph.abstract.Prepared | None:
+        ids = inputs["input_ids"]
+        assert isinstance(ids, Tensor)
+        return remembered(
+            {**inputs, "input_ids": torch.cat([ids[:, :length].flip(1), ids[:, length:]], 1)}, length
+        )
+
+    with patch.object(graph.binding, "remember", wrong):
+        found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
+
+
+def test_nodes_are_grouped_by_where_they_begin():
+    first = [ATTN_Z[0].at(pos=0, head=h) for h in range(20)]
+    last = [ATTN_Z[0].at(pos=-1, head=h) for h in range(2)]
+    whole = ATTN_Z[0].at(head=1)
+    assert by_start([*last, *first, whole], 5) == [(0, [*first, whole]), (4, last)]
+    assert by_start([*last, *first[:3]], 5) == [(0, [*first[:3], *last])], "too few for a pass of their own"
+
+
+@pytest.mark.parametrize(
+    ("node", "first", "moved"),
+    [
+        (RESID_POST[0].at(pos=-2), 3, RESID_POST[0].at(pos=0)),
+        (RESID_POST[0].at(pos=[4, 3]), 3, RESID_POST[0].at(pos=[1, 0])),
+        (RESID_POST[0].at(pos=slice(-2, None)), 3, RESID_POST[0].at(pos=[0, 1])),
+        (RESID_POST[0].at(pos=9), 0, None),
+        (RESID_POST[0], 0, None),
+    ],
+)
+def test_positions_are_counted_within_a_tail(node: Location, first: int, moved: Location | None):
+    assert first_position(node, 5) == first
+    if moved is not None:
+        assert shifted(node, first, 5) == moved
