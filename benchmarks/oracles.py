@@ -38,7 +38,7 @@ Written = tuple[str, Tensor, Tensor]
 def write(folder: Path) -> None:
     """Save every dictionary, and what it computes of the same inputs."""
     torch.manual_seed(0)
-    x = 2 * torch.randn(64, D_MODEL)
+    x = 2 * torch.randn(4, 16, D_MODEL)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(x, folder / "inputs.pt")
     for library in (saelens, dictionary_learning, sparsify):
@@ -65,6 +65,7 @@ def saelens(folder: Path, x: Tensor) -> Iterator[Written]:
     shape = {"d_in": D_MODEL, "d_sae": LATENTS}
     subtracting = ({"apply_b_dec_to_input": True}, {"apply_b_dec_to_input": False})
     normalised = ({"normalize_activations": "layer_norm"}, {"normalize_activations": "constant_norm_rescale"})
+    temporal = {"n_heads": 2, "bottleneck_factor": 8, "kval_topk": 7}
     options: dict[str, tuple[dict[str, Any], ...]] = {
         "standard": (*subtracting, *normalised),
         "gated": subtracting,
@@ -77,6 +78,22 @@ def saelens(folder: Path, x: Tensor) -> Iterator[Written]:
         "skip_transcoder": ({"d_out": OUT, "apply_b_dec_to_input": False},),
         "jumprelu_transcoder": ({"d_out": OUT, "apply_b_dec_to_input": False},),
         "jumprelu_skip_transcoder": ({"d_out": OUT, "apply_b_dec_to_input": False},),
+        "matching_pursuit": (
+            *subtracting,
+            *normalised,
+            {"residual_threshold": 0.5, "max_iterations": 9},
+            {"residual_threshold": 0.0, "max_iterations": 9, "stop_on_duplicate_support": False},
+        ),
+        "temporal": (
+            *({**temporal, **one} for one in (*subtracting, *normalised)),
+            {**temporal, "tied_weights": False, "n_attn_layers": 2},
+            {**temporal, "sae_diff_type": "relu", "tied_weights": False, "apply_b_dec_to_input": False},
+            {
+                **temporal,
+                "normalize_activations": "constant_scalar_rescale",
+                "activation_normalization_factor": 0.7,
+            },
+        ),
     }
     known = {*registry.SAE_CLASS_REGISTRY, *registry.SAE_TRAINING_CLASS_REGISTRY}
     print(f"sae-lens {library.__version__}; not compared: {', '.join(sorted(known - set(options)))}")
@@ -94,7 +111,8 @@ def saelens(folder: Path, x: Tensor) -> Iterator[Written]:
                 trained.save_inference_model(folder / name)
                 sae = library.SAE.load_from_disk(folder / name)
             latents = sae.encode(x)
-            yield name, latents, sae(x) if "skip" in architecture else sae.decode(latents)
+            whole = "skip" in architecture or architecture == "temporal"
+            yield name, latents, sae(x) if whole else sae.decode(latents)
 
 
 def dictionary_learning(folder: Path, x: Tensor) -> Iterator[Written]:
@@ -129,6 +147,7 @@ def dictionary_learning(folder: Path, x: Tensor) -> Iterator[Written]:
 def sparsify(folder: Path, x: Tensor) -> Iterator[Written]:
     """Autoencoders and transcoders with both activations."""
     library: Any = importlib.import_module("sparsify")
+    flat = x.flatten(0, -2)
     for name, extra in {
         "topk": {},
         "groupmax": {"activation": "groupmax"},
@@ -137,10 +156,12 @@ def sparsify(folder: Path, x: Tensor) -> Iterator[Written]:
         config = library.SparseCoderConfig(num_latents=LATENTS, k=8, **extra)
         coder = randomised(library.SparseCoder(D_MODEL, config))
         coder.save_to_disk(folder / f"sparsify-{name}")
-        values, indices, _ = coder.encode(x)
-        latents = torch.zeros(len(x), LATENTS).scatter(-1, indices, values)
-        skip = 0 if coder.W_skip is None else x @ coder.W_skip.mT
-        yield f"sparsify-{name}", latents, latents @ coder.W_dec + coder.b_dec + skip
+        values, indices, _ = coder.encode(flat)
+        latents = torch.zeros(len(flat), LATENTS).scatter(-1, indices, values)
+        skip = 0 if coder.W_skip is None else flat @ coder.W_skip.mT
+        reconstruction = latents @ coder.W_dec + coder.b_dec + skip
+        shape = x.shape[:-1]
+        yield f"sparsify-{name}", latents.unflatten(0, shape), reconstruction.unflatten(0, shape)
 
 
 # --- in the environment of hookgraph ---------------------------------------------------------------
@@ -163,7 +184,7 @@ def compare(folder: Path) -> None:
             f"{file.stem:36} latents {gaps['latents']:.1e}  reconstruction {gaps['reconstruction']:.1e}"
             f"  (largest latent {size:.1f}, {active:.1f} active)"
         )
-        worst = max(worst, *(gaps[n] / max(1.0, float(answers[n].abs().max())) for n in gaps))
+        worst = max(worst, *(gaps[n] / float(answers[n].abs().max()) for n in gaps))
     print(f"largest difference, relative to the largest number: {worst:.1e}")
     if worst > LIMIT:
         raise SystemExit(f"more than {LIMIT}")

@@ -94,7 +94,7 @@ class AutoencoderGraph(AbstractSubgraph):
     @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre where the encoder tells it, latents, reconstruction, and the error unless dropped."""
-        pre = (self.latents_pre,) if isinstance(self._coder, Autoencoder) else ()
+        pre = (self.latents_pre,) if self._coder.has_pre else ()
         rest = () if self.splice.error == "dropped" else (self.error,)
         return (*pre, self.latents, self.reconstruction, *rest)
 

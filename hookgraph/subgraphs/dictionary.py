@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hookgraph.errors import HookGraphError, ShapeMismatchError, nearest
 from hookgraph.ontology.locations import Location
 from hookgraph.subgraphs.activations import Activation, ReLU
+from hookgraph.subgraphs.encoders import Expectation, Pursuit
 
 
 @runtime_checkable
@@ -64,6 +65,9 @@ class Origin:
 class Autoencoder(nn.Module):
     """f = act((norm(x) - b_in) W_enc + b_enc), x̂ = norm⁻¹(f W_dec + b_dec) + x W_skip.
 
+    With an expectation p of norm(x) - b_in, that less p is encoded, and p is added to f W_dec + b_dec. With a
+    pursuit the latents are chosen one after another, by the decoder alone.
+
     It computes in the precision of its weights. They are parameters that ask for no gradient; call
     `requires_grad_()` to train them.
 
@@ -76,6 +80,8 @@ class Autoencoder(nn.Module):
         W_skip: (d_model, d_model), past the latents, in transcoders that have it.
         activation: latents_pre -> latents.
         normalisation: of the input.
+        expectation: what each position is expected to be, from those before it.
+        pursuit: what makes the latents, in place of W_enc, b_enc and the activation; there is no latents_pre.
         origin: where it comes from.
 
     Raises:
@@ -100,6 +106,8 @@ class Autoencoder(nn.Module):
         W_skip: Float[Tensor, "d_model *out"] | None = None,
         activation: Activation | None = None,
         normalisation: Normalisation = "none",
+        expectation: Expectation | None = None,
+        pursuit: Pursuit | None = None,
         origin: Origin | None = None,
     ) -> None:
         super().__init__()
@@ -115,6 +123,8 @@ class Autoencoder(nn.Module):
             raise HookGraphError(f"unknown normalisation {normalisation!r}: {near}")
         self.activation: Activation = ReLU() if activation is None else activation
         self.normalisation: Normalisation = normalisation
+        self.expectation = expectation
+        self.pursuit = pursuit
         self.origin = Origin() if origin is None else origin
 
     @property
@@ -132,10 +142,23 @@ class Autoencoder(nn.Module):
         """How many latents it has."""
         return self.W_enc.shape[1]
 
+    @property
+    def has_pre(self) -> bool:
+        """Whether there is one input of the activation function."""
+        return self.pursuit is None
+
     def encode_pre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... latent"]:
-        """The input of the activation function."""
-        x = self._normal(x.to(self.W_enc.dtype))[0]
-        x = x if self.b_in is None else x - self.b_in
+        """The input of the activation function.
+
+        Raises:
+            HookGraphError: there is none, as latents are chosen one after another.
+        """
+        if self.pursuit is not None:
+            raise HookGraphError(
+                "this dictionary chooses its latents one after another: it has no latents_pre"
+            )
+        x = self._centred(x)
+        x = x if self.expectation is None else x - self.expectation(x, self.W_enc, self.W_dec)
         pre = x @ self.W_enc
         return pre if self.b_enc is None else pre + self.b_enc
 
@@ -145,6 +168,8 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... latent"]:
         """f = enc(x)."""
+        if self.pursuit is not None:
+            return self.pursuit(self._centred(x), self.W_dec)
         return self.activate(self.encode_pre(x))
 
     def decode(
@@ -154,13 +179,18 @@ class Autoencoder(nn.Module):
 
         Args:
             latents: f.
-            x: the input, for dictionaries that normalise it or have a skip connection.
+            x: the input, for dictionaries that normalise it, expect a part of it or have a skip connection.
 
         Raises:
             HookGraphError: the input is needed and not given.
         """
-        if x is None and (self.normalisation != "none" or self.W_skip is not None):
-            why = "normalises its input" if self.W_skip is None else "has a skip connection"
+        reasons = {
+            "normalises its input": self.normalisation != "none",
+            "expects a part of its input": self.expectation is not None,
+            "has a skip connection": self.W_skip is not None,
+        }
+        if x is None and any(reasons.values()):
+            why = " and ".join(reason for reason, holds in reasons.items() if holds)
             raise HookGraphError(f"this dictionary {why}: decode(latents, x) needs the input x")
         result = latents.to(self.W_dec.dtype) @ self.W_dec
         result = result if self.b_dec is None else result + self.b_dec
@@ -168,6 +198,8 @@ class Autoencoder(nn.Module):
             return result
         x = x.to(self.W_enc.dtype)
         _, scale, shift = self._normal(x)
+        if self.expectation is not None:
+            result = result + self.expectation(self._centred(x), self.W_enc, self.W_dec)
         result = result if scale is None else result * scale
         result = result if shift is None else result + shift
         return result if self.W_skip is None else result + x @ self.W_skip
@@ -207,7 +239,7 @@ class Autoencoder(nn.Module):
     def part(self, chosen: Int[Tensor, " latent"]) -> "Autoencoder | None":
         """The dictionary of some latents only; None where latents depend on each other."""
         activation = self.activation.part(chosen)
-        if activation is None:
+        if activation is None or self.expectation is not None or self.pursuit is not None:
             return None
         return Autoencoder(
             self.W_enc[:, chosen],
@@ -220,6 +252,11 @@ class Autoencoder(nn.Module):
             normalisation=self.normalisation,
             origin=self.origin,
         )
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """norm(x) - b_in."""
+        x = self._normal(x.to(self.W_enc.dtype))[0]
+        return x if self.b_in is None else x - self.b_in
 
     def _normal(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The normalised input, and scale and shift that undo it."""
@@ -246,6 +283,8 @@ class Opaque:
 
     It is used like an `Autoencoder`, but has no latents_pre, and a change costs two decodes.
     """
+
+    has_pre = False
 
     def __init__(self, coder: EncodesAndDecodes) -> None:
         self.encode = coder.encode

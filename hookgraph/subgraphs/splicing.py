@@ -152,7 +152,7 @@ def encode(
     coder: Autoencoder | Opaque, pre: Location, latents: Location, x: Float[Tensor, "..."], frame: Frame
 ) -> Code:
     """The latents of x, after everything that is asked for at `latents_pre` and `latents`."""
-    if isinstance(coder, Autoencoder) and frame.wanted(pre.whole):
+    if isinstance(coder, Autoencoder) and coder.has_pre and frame.wanted(pre.whole):
         before = coder.encode_pre(x)
         after = frame.tap(pre, before)
         unedited = coder.activate(before)

@@ -104,6 +104,49 @@ def test_saelens_skip_transcoders_have_two_sites(tmp_path: Path):
     assert (transcoder.read, transcoder.write) == (MLP_IN[1], MLP_OUT[1])
 
 
+def test_saelens_matching_pursuit_has_one_matrix(tmp_path: Path):
+    directions = torch.linalg.qr(normal(D, D)).Q.contiguous()
+    bias = normal(D)
+    config = {"architecture": "matching_pursuit", "residual_threshold": 0.0, "max_iterations": 2}
+    path = write_saelens(tmp_path / "mp", config, {"W_dec": directions, "b_dec": bias})
+    f = top((X - bias) @ directions.T, 2)
+    found = agree(path, f, f @ directions + bias)
+    assert not found.has_pre
+    without = write_saelens(
+        tmp_path / "no", {**config, "apply_b_dec_to_input": False}, {"W_dec": directions, "b_dec": bias}
+    )
+    f = top(X @ directions.T, 2)
+    agree(without, f, f @ directions)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_saelens_temporal_expects_the_mean_of_what_was(tmp_path: Path, scale: float):
+    """Queries of zeros attend to all alike; values and output are the identity."""
+    W_dec, bias, zeros = normal(F, D), normal(D), torch.zeros(F)
+    content = {"W_dec": W_dec, "b_dec": bias}
+    for name, rows in {"q_target": 4, "k_ctx": 4, "v_ctx": F, "c_proj": F}.items():
+        square = torch.eye(F) if rows == F else torch.zeros(rows, F)
+        content |= {
+            f"attn_layers.0.{name}.weight": square,
+            f"attn_layers.0.{name}.bias": zeros[:rows].clone(),
+        }
+    config = {
+        "architecture": "temporal", "n_heads": 2, "kval_topk": K, "normalize_activations":
+        "constant_scalar_rescale", "activation_normalization_factor": scale,
+    }  # fmt: skip
+    path = write_saelens(tmp_path / "temporal", config, content)
+    x = scale * X - bias
+    codes = (x @ W_dec.T / (4 * D)).relu()
+    towards = torch.zeros_like(x)
+    for t in range(1, x.shape[1]):
+        towards[:, t] = codes[:, :t].sum(1) / (t + 1) @ W_dec
+    expected = (
+        towards * (towards * x).sum(-1, keepdim=True) / (towards.norm(dim=-1, keepdim=True) + 1e-6) ** 2
+    )
+    f = top((x - expected) @ W_dec.T / (4 * D))
+    agree(path, f, (f @ W_dec + bias + expected) / scale)
+
+
 # --- the others -------------------------------------------------------------------------------
 
 
@@ -270,7 +313,20 @@ def of_shape(folder: Path) -> Path:
 
 
 def of_architecture(folder: Path) -> Path:
-    return write_saelens(folder / "sae", {"architecture": "temporal"}, weights())
+    return write_saelens(folder / "sae", {"architecture": "spatial"}, weights())
+
+
+def of_attention(folder: Path) -> Path:
+    names = ("q_target", "k_ctx", "v_ctx", "c_proj")
+    content = {f"attn_layers.0.{n}.weight": normal(F, F + 1) for n in names}
+    content |= {f"attn_layers.0.{n}.bias": normal(F) for n in names}
+    settings = {"architecture": "temporal", "n_heads": 2}
+    return write_saelens(folder / "sae", settings, {**weights(), **content})
+
+
+def of_rounds(folder: Path) -> Path:
+    settings = {"architecture": "matching_pursuit", "max_iterations": "many"}
+    return write_saelens(folder / "sae", settings, weights())
 
 
 def without_decoder(folder: Path) -> Path:
@@ -303,7 +359,12 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "objects": (objects, "expected tensors in a .npz file, found: Object arrays cannot be loaded"),
     "truncated": (truncated, "expected tensors in a .pt file, found: "),
     "shapes": (of_shape, r"expected weights that fit each other, found: b_enc has shape \(21,\)"),
-    "architecture": (of_architecture, "expected architecture to be one of standard, .*, found 'temporal'"),
+    "architecture": (of_architecture, "expected architecture to be one of standard, .*, found 'spatial'"),
+    "attention": (
+        of_attention,
+        r"expected weights that fit each other, found: a projection has shape \(20, 21\)",
+    ),
+    "rounds": (of_rounds, "expected settings that are numbers, found: "),
     "missing": (without_decoder, "expected a tensor 'W_dec', found W_enc, b_dec, b_enc"),
     "settings": (broken_settings, "cfg.json: expected settings, found: "),
 }

@@ -144,7 +144,7 @@ def choose(path: Path, what: str, value: object, known: Mapping[str, T]) -> T:
 
 
 def assembled(path: Path, make: Callable[[], Autoencoder]) -> Autoencoder:
-    """What `make` returns; shapes that do not fit are told as an error of the file.
+    """What `make` returns; shapes or numbers that do not fit are told as an error of the file.
 
     Raises:
         LoadError: they do not fit.
@@ -153,6 +153,8 @@ def assembled(path: Path, make: Callable[[], Autoencoder]) -> Autoencoder:
         return make()
     except ShapeMismatchError as error:
         raise LoadError(f"{path}: expected weights that fit each other, found: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"{path}: expected settings that are numbers, found: {error}") from error
 
 
 def located(hook_name: object) -> Location | None:

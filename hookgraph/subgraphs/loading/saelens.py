@@ -10,6 +10,7 @@ from torch import Tensor
 from hookgraph.errors import LoadError
 from hookgraph.subgraphs.activations import Activation, Gated, JumpReLU, ReLU, TopK
 from hookgraph.subgraphs.dictionary import Autoencoder, Normalisation, Origin
+from hookgraph.subgraphs.encoders import CausalAttention, MatchingPursuit, Projection, TemporalExpectation
 from hookgraph.subgraphs.loading.files import (
     Format,
     Weights,
@@ -27,9 +28,12 @@ _NORMALISATIONS: Final[Mapping[str, Normalisation]] = {
     "none": "none",
     "None": "none",
     "False": "none",
-    # Both were folded into the weights when the file was written.
+    # These were folded into the weights when the file was written.
     "True": "none",
     "expected_average_only_in": "none",
+    "covariance_whitening": "none",
+    # A number, which a temporal dictionary's weights are scaled by here.
+    "constant_scalar_rescale": "none",
     "layer_norm": "layer norm",
     "constant_norm_rescale": "unit norm",
 }
@@ -55,6 +59,11 @@ def _absolute_top_k(config: Config, weights: Weights) -> Activation:
     return TopK(_k(config, weights), by="size", rectified=False)
 
 
+def _temporal(config: Config, weights: Weights) -> Activation:
+    kinds = {"topk": TopK(k) if (k := config.get("kval_topk")) is not None else ReLU(), "relu": ReLU()}
+    return choose(weights.path.parent / CONFIG, "sae_diff_type", config.get("sae_diff_type", "topk"), kinds)
+
+
 def _k(config: Config, weights: Weights) -> int:
     k = config.get("k", config.get("activation_fn_kwargs", {}).get("k"))
     if k is None:
@@ -75,6 +84,8 @@ ARCHITECTURES: Final[Mapping[str, Callable[[Config, Weights], Activation]]] = {
     "skip_transcoder": _relu,
     "jumprelu_transcoder": _jump_relu,
     "jumprelu_skip_transcoder": _jump_relu,
+    "matching_pursuit": _relu,
+    "temporal": _temporal,
 }
 
 
@@ -89,6 +100,13 @@ def read(path: Path) -> Autoencoder:
     normalisation = choose(
         path / CONFIG, "normalize_activations", config.get("normalize_activations", "none"), _NORMALISATIONS
     )
+    origin = _origin(config)
+    if architecture == "matching_pursuit":
+        return assembled(path, lambda: _matching_pursuit(config, weights, normalisation, origin))
+    if architecture == "temporal":
+        return assembled(
+            path, lambda: _temporal_dictionary(config, weights, activation, normalisation, origin)
+        )
     b_dec = weights["b_dec"]
     transcodes = "transcoder" in architecture
     subtracts = not transcodes and bool(config.get("apply_b_dec_to_input", True))
@@ -105,9 +123,59 @@ def read(path: Path) -> Autoencoder:
             W_skip=None if skip is None else skip.T,
             activation=activation,
             normalisation=normalisation,
-            origin=_origin(config),
+            origin=origin,
         ),
     )
+
+
+def _matching_pursuit(
+    config: Config, weights: Weights, normalisation: Normalisation, origin: Origin
+) -> Autoencoder:
+    """One matrix encodes and decodes; the bias is taken from the input and added again, or neither."""
+    W_dec = weights["W_dec"]
+    b_dec = weights["b_dec"] if config.get("apply_b_dec_to_input", True) else None
+    pursuit = MatchingPursuit(
+        float(config.get("residual_threshold", 1e-2)),
+        config.get("max_iterations"),
+        stops_on_repeat=bool(config.get("stop_on_duplicate_support", True)),
+    )
+    return Autoencoder(
+        W_dec.T, W_dec, b_dec=b_dec, b_in=b_dec, normalisation=normalisation, pursuit=pursuit, origin=origin
+    )
+
+
+def _temporal_dictionary(
+    config: Config, weights: Weights, activation: Activation, normalisation: Normalisation, origin: Origin
+) -> Autoencoder:
+    """The encoder reads x / 4 d_model; attention over earlier latents tells what is expected."""
+    W_dec, b_dec = weights["W_dec"], weights["b_dec"]
+    tied, subtracts = config.get("tied_weights", True), bool(config.get("apply_b_dec_to_input", True))
+    scale = 1.0
+    if config.get("normalize_activations") == "constant_scalar_rescale":
+        scale = float(config.get("activation_normalization_factor", 1.0))
+    W_enc = (W_dec.T if tied else weights["W_enc"]) * (scale / (4 * W_dec.shape[1]))
+    layers = [
+        CausalAttention(*(_projection(weights, f"attn_layers.{i}.{name}") for name in _PROJECTIONS), heads)
+        for i in range(int(config.get("n_attn_layers", 1)))
+        for heads in [int(config.get("n_heads", 8))]
+    ]
+    return Autoencoder(
+        W_enc,
+        W_dec / scale,
+        b_dec=None if tied and not subtracts else b_dec / scale,
+        b_in=b_dec / scale if subtracts else None,
+        activation=activation,
+        normalisation=normalisation,
+        expectation=TemporalExpectation(layers, 1e-6 / scale),
+        origin=origin,
+    )
+
+
+_PROJECTIONS: Final = ("q_target", "k_ctx", "v_ctx", "c_proj")
+
+
+def _projection(weights: Weights, name: str) -> Projection:
+    return Projection(weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
 def _rescaled(config: Config, weights: Weights) -> tuple[Tensor, Tensor, Tensor | None]:
