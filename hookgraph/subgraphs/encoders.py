@@ -101,8 +101,8 @@ class MatchingPursuit(nn.Module):
 class Projection:
     """One linear map: y = x weightᵀ + bias."""
 
-    weight: Float[Tensor, "out into"]
-    bias: Float[Tensor, " out"]
+    weight: Float[Tensor, "... latent"]
+    bias: Float[Tensor, "..."]
 
 
 @final

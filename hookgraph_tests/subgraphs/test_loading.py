@@ -324,6 +324,13 @@ def of_attention(folder: Path) -> Path:
     return write_saelens(folder / "sae", settings, {**weights(), **content})
 
 
+def without_output(folder: Path) -> Path:
+    content = {f"attn_layers.0.{n}.weight": normal(F, F) for n in ("q_target", "k_ctx", "v_ctx")}
+    content |= {f"attn_layers.0.{n}.bias": normal(F) for n in ("q_target", "k_ctx", "v_ctx")}
+    settings = {"architecture": "temporal", "n_heads": 2}
+    return write_saelens(folder / "sae", settings, {**weights(), **content})
+
+
 def of_rounds(folder: Path) -> Path:
     settings = {"architecture": "matching_pursuit", "max_iterations": "many"}
     return write_saelens(folder / "sae", settings, weights())
@@ -364,6 +371,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
         of_attention,
         r"expected weights that fit each other, found: a projection has shape \(20, 21\)",
     ),
+    "output": (without_output, r"expected one output projection in attn_layers\.0\.\*, found none"),
     "rounds": (of_rounds, "expected settings that are numbers, found: "),
     "missing": (without_decoder, "expected a tensor 'W_dec', found W_enc, b_dec, b_enc"),
     "settings": (broken_settings, "cfg.json: expected settings, found: "),

@@ -154,10 +154,9 @@ def _temporal_dictionary(
     if config.get("normalize_activations") == "constant_scalar_rescale":
         scale = float(config.get("activation_normalization_factor", 1.0))
     W_enc = (W_dec.T if tied else weights["W_enc"]) * (scale / (4 * W_dec.shape[1]))
+    heads = int(config.get("n_heads", 8))
     layers = [
-        CausalAttention(*(_projection(weights, f"attn_layers.{i}.{name}") for name in _PROJECTIONS), heads)
-        for i in range(int(config.get("n_attn_layers", 1)))
-        for heads in [int(config.get("n_heads", 8))]
+        _attention(weights, f"attn_layers.{i}.", heads) for i in range(int(config.get("n_attn_layers", 1)))
     ]
     return Autoencoder(
         W_enc,
@@ -171,11 +170,19 @@ def _temporal_dictionary(
     )
 
 
-_PROJECTIONS: Final = ("q_target", "k_ctx", "v_ctx", "c_proj")
+def _attention(weights: Weights, prefix: str, heads: int) -> CausalAttention:
+    """Three projections are told by their names; the fourth one makes the output."""
+    names = [f"{prefix}{name}.weight" for name in ("q_target", "k_ctx", "v_ctx")]
+    query, key, value = (_projection(weights, name) for name in names)
+    others = [n for n in weights if n.startswith(prefix) and n.endswith(".weight") and n not in names]
+    if len(others) != 1:
+        found = ", ".join(others) or "none"
+        raise LoadError(f"{weights.path}: expected one output projection in {prefix}*, found {found}")
+    return CausalAttention(query, key, value, _projection(weights, others[0]), heads)
 
 
 def _projection(weights: Weights, name: str) -> Projection:
-    return Projection(weights[f"{name}.weight"], weights[f"{name}.bias"])
+    return Projection(weights[name], weights[name.removesuffix("weight") + "bias"])
 
 
 def _rescaled(config: Config, weights: Weights) -> tuple[Tensor, Tensor, Tensor | None]:
