@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import InputError, LocationError, UnknownLocationError, nearest
+from hookgraph.errors import InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
+from hookgraph.graph.arguments import a_location, asked, batch_size, chooses_steps
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.generating import Generation, StepRecorder
@@ -23,7 +24,6 @@ from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
 from hookgraph.hooks.positions import Place, is_placed
 from hookgraph.hooks.taps import Taps
-from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
 from hookgraph.ontology.transformer import LOGITS, RESID_PRE
@@ -73,7 +73,7 @@ class HookGraph:
         Raises:
             UnknownLocationError: no layer has it, with the reason.
         """
-        wanted = kind if isinstance(kind, LocationType) else _a_location(kind).type
+        wanted = kind if isinstance(kind, LocationType) else a_location(kind).type
         found = tuple(x for x in self.locations if x.type == wanted)
         if isinstance(kind, Location) and kind.site is not None:
             found = tuple(x for x in found if x.subgraph == kind.subgraph)
@@ -102,7 +102,7 @@ class HookGraph:
         Raises:
             UnknownLocationError: it has not, with the reason and the nearest names.
         """
-        whole = _a_location(location).whole
+        whole = a_location(location).whole
         if whole in self._known:
             return location
         if whole.site is not None:
@@ -195,7 +195,7 @@ class HookGraph:
             MetricError: the metric is not one number per example, or has no gradient at a location.
             InputError: the inputs cannot be run.
         """
-        return self._pass(self.binding.prepare(inputs), _asked(save), metric, grad, whole=logits)
+        return self._pass(self.binding.prepare(inputs), asked(save), metric, grad, whole=logits)
 
     def replay(
         self,
@@ -237,8 +237,8 @@ class HookGraph:
             graph, entering = self, value
         if not entering.requires_grad:  # a tensor of its own, since gradients may be asked for there
             entering = entering.detach()
-        start, copies = start_at(after, entering, _batch_size(run.inputs))
-        save = _asked(save)
+        start, copies = start_at(after, entering, batch_size(run.inputs))
+        save = asked(save)
         for location in save:
             if self.check(location).root.precedes(after):
                 raise UnknownLocationError(f"{location} comes before {after}, where this replay starts")
@@ -291,7 +291,7 @@ class HookGraph:
             InputError: the inputs cannot be run, or the model does not generate.
         """
         place = Place()
-        recorder = StepRecorder([self.check(x) for x in _asked(save)], place)
+        recorder = StepRecorder([self.check(x) for x in asked(save)], place)
         taps = compile_taps(
             self.registrations, self.subgraphs, recorder.observers(), place=place, held=recorder.holds
         )
@@ -306,7 +306,7 @@ class HookGraph:
         if not placed:
             return None
         place = self.binding.place(inputs)
-        return Place(alone=True) if place is None and any(map(_chooses_steps, placed)) else place
+        return Place(alone=True) if place is None and any(map(chooses_steps, placed)) else place
 
     @contextmanager
     def _recomputing(self, taps: Taps, start: Start | None) -> Generator[None]:
@@ -367,36 +367,3 @@ class HookGraph:
         about, found = self.binding.metadata, complete if known is None else known
         where = partial(self.binding.place, inputs)
         return Run(values, measured, inputs, about, found, self.registrations, where)
-
-
-def _chooses_steps(location: Location) -> bool:
-    return any(dim is Dimension.STEP for dim, _ in location.index)
-
-
-def _a_location(found: object) -> Location:
-    """What was given, if it is a location.
-
-    Raises:
-        LocationError: it is a kind of location, or text.
-    """
-    if isinstance(found, Location):
-        return found
-    if isinstance(found, LocationType):
-        name = found.qualified_name
-        raise LocationError(
-            f"{name} is a kind of location: use graph.every(...) for all layers, or one, as in {name}[0]"
-        )
-    if isinstance(found, str):
-        raise LocationError(f"{found!r} is text: write Location.parse({found!r})")
-    raise LocationError(f"{found!r} is no location, such as RESID_POST[6] or ATTN_Z[9].at(head=3)")
-
-
-def _asked(save: Sequence[Location] | Location) -> Sequence[Location]:
-    return [save] if isinstance(save, Location) else save
-
-
-def _batch_size(inputs: Prepared) -> int:
-    found = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor)), None)
-    if found is None:
-        raise InputError("this run holds no inputs, as when it was loaded from a file: run them again")
-    return found

@@ -78,8 +78,8 @@ class TranscoderGraph(AbstractSubgraph):
 
     @property
     def pointwise(self) -> bool:
-        """A dictionary of another kind may look at several positions."""
-        return isinstance(self._coder, Autoencoder)
+        """Unless the dictionary expects something of earlier positions, or is not known."""
+        return isinstance(self._coder, Autoencoder) and self._coder.expectation is None
 
     @property
     def locations(self) -> tuple[Location, ...]:
