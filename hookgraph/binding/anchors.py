@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final
 
+from hookgraph.binding.layouts import Layout
 from hookgraph.binding.tracing import Call, Slot, Trace
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location
@@ -58,7 +59,7 @@ class Anchor:
         eager: for `interior`: the model's own eager function, as `module:name`.
         centred: for `norm scale`: whether the norm subtracts the mean.
         epsilon: for `norm scale`: what the norm adds to the mean square.
-        flat: the tensor has one axis for batch and position.
+        layout: in which order the tensor's axes lie.
         overwritten: the model changes the tensor in place afterwards, so that a copy goes on.
         limit: the values are integers below it; 0 if they are none.
         kept: for keys and values at `interior`: whether a cache keeps these very tensors (`states`) or what
@@ -76,7 +77,7 @@ class Anchor:
     eager: str = ""
     centred: bool = False
     epsilon: float = 0.0
-    flat: bool = False
+    layout: Layout = ""
     overwritten: bool = False
     limit: int = 0
     kept: Kept = ""
@@ -87,8 +88,9 @@ class Anchor:
         slot = "" if self.slot is None else f"[{self.slot!r}]"
         role = f" {self.role}" if self.role else ""
         view = "" if self.view is None else f" as {self.view}"
+        layout = f", {self.layout}" if self.layout else ""
         call = f", call {self.call} of {self.calls}" if self.calls > 1 else ""
-        return f"{self.mechanism}{role} of {self.module or 'the model'}{slot}{view}{call}"
+        return f"{self.mechanism}{role} of {self.module or 'the model'}{slot}{view}{layout}{call}"
 
 
 def on_call(trace: Trace, call: Call, anchor: Anchor) -> Anchor:

@@ -13,7 +13,8 @@ from typing import final
 
 from torch import nn
 
-from hookgraph.binding.interleaved import interleaved_layers
+from hookgraph.binding.interleaved import bypassed_layers, interleaved_layers
+from hookgraph.binding.layouts import Grid, grid_of
 from hookgraph.binding.norms import Norm, find_norm
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
 
@@ -60,6 +61,7 @@ class Block:
     leaving: Value
     steps: list[Step]
     updates: list[Update] = field(default_factory=list[Update])
+    grid: Grid = field(default_factory=lambda: Grid(0, 0))
     ends: tuple[Call, Call] | None = None
     """Of a layer that is no module: its first part, which is given the input, and its last one."""
 
@@ -93,7 +95,7 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
 def _chains_of_parts(trace: Trace) -> dict[str, list[Block]]:
     """The layers that are no modules, for want of others."""
     chains: dict[str, list[Block]] = {}
-    for path, layers in interleaved_layers(trace):
+    for path, layers in (*interleaved_layers(trace), *bypassed_layers(trace)):
         blocks = [_resolve(trace, call) for call, _ in layers]
         found = [replace(b, ends=ends) for b, (_, ends) in zip(blocks, layers, strict=True) if b is not None]
         if len(found) == len(layers):
@@ -115,11 +117,12 @@ def _is_chain(calls: list[Call]) -> bool:
 def _resolve(trace: Trace, call: Call) -> Block | None:
     """The residual path of one call of a layer, or None if no path leads through it."""
     for entering in (v for v in call.inputs.values() if v.is_activation):
-        finder = _PathFinder(trace, call, entering)
+        grid = grid_of(trace, entering)
+        finder = _PathFinder(trace, call, entering, grid)
         for leaving in (v for v in call.outputs.values() if v.is_activation):
             steps = finder.path(leaving)
             if steps and any(s.kind == "add" for s in steps):
-                block = Block(call, entering, leaving, steps)
+                block = Block(call, entering, leaving, steps, grid=grid)
                 block.updates = _updates(trace, block)
                 return block
     return None
@@ -129,8 +132,8 @@ def _resolve(trace: Trace, call: Call) -> Block | None:
 class _PathFinder:
     """Follows the residual stream backwards from a value to the block's input."""
 
-    def __init__(self, trace: Trace, call: Call, entering: Value) -> None:
-        self._trace, self._call, self._entering = trace, call, entering
+    def __init__(self, trace: Trace, call: Call, entering: Value, grid: Grid) -> None:
+        self._trace, self._call, self._entering, self._grid = trace, call, entering, grid
         self._found: dict[Value, list[Step] | None] = {}
 
     def path(self, value: Value) -> list[Step] | None:
@@ -146,7 +149,7 @@ class _PathFinder:
 
     def _through_norm(self, value: Value) -> list[Step] | None:
         for call in self._trace.producers.get(value, ()):
-            norm = find_norm(call)
+            norm = find_norm(call, self._grid.layout)
             before = self.path(norm.input) if norm is not None else None
             if norm is not None and before is not None:
                 return [*before, Step("norm", value, norm.input, norm=norm)]

@@ -11,7 +11,7 @@ from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.roles import Role, assign_roles, is_ambiguous, values_from
 from hookgraph.binding.stacks import main_chain, name_stacks
-from hookgraph.binding.tracing import Call, Trace, Value
+from hookgraph.binding.tracing import Call, Trace, Value, alias_chain
 from hookgraph.binding.views import Scaled
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
@@ -33,7 +33,7 @@ def discover(trace: Trace) -> Findings:
             f"(lists of modules: {', '.join(lists) or 'none'})"
         )
     main = main_chain(trace, list(chains.values()))
-    found = Findings(batch=main[0].entering.tensor.shape[0])
+    found = Findings(batch=main[0].grid.batch)
     others = [blocks for blocks in chains.values() if blocks is not main]
     sources = [blocks[-1].leaving for blocks in others]
     outside = values_from(trace, sources, main[0].call.first)
@@ -54,9 +54,28 @@ def _bind_stack(
     crossed: list[bool] = []
     for number, block in enumerate(blocks):
         roles = assign_roles(trace, block, mixing, outside)
+        _bind_entry(trace, found, stack.RESID_PRE[number], block)
         _bind_block(trace, found, stack, number, block, roles)
         crossed.append("cross-attention" in roles)
     return crossed
+
+
+def _bind_entry(trace: Trace, found: Findings, location: Location, block: Block) -> None:
+    """What a layer is given. One that is no module shares it with what is added to its updates: it is reached
+    where it is returned, or else changed for all that hold it.
+    """
+    grid = block.grid
+    owner = None if block.ends is None else next(trace.owners(block.entering, trace.root), None)
+    if owner is not None:
+        held = alias_chain(block.entering)
+        slot, value = next((s, v) for s, v in owner.outputs.items() if v in held)
+        anchor = Anchor(location, "output", owner.path, slot, layout=grid.layout_of(value))
+        found.add(on_call(trace, owner, anchor))
+        return
+    call = block.call if block.ends is None else block.ends[0]
+    reading: Mechanism = "input" if block.ends is None else "sum"
+    slot = next(s for s, v in call.inputs.items() if v is block.entering)
+    found.add(on_call(trace, call, Anchor(location, reading, call.path, slot, layout=grid.layout)))
 
 
 def _bind_block(
@@ -71,11 +90,10 @@ def _bind_block(
     slot_in = next(s for s, v in call.inputs.items() if v is block.entering)
     slot_out = next(s for s, v in call.outputs.items() if v is block.leaving)
     first, last = block.ends or (call, call)
-    # What a layer that is no module reads, others hold too: what is added to its updates.
-    reading: Mechanism = "input" if block.ends is None else "sum"
-    found.add(on_call(trace, first, Anchor(stack.RESID_PRE[layer], reading, first.path, slot_in)))
+    layout = block.grid.layout
+    overwritten = block.leaving.overwritten
     after = Anchor(
-        stack.RESID_POST[layer], "output", last.path, slot_out, overwritten=block.leaving.overwritten
+        stack.RESID_POST[layer], "output", last.path, slot_out, layout=layout, overwritten=overwritten
     )
     found.add(on_call(trace, last, after))
     kinds: dict[Role, LocationType] = {
@@ -88,7 +106,7 @@ def _bind_block(
     places: dict[Update, Location] = {}
     for role, kind in kinds.items():
         updates = roles.get(role, [])
-        if len(updates) == 1 and _bind_update(trace, found, kind[layer], updates[0]):
+        if len(updates) == 1 and _bind_update(trace, found, kind[layer], block, updates[0]):
             places[updates[0]] = kind[layer]
         elif len(updates) > 1:
             found.absent(f"layer {layer} adds {len(updates)} updates of this kind", kind, layer=layer)
@@ -109,22 +127,21 @@ def _bind_block(
     middles = _bind_middles(trace, found, stack, layer, block, roles)
     size = 0 if slot_out is None else len(call.outputs)
     stream = _stream(block, places, middles, stack.RESID_POST[layer])
-    shared = block.ends is not None or trace.calls_of(call.module) > 1
+    shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
-        Layer(first.path, slot_in, slot_out, size, stream, shared)
+        Layer(first.path, slot_in, slot_out, size, stream, shared, layout)
     )
 
 
-def _bind_update(trace: Trace, found: Findings, location: Location, update: Update) -> bool:
+def _bind_update(trace: Trace, found: Findings, location: Location, block: Block, update: Update) -> bool:
     if update.call is None:
         found.absent("the update is computed by the layer itself, no module returns it", location)
         return False
     slot = next(s for s, v in update.call.outputs.items() if v is update.value)
     view = None if update.coefficient == 1.0 else Scaled(update.coefficient)
-    flat = update.value.tensor.ndim == 2
-    anchor = Anchor(
-        location, "output", update.call.path, slot, view, flat=flat, overwritten=update.value.overwritten
-    )
+    layout = block.grid.layout_of(update.value)
+    overwritten = update.value.overwritten
+    anchor = Anchor(location, "output", update.call.path, slot, view, layout=layout, overwritten=overwritten)
     found.add(on_call(trace, update.call, anchor))
     return True
 
@@ -133,7 +150,7 @@ def _source(trace: Trace, block: Block, update: Update) -> Call | None:
     """The module that computes an update, behind its post-norm if it has one."""
     call = update.call
     while call is not None:
-        norm = find_norm(call)
+        norm = find_norm(call, block.grid.layout)
         if norm is None:
             return call
         call = next(trace.owners(norm.input, block.call), None)
@@ -181,10 +198,11 @@ def _bind_middle(
     if before.step is after.step or not any(i in chain for v in after.cone for i in v.inputs):
         found.absent("both updates read the layer's input, so no such sum exists", location)
         return None
+    layout = block.grid.layout_of(middle)
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
         slot = next(s for s, v in call.outputs.items() if v is middle)
-        found.add(on_call(trace, call, Anchor(location, "output", call.path, slot)))
+        found.add(on_call(trace, call, Anchor(location, "output", call.path, slot, layout=layout)))
         return middle
     consumers = [
         (c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if _same_elements(v, middle)
@@ -193,8 +211,8 @@ def _bind_middle(
         found.absent("no module is given the sum", location)
         return None
     call, slot = min(consumers, key=lambda pair: (len(pair[0].parents), pair[0].number))
-    flat = call.inputs[slot].tensor.ndim == 2
-    found.add(on_call(trace, call, Anchor(location, "sum", call.path, slot, flat=flat)))
+    layout = block.grid.layout_of(call.inputs[slot])
+    found.add(on_call(trace, call, Anchor(location, "sum", call.path, slot, layout=layout)))
     return middle
 
 
@@ -228,7 +246,7 @@ def _stream(
                 StreamStep("add")
             ]
         elif step.kind == "norm" and step.norm is not None:
-            steps.append(StreamStep("norm", name=step.norm.call.path))
+            steps.append(StreamStep("norm", name=step.norm.call.path, layout=step.norm.layout))
         elif step.kind == "scale":
             steps.append(_scaling(step.value))
         if step.value in middles:

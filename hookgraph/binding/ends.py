@@ -22,7 +22,8 @@ def bind_embedding(trace: Trace, found: Findings, stack: TransformerStack, first
         if out is None or out not in behind or not out.is_activation or len(call.inputs) != 1:
             continue
         if any(alias_root(v) in tokens for v in call.inputs.values()):
-            anchor = Anchor(stack.EMBED, "output", call.path, overwritten=out.overwritten)
+            layout = first.grid.layout_of(out)
+            anchor = Anchor(stack.EMBED, "output", call.path, layout=layout, overwritten=out.overwritten)
             found.add(on_call(trace, call, anchor))
             found.weigh("W_E", stack.EMBED, WeightSource(call.path, "table"))
             return
@@ -43,19 +44,21 @@ def bind_head(trace: Trace, found: Findings, stack: TransformerStack, last: Bloc
         found.absent("no projection to the vocabulary was found", stack.FINAL_LN_OUT, stack.FINAL_LN_SCALE)
         return
     slot, value = given[0]
-    found.add(on_call(trace, head, Anchor(stack.FINAL_LN_OUT, "input", head.path, slot)))
+    layout = last.grid.layout_of(value)
+    found.add(on_call(trace, head, Anchor(stack.FINAL_LN_OUT, "input", head.path, slot, layout=layout)))
     found.weigh("W_U", stack.LOGITS, WeightSource(head.path, "output"))
-    bind_scale(trace, found, stack.FINAL_LN_SCALE, value, trace.root)
+    bind_scale(trace, found, stack.FINAL_LN_SCALE, value, trace.root, last.grid)
 
 
 def _bind_last_norm(trace: Trace, found: Findings, stack: TransformerStack, last: Block) -> None:
     """In a model without a head: the norm that reads the last layer, if there is one."""
     for call in trace.calls:
-        norm = find_norm(call) if call.first >= last.call.last else None
+        norm = find_norm(call, last.grid.layout) if call.first >= last.call.last else None
         if norm is not None and alias_root(norm.input, [last.leaving]) is last.leaving:
-            anchor = Anchor(stack.FINAL_LN_OUT, "output", call.path, norm.returned)
+            layout = last.grid.layout_of(norm.output)
+            anchor = Anchor(stack.FINAL_LN_OUT, "output", call.path, norm.returned, layout=layout)
             found.add(on_call(trace, call, anchor))
-            bind_scale(trace, found, stack.FINAL_LN_SCALE, norm.output, trace.root)
+            bind_scale(trace, found, stack.FINAL_LN_SCALE, norm.output, trace.root, last.grid)
             return
     found.absent("no norm reads the last layer", stack.FINAL_LN_OUT, stack.FINAL_LN_SCALE)
 

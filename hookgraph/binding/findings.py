@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, final
 
 from hookgraph.binding.anchors import Anchor
+from hookgraph.binding.layouts import Layout
 from hookgraph.binding.tracing import Slot
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location, LocationType
@@ -33,12 +34,14 @@ class StreamStep:
         location: for `add` and `here`; None where what is added cannot be reached.
         name: the path of the norm, or of the module that returns what is added, or the parameter's name.
         factor: the number.
+        layout: how what the norm is given lies.
     """
 
     kind: StepKind
     location: Location | None = None
     name: str = ""
     factor: float = 1.0
+    layout: Layout = ""
 
 
 @final
@@ -55,6 +58,8 @@ class Layer:
     stream: tuple[StreamStep, ...] = ()
     shared: bool = False
     """Whether it is no module of its own: others are the same one, or it consists of several."""
+    layout: Layout = ""
+    """How what enters and leaves it lies."""
 
 
 @final

@@ -96,7 +96,7 @@ def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
     anchors = binding.findings.anchors.values()
     paths = {a.module for a in anchors if a.mechanism in watched or a.location.type.name in _PROJECTED}
     paths |= {w.module for w in binding.findings.weights.values() if w.side != "table"}
-    paths -= {a.module for a in anchors if a.calls > 1 or a.flat}
+    paths -= {a.module for a in anchors if a.calls > 1 or a.layout}
     repeated = {a.module for a in anchors if a.calls > 1}
     layers = binding.findings.experts.values()
     paths |= {p for e in layers if e.experts not in repeated for p in (e.experts, e.whole) if p}
@@ -213,7 +213,7 @@ def _along(binding: HuggingFaceBinding, start: Location, steps: list[StreamStep]
             if step.kind == "add" and step.location is not None:
                 stream = stream + values[step.location]
             elif step.kind == "norm":
-                stream = normalised(model.get_submodule(step.name), stream)
+                stream = normalised(model.get_submodule(step.name), stream, step.layout)
             elif step.kind == "scale":
                 stream = stream * step.factor
             elif step.kind == "parameter":

@@ -3,6 +3,7 @@
 from hookgraph.binding.anchors import Anchor, on_call
 from hookgraph.binding.blocks import Block, Update, reads_past_attention
 from hookgraph.binding.findings import Findings, WeightSource
+from hookgraph.binding.layouts import Grid
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.projections import Reached, as_output, floating_input, is_projection, last_projection
 from hookgraph.binding.routing import bind_experts
@@ -44,8 +45,8 @@ def bind_mlp(
         )
         return
     slot, neurons = read
-    flat = neurons.tensor.ndim == 2
-    anchor = Anchor(stack.MLP_POST[layer], "input", down.path, slot, flat=flat)
+    layout = block.grid.layout_of(neurons)
+    anchor = Anchor(stack.MLP_POST[layer], "input", down.path, slot, layout=layout)
     found.add(on_call(trace, down, anchor))
     found.weigh("W_out", stack.MLP_POST[layer], WeightSource(down.path, "input"))
     _bind_nonlinearity(trace, found, stack.MLP_PRE[layer], neurons, block)
@@ -58,7 +59,7 @@ def _bind_nonlinearity(
     read = None if activation is None else floating_input(activation)
     if activation is not None and read is not None:
         slot, before = read
-        anchor = Anchor(location, "input", activation.path, slot, flat=before.tensor.ndim == 2)
+        anchor = Anchor(location, "input", activation.path, slot, layout=block.grid.layout_of(before))
         found.add(on_call(trace, activation, anchor))
         activated = {alias_root(v) for v in activation.outputs.values()}
     else:
@@ -69,7 +70,12 @@ def _bind_nonlinearity(
             found.absent("the input of the nonlinearity is not what a module is given or returns", location)
             return
         anchor = Anchor(
-            location, "output", reached.call.path, reached.slot, reached.view, flat=before.tensor.ndim == 2
+            location,
+            "output",
+            reached.call.path,
+            reached.slot,
+            reached.view,
+            layout=block.grid.layout_of(before),
         )
         found.add(on_call(trace, reached.call, anchor))
         activated = {operation}
@@ -119,9 +125,9 @@ def _add_reading(
     slot: Slot,
     value: Value,
 ) -> None:
-    anchor = Anchor(location, "input", source.path, slot, flat=value.tensor.ndim == 2)
+    anchor = Anchor(location, "input", source.path, slot, layout=block.grid.layout_of(value))
     found.add(on_call(trace, source, anchor))
-    bind_scale(trace, found, scale, value, block.call)
+    bind_scale(trace, found, scale, value, block.call, block.grid)
 
 
 def _fits(value: Value, size: int) -> bool:
@@ -131,7 +137,7 @@ def _fits(value: Value, size: int) -> bool:
 def _readers(trace: Trace, block: Block, update: Update) -> list[tuple[Call, Slot, Value]]:
     """The outermost modules, norms apart, that are given the stream or a norm of it for an update."""
     stream = {block.entering, *(s.value for s in block.steps)}
-    norms = [n for c in trace.inside(block.call) if (n := find_norm(c)) is not None]
+    norms = [n for c in trace.inside(block.call) if (n := find_norm(c, block.grid.layout)) is not None]
     read = stream | {n.output for n in norms if alias_root(n.input, stream) in stream}
     readers: list[tuple[Call, Slot, Value]] = []
     for call in trace.inside(block.call):
@@ -146,14 +152,20 @@ def _readers(trace: Trace, block: Block, update: Update) -> list[tuple[Call, Slo
     return readers
 
 
-def bind_scale(trace: Trace, found: Findings, scale: Location, value: Value, within: Call) -> None:
+def bind_scale(
+    trace: Trace, found: Findings, scale: Location, value: Value, within: Call, grid: Grid
+) -> None:
     """The scale of the norm that computed `value`."""
-    norm = next((n for c in trace.owners(value, within) if (n := find_norm(c)) is not None), None)
+    norms = (find_norm(c, grid.layout) for c in trace.owners(value, within))
+    norm = next((n for n in norms if n is not None), None)
     if norm is None:
         found.absent("no norm stands before it", scale)
         return
     if norm.returned is not None:
         found.absent("the norm returns more than its result", scale)
+        return
+    if norm.layout:
+        found.absent("the norm has features before positions", scale)
         return
     path, nth = norm.call.path, norm.call.nth
     taken = [
@@ -164,9 +176,9 @@ def bind_scale(trace: Trace, found: Findings, scale: Location, value: Value, wit
     if taken:
         found.absent(f"the norm is the one of {taken[0]}", scale)
         return
-    flat = norm.input.tensor.ndim == 2
+    layout = grid.layout_of(norm.input)
     anchor = Anchor(
-        scale, "norm scale", path, norm.slot, centred=norm.centred, epsilon=norm.epsilon, flat=flat
+        scale, "norm scale", path, norm.slot, centred=norm.centred, epsilon=norm.epsilon, layout=layout
     )
     found.add(on_call(trace, norm.call, anchor))
 

@@ -1,4 +1,5 @@
-"""Layers that are no modules: several lists of parts, of which a model's forward calls one each in turn.
+"""Layers that are not called: several lists of parts, of which a model's forward calls one each in turn, or
+modules whose `forward` is called past their hooks.
 
 Such a layer is a call made up around the calls of its parts: it is given what its first part is given, and
 returns what its last part returns.
@@ -24,6 +25,23 @@ def interleaved_layers(trace: Trace) -> Iterator[tuple[str, list[tuple[Call, End
         layers = _layers(calls, [numbers[c.module] for c in calls])
         if layers:
             yield path, [(_made_up(trace, parts), (parts[0], parts[-1])) for parts in layers]
+
+
+def bypassed_layers(trace: Trace) -> Iterator[tuple[str, list[tuple[Call, Ends]]]]:
+    """The layers of a list that are never called, while two parts of each or more are, one after another."""
+    called = {c.module for c in trace.calls}
+    for path, module in trace.root.module.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(layer in called for layer in module):
+            continue
+        layers = [_parts(trace, f"{path}.{number}.") for number in range(len(module))]
+        if layers and all(len(parts) > 1 for parts in layers):
+            yield path, [(_made_up(trace, parts), (parts[0], parts[-1])) for parts in layers]
+
+
+def _parts(trace: Trace, prefix: str) -> list[Call]:
+    """The outermost calls of the modules below a path."""
+    inside = [c for c in trace.calls if c.path.startswith(prefix)]
+    return [c for c in inside if not any(p.path.startswith(prefix) for p in c.parents)]
 
 
 def _layers(calls: list[Call], numbers: list[int]) -> list[list[Call]]:

@@ -8,6 +8,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from hookgraph.binding.anchors import Anchor
+from hookgraph.binding.layouts import arranged, restored
 from hookgraph.binding.norms import scale_of
 from hookgraph.binding.tracing import Slot, tensors_in
 from hookgraph.binding.views import Columns
@@ -36,7 +37,7 @@ class PassState:
 
 def needs_state(anchor: Anchor) -> bool:
     """Whether an anchor's hook must know of the pass it is in."""
-    return anchor.flat or anchor.calls > 1
+    return anchor.layout == "flat" or anchor.calls > 1
 
 
 def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Handle:
@@ -82,7 +83,7 @@ def _on_one_call(hook: Callable[..., Any], anchor: Anchor, state: PassState) -> 
 
 def _shaped(anchor: Anchor, state: PassState, raw: Tensor) -> Tensor:
     """The tensor with batch and position as axes of their own."""
-    return raw.unflatten(0, (state.batch, -1)) if anchor.flat else raw
+    return arranged(anchor.layout, raw, state.batch)
 
 
 def element(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Tensor:
@@ -103,7 +104,7 @@ def replaced(
 def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
     """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
     view = anchor.view
-    if view is None and not anchor.flat and not anchor.overwritten and not anchor.limit:
+    if view is None and not anchor.layout and not anchor.overwritten and not anchor.limit:
         if anchor.mechanism == "input" and tap.tracks_gradient:
             # Others may be given the same tensor: the gradient is that of this module's use of it.
             return lambda raw: tap(raw.view_as(raw))
@@ -119,7 +120,7 @@ def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], T
         if anchor.limit:
             _check_limit(anchor, new)
         result = new if view is None else view.put(shaped, new)
-        result = result.flatten(0, 1) if anchor.flat else result
+        result = restored(anchor.layout, result)
         return result.clone() if anchor.overwritten else result
 
     return change
@@ -140,10 +141,10 @@ def _in_place(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], 
     """
 
     def change(raw: Tensor) -> Tensor:
-        if not tap.edits and not anchor.flat:
+        if not tap.edits and not anchor.layout:
             return tap(raw)
         new = tap(_shaped(anchor, state, raw.clone()))
-        return raw.copy_(new.flatten(0, 1) if anchor.flat else new)
+        return raw.copy_(restored(anchor.layout, new))
 
     return change
 
@@ -203,7 +204,7 @@ def _norm_scale_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[...
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return None
-        flat = new.flatten(0, 1) if anchor.flat else new
+        flat = restored(anchor.layout, new)
         bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
         # Both are s'/s - 1. Unedited, the first one adds exactly nothing, to gradients either.
         excess = (flat - scale) / scale.detach() if new is value else flat / scale - 1

@@ -28,8 +28,8 @@ def bind_mixer(
         found.absent("no single projection ends this mixer", stack.MIXER_Z, stack.MIXER_GATE, layer=layer)
         return
     slot, projected = read
-    flat = projected.tensor.ndim == 2
-    found.add(on_call(trace, down, Anchor(stack.MIXER_Z[layer], "input", down.path, slot, flat=flat)))
+    layout = block.grid.layout_of(projected)
+    found.add(on_call(trace, down, Anchor(stack.MIXER_Z[layer], "input", down.path, slot, layout=layout)))
     _bind_gate(trace, found, stack.MIXER_GATE[layer], source, projected)
 
 

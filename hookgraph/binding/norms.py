@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from hookgraph.binding.layouts import Layout, arranged, restored
 from hookgraph.binding.tracing import Call, Slot, Value, tensors_in
 
 _SCALES = (1e-3, 1.0, 30.0)
@@ -29,12 +30,16 @@ class Norm:
     """Which element of what it returns is normalised: None where it returns a tensor."""
     centred: bool
     epsilon: float
+    layout: Layout = ""
+    """How what it is given lies."""
 
 
-def normalised(module: nn.Module, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """What a norm makes of `x`: the first tensor that it returns."""
-    found = module.forward(x)
-    return found if isinstance(found, Tensor) else next(tensors_in(found))
+def normalised(
+    module: nn.Module, x: Float[Tensor, "... d_model"], layout: Layout = ""
+) -> Float[Tensor, "... d_model"]:
+    """What a norm makes of `x`, which it is given in a layout: the first tensor that it returns."""
+    found = module.forward(restored(layout, x))
+    return arranged(layout, found if isinstance(found, Tensor) else next(tensors_in(found)), x.shape[0])
 
 
 def scale_of(x: Float[Tensor, "... d_model"], *, centred: bool, epsilon: float) -> Float[Tensor, "... one"]:
@@ -59,8 +64,8 @@ def affine_of(
     return gain[0, 0], bias[0, 0]
 
 
-def find_norm(call: Call) -> Norm | None:
-    """The norm that a module call is, or None."""
+def find_norm(call: Call, layout: Layout = "") -> Norm | None:
+    """The norm that a module call is, or None, given how the activations lie."""
     shaped = [(s, v) for s, v in call.inputs.items() if v.is_activation]
     composed = any(True for child in call.module.children() for _ in child.parameters())
     if len(shaped) != 1 or len(call.outputs) != 1 or composed:
@@ -69,20 +74,21 @@ def find_norm(call: Call) -> Norm | None:
     returned, out = next(iter(call.outputs.items()))
     if out is value or out.tensor.shape != value.tensor.shape or not out.is_activation:
         return None
-    found = _recognise(call.module, value)
-    return None if found is None else Norm(call, value, slot, out, returned, *found)
+    lying: Layout = "features first" if layout == "features first" and value.tensor.ndim == 3 else ""
+    found = _recognise(call.module, value.tensor, lying)
+    return None if found is None else Norm(call, value, slot, out, returned, *found, lying)
 
 
-def _recognise(module: nn.Module, value: Value) -> tuple[bool, float] | None:
+def _recognise(module: nn.Module, like: Float[Tensor, "..."], layout: Layout) -> tuple[bool, float] | None:
     """(centred, epsilon) of a module that behaves like a norm, or None."""
-    width, like = value.tensor.shape[-1], value.tensor
+    width = arranged(layout, like, like.shape[0]).shape[-1]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 4, width, generator=generator).to(like.device, like.dtype)
     try:
         with torch.no_grad():
-            bias = normalised(module, torch.zeros_like(rows[:, :1]))
-            responses = {scale: normalised(module, rows * scale) for scale in _SCALES}
-            shifted = normalised(module, rows + 3.0)
+            bias = normalised(module, torch.zeros_like(rows[:, :1]), layout)
+            responses = {scale: normalised(module, rows * scale, layout) for scale in _SCALES}
+            shifted = normalised(module, rows + 3.0, layout)
     except Exception:
         return None
     tolerance = 2e-2 if like.dtype in (torch.bfloat16, torch.float16) else 1e-3

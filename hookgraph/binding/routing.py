@@ -12,6 +12,7 @@ from hookgraph.binding.anchors import Anchor, Role, on_call
 from hookgraph.binding.blocks import Block, Update
 from hookgraph.binding.experts import expert_count, is_experts
 from hookgraph.binding.findings import ExpertLayer, Findings
+from hookgraph.binding.layouts import Layout
 from hookgraph.binding.projections import behind, floating_input, is_matrix_product, last_projection
 from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_root
 from hookgraph.ontology.locations import Location, LocationType
@@ -89,14 +90,16 @@ def _bind_routing(
     given = ((stack.ROUTER_INDICES, *routing.indices), (stack.ROUTER_WEIGHTS, *routing.weights))
     for kind, slot, value in given:
         limit = 0 if value.tensor.is_floating_point() else expert_count(call.module)
-        flat = value.tensor.ndim == 2
-        found.add(on_call(trace, call, Anchor(kind[layer], "input", call.path, slot, flat=flat, limit=limit)))
+        layout: Layout = "flat" if value.tensor.ndim == 2 else ""
+        found.add(
+            on_call(trace, call, Anchor(kind[layer], "input", call.path, slot, layout=layout, limit=limit))
+        )
     computed: tuple[tuple[LocationType, Role], ...] = (
         (stack.EXPERT_POST, "neurons"),
         (stack.EXPERT_OUT, "outputs"),
     )
     for kind, role in computed:
-        anchor = Anchor(kind[layer], "experts", call.path, role=role, flat=True)
+        anchor = Anchor(kind[layer], "experts", call.path, role=role, layout="flat")
         found.add(on_call(trace, call, anchor))
 
 
@@ -153,7 +156,7 @@ def _bind_logits(
     if owner is None or sum(is_matrix_product(v) for v in inside) != 1:
         found.absent("no module returns the logits, or computes them by its only matrix product", location)
         return
-    found.add(on_call(trace, owner, Anchor(location, "product", owner.path, role="product", flat=True)))
+    found.add(on_call(trace, owner, Anchor(location, "product", owner.path, role="product", layout="flat")))
 
 
 def _reads(value: Value, source: Value) -> bool:
@@ -163,8 +166,8 @@ def _reads(value: Value, source: Value) -> bool:
 def _add_output(
     trace: Trace, found: Findings, location: Location, call: Call, slot: Slot, value: Value
 ) -> None:
-    flat = value.tensor.ndim == 2
-    anchor = Anchor(location, "output", call.path, slot, flat=flat, overwritten=value.overwritten)
+    layout: Layout = "flat" if value.tensor.ndim == 2 else ""
+    anchor = Anchor(location, "output", call.path, slot, layout=layout, overwritten=value.overwritten)
     found.add(on_call(trace, call, anchor))
 
 
@@ -225,8 +228,10 @@ def _bind_shared(
     if down is None or read is None:
         found.absent("no single projection ends the shared experts", stack.SHARED_POST, layer=layer)
         return
-    flat = read[1].tensor.ndim == 2
-    found.add(on_call(trace, down, Anchor(stack.SHARED_POST[layer], "input", down.path, read[0], flat=flat)))
+    layout: Layout = "flat" if read[1].tensor.ndim == 2 else ""
+    found.add(
+        on_call(trace, down, Anchor(stack.SHARED_POST[layer], "input", down.path, read[0], layout=layout))
+    )
 
 
 def _bind_gate(trace: Trace, found: Findings, location: Location, block: Block, gate: Value) -> bool:

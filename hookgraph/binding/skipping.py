@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hookgraph.binding.findings import Layer
+from hookgraph.binding.layouts import restored
 from hookgraph.binding.mechanisms import element, replaced
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
@@ -39,7 +40,7 @@ def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> 
     before = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        result = element(args, kwargs, layer.input_slot) if value is None else value
+        result = element(args, kwargs, layer.input_slot) if value is None else restored(layer.layout, value)
         if layer.output_slot is None:
             return result
         return tuple(result if i == layer.output_slot else None for i in range(layer.output_size))
@@ -56,7 +57,7 @@ def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> 
 @contextmanager
 def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Generator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replaced(args, kwargs, layer.input_slot, value)
+        return replaced(args, kwargs, layer.input_slot, restored(layer.layout, value))
 
     with installed(lambda: module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)):
         yield

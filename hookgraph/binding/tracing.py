@@ -344,3 +344,12 @@ def alias_root(value: Value, stop: Iterable[Value] = ()) -> Value:
             return value
         value = source
     return value
+
+
+def alias_chain(value: Value) -> set[Value]:
+    """A value, and those of which it is a view or a cast with all their elements."""
+    chain = {value}
+    while value.op in ALIASES and value.inputs and value.inputs[0].tensor.numel() == value.tensor.numel():
+        value = value.inputs[0]
+        chain.add(value)
+    return chain

@@ -1,0 +1,86 @@
+"""In which order the axes of a tensor lie, where that is not the order of a location's dimensions."""
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, final
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from hookgraph.binding.tracing import Trace, Value
+
+Layout: TypeAlias = Literal["", "flat", "positions first", "features first", "streams first"]
+"""How a tensor that a mechanism reaches lies:
+
+* empty: batch, positions, then the rest, as locations have it.
+* `flat`: one axis for batch and positions.
+* `positions first`: positions, batch, then the rest.
+* `features first`: batch, features, positions, as convolutions take them.
+* `streams first`: residual streams side by side, batch, positions, features.
+"""
+
+_MOVES: Final[dict[Layout, tuple[int, int]]] = {
+    "positions first": (0, 1),
+    "features first": (2, 1),
+    "streams first": (0, 2),
+}
+"""Which axis goes where, to lie as in locations."""
+
+
+def arranged(layout: Layout, raw: Shaped[Tensor, "..."], batch: int) -> Shaped[Tensor, "batch pos ..."]:
+    """A tensor with its axes as locations have them; a view."""
+    if layout == "flat":
+        return raw.unflatten(0, (batch, -1))
+    return raw.movedim(*_MOVES[layout]) if layout in _MOVES else raw
+
+
+def restored(layout: Layout, value: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "..."]:
+    """A tensor with its axes as the model has them: what `arranged` undoes."""
+    if layout == "flat":
+        return value.flatten(0, 1)
+    return value.movedim(*reversed(_MOVES[layout])) if layout in _MOVES else value
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How many examples and positions a stack of layers has, and how its residual stream lies."""
+
+    batch: int
+    positions: int
+    layout: Layout = ""
+
+    def layout_of(self, value: Value) -> Layout:
+        """The layout of an activation of this stack."""
+        shape = tuple(value.tensor.shape)
+        if len(shape) == 2:
+            return "flat"
+        if self.layout == "" or shape[:2] == (self.batch, self.positions):
+            return ""
+        if shape[:2] == (self.positions, self.batch):
+            return "positions first"
+        return self.layout
+
+
+def grid_of(trace: Trace, entering: Value) -> Grid:
+    """The grid of a stack, given what enters its first layer."""
+    batch, tokens = _tokens(trace)
+    shape = tuple(entering.tensor.shape)
+    if not batch or batch == tokens or shape[0] == batch:
+        if len(shape) == 3 and shape[2] == tokens != shape[1] and shape[0] == batch != tokens:
+            return Grid(batch, tokens, "features first")
+        return Grid(shape[0], shape[1])
+    if len(shape) == 3 and shape[1] == batch:
+        return Grid(batch, shape[0], "positions first")
+    if len(shape) == 4 and shape[1] == batch:
+        return Grid(batch, shape[2], "streams first")
+    return Grid(shape[0], shape[1])
+
+
+def _tokens(trace: Trace) -> tuple[int, int]:
+    """(batch, positions) of the tokens that a model was given; zeros if it was given none."""
+    integers = [
+        v.tensor.shape
+        for v in trace.root.inputs.values()
+        if v.tensor.ndim == 2 and not v.tensor.is_floating_point()
+    ]
+    return (integers[0][0], integers[0][1]) if integers else (0, 0)
