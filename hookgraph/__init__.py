@@ -9,6 +9,7 @@ from hookgraph import errors, locations, weights
 from hookgraph.algorithms import (
     PatchingEffect,
     direct_logit_attribution,
+    discover_circuit,
     edges,
     logit_lens,
     metrics,
@@ -16,6 +17,7 @@ from hookgraph.algorithms import (
 )
 from hookgraph.algorithms import ablate as ablate
 from hookgraph.algorithms import activation_patching as activation_patching
+from hookgraph.algorithms import faithfulness as faithfulness
 from hookgraph.algorithms import mean_activations as mean_activations
 from hookgraph.algorithms import optimal_constants as optimal_constants
 from hookgraph.algorithms import path_patching as path_patching
@@ -62,6 +64,7 @@ __all__ = [
     "bind",
     "check",
     "direct_logit_attribution",
+    "discover_circuit",
     "edges",
     "errors",
     "load_autoencoder",

@@ -2,7 +2,10 @@
 
 from hookgraph.algorithms import metrics
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.circuits.direct import edges
+from hookgraph.algorithms.circuits.discovery import discover_circuit
+from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
 from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import patching_effect
@@ -20,8 +23,10 @@ from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
 __all__ = [
     "AblationStatistics",
     "Attribution",
+    "Circuit",
     "Convention",
     "Edges",
+    "Faithfulness",
     "LogitAttribution",
     "LogitLens",
     "Node",
@@ -31,13 +36,16 @@ __all__ = [
     "ablate",
     "activation_patching",
     "direct_logit_attribution",
+    "discover_circuit",
     "edges",
     "exact_effects",
+    "faithfulness",
     "logit_lens",
     "mean_activations",
     "metrics",
     "optimal_constants",
     "patching_effect",
     "path_patching",
+    "random_circuit",
     "steering_vector",
 ]

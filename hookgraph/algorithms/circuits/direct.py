@@ -80,7 +80,7 @@ def edges(
 
     Source: Marks et al., "Sparse feature circuits", arXiv:2403.19647.
     """
-    _check_options(method, aggregation)
+    check_options(method, aggregation)
     starts, ends = places_of(graph, source), places_of(graph, target)
     sites = {carrier(x) for x in (*starts, *ends)} | {graph.check(x).whole for x in stop}
     if not routes(map(carrier, starts), map(carrier, ends), sites):
@@ -99,7 +99,12 @@ def edges(
     return Edges(blocks, aggregation, examples, effect.convention, graph.binding.metadata)
 
 
-def _check_options(method: str, aggregation: str) -> None:
+def check_options(method: str, aggregation: str) -> None:
+    """Refuse unknown ones.
+
+    Raises:
+        HookGraphError: naming it, and near ones.
+    """
     for name, value, known in (
         ("method", method, get_args(EdgeMethod)),
         ("aggregation", aggregation, get_args(Aggregation)),
