@@ -17,10 +17,12 @@ from hookgraph.algorithms import (
 )
 from hookgraph.algorithms import ablate as ablate
 from hookgraph.algorithms import activation_patching as activation_patching
+from hookgraph.algorithms import causal_tracing as causal_tracing
 from hookgraph.algorithms import faithfulness as faithfulness
 from hookgraph.algorithms import mean_activations as mean_activations
 from hookgraph.algorithms import optimal_constants as optimal_constants
 from hookgraph.algorithms import path_patching as path_patching
+from hookgraph.algorithms import sample_activations as sample_activations
 from hookgraph.algorithms import steering_vector as steering_vector
 from hookgraph.binding import Family, bind, check
 from hookgraph.errors import AlreadyAttachedError as AlreadyAttachedError

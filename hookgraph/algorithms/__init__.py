@@ -10,11 +10,15 @@ from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
-from hookgraph.algorithms.interventions.ablation import ablate, optimal_constants
+from hookgraph.algorithms.interventions.ablation import ablate
+from hookgraph.algorithms.interventions.fitting import optimal_constants
 from hookgraph.algorithms.interventions.paths import path_patching
+from hookgraph.algorithms.interventions.samples import ActivationSamples, sample_activations
 from hookgraph.algorithms.interventions.statistics import AblationStatistics, mean_activations
 from hookgraph.algorithms.interventions.steering import SteeringVector, steering_vector
 from hookgraph.algorithms.interventions.sweeps import activation_patching
+from hookgraph.algorithms.interventions.traces import CausalTrace
+from hookgraph.algorithms.interventions.tracing import causal_tracing
 from hookgraph.algorithms.ranking import Node, Ranking
 from hookgraph.algorithms.readouts.direct import direct_logit_attribution
 from hookgraph.algorithms.readouts.lens import LogitLens, logit_lens
@@ -22,7 +26,9 @@ from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
 
 __all__ = [
     "AblationStatistics",
+    "ActivationSamples",
     "Attribution",
+    "CausalTrace",
     "Circuit",
     "Convention",
     "Edges",
@@ -35,6 +41,7 @@ __all__ = [
     "SteeringVector",
     "ablate",
     "activation_patching",
+    "causal_tracing",
     "direct_logit_attribution",
     "discover_circuit",
     "edges",
@@ -47,5 +54,6 @@ __all__ = [
     "patching_effect",
     "path_patching",
     "random_circuit",
+    "sample_activations",
     "steering_vector",
 ]

@@ -28,6 +28,12 @@ def updates(graph: HookGraph) -> tuple[Location, ...]:
     return tuple(x for x in graph.locations if x.site is None and x.type in UPDATES)
 
 
+def updates_of_all_stacks(graph: HookGraph) -> tuple[Location, ...]:
+    """Everything that is added to a stream, the encoder's or that of a vision tower too."""
+    names = {kind.name for kind in UPDATES}
+    return tuple(x for x in graph.locations if x.site is None and x.type.name in names)
+
+
 def last_residual(graph: HookGraph) -> Location:
     """The stream after the last layer.
 
@@ -43,9 +49,10 @@ def own_update(location: Location, among: Iterable[Location]) -> Location | None
     A branch is what lies between two updates: the next one of the layer is the location's own.
     """
     root = location.root
-    if root.type in RESIDUALS or root.layer is None:
+    if root.layer is None or root.type.name in {kind.name for kind in RESIDUALS}:
         return None
-    later = [x for x in among if x.layer == root.layer and x.type.stage >= root.type.stage]
+    here = [x for x in among if x.layer == root.layer and x.type.stack == root.type.stack]
+    later = [x for x in here if x.type.stage >= root.type.stage]
     return min(later, key=lambda x: x.order, default=None)
 
 

@@ -2,27 +2,35 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import final
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.copies import finite_metric
+from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies, tile
+from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
-from hookgraph.algorithms.interventions.sweeps import axes_of, nodes_over, shaped
+from hookgraph.algorithms.interventions.packing import Index, Note, SetCopies, SetEntries
+from hookgraph.algorithms.interventions.sweeps import TOGETHER, axes_of
+from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
-from hookgraph.algorithms.streams import own_update, updates
+from hookgraph.algorithms.streams import own_update, updates_of_all_stacks
 from hookgraph.errors import HookGraphError
-from hookgraph.graph.abstract import Inputs, Prepared
+from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
-from hookgraph.hooks.slicing import read
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import LOGITS
+
+Sender = tuple[Location, Index]
+"""A place and the entries of it that send."""
 
 
 def path_patching(
@@ -34,6 +42,7 @@ def path_patching(
     receivers: Sequence[Location],
     *,
     over: Sequence[str] = (),
+    batch_size: int = 256,
     progress: bool | None = None,
 ) -> PatchingEffect:
     """What each sender's change does to the metric by way of the receivers, and of nothing else between.
@@ -43,7 +52,8 @@ def path_patching(
     2. Run clean with the receivers at those values, and everything else free.
 
     effect = m(2) - m(clean), for each sender apart. What a receiver does goes on along every path; the
-    receivers are patched together.
+    receivers are patched together. Senders are packed into one batch; the first pass runs from the layer
+    of the sender to the last receiver, the second from the layer of the first receiver on.
 
     Args:
         graph: the hooked model.
@@ -53,6 +63,7 @@ def path_patching(
         senders: locations or parts of locations, such as `graph.every(ATTN_Z)`; each is patched alone.
         receivers: locations or parts of locations, such as one head's `attn.q_in`, `mlp.in` or the logits.
         over: axes along which senders are told apart, such as `["head"]`.
+        batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
@@ -63,7 +74,7 @@ def path_patching(
         LocationError: no sender has an axis named in `over`.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
-        MetricError: the metric of the clean run is not a finite number.
+        MetricError: the metric is not one finite number per example, in some run.
 
     Source: Wang et al., arXiv:2211.00593; Goldowsky-Dill et al., arXiv:2304.05969.
     """
@@ -71,91 +82,136 @@ def path_patching(
     if not any(s.root.precedes(e.root) for s in starts for e in ends):
         raise HookGraphError(f"no sender precedes a receiver: nothing leads from {starts[0]} to {ends[0]}")
     axes = axes_of(starts, over)
-    first, second = prepare_pair(graph, clean, corrupt)
-    if second is None:
-        raise ValueError("there are corrupt inputs")
-    wholes = list(dict.fromkeys([s.whole for s in starts]))
-    held = updates(graph)
-    base = graph.run(first, save=list(dict.fromkeys([*held, *wholes])), metric=metric, logits=False)
-    measured = finite_metric(base)
-    other = graph.run(second, save=wholes, metric=metric, logits=False)
-    sizes = {x: dict(zip(x.dims, read(x, base[x.whole]).shape, strict=True)) for x in starts}
-    nodes = {x: nodes_over(x, axes, sizes[x]) for x in starts}
-    paths = _Paths(graph, first, metric, base, other, held, ends)
-    effects: list[Tensor] = []
-    with Progress("path patching", sum(map(len, nodes.values())), shown=progress) as bar:
-        for node in (node for found in nodes.values() for node in found):
-            effects.append(paths.effect(node) - measured)
-            bar.advance()
-    return PatchingEffect(
-        shaped(torch.stack(effects), nodes, axes, sizes),
-        Attribution({}),
-        Attribution({}),
-        finite_metric(other) - measured,
-        Convention(f"path patching to {', '.join(map(str, ends))}"),
-        metadata=graph.binding.metadata,
-    )
+
+    def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
+        paths = _Paths.of(graph, clean, corrupt, metric, starts, ends)
+        nodes = {x: _nodes(x, axes, paths.clean[x]) for x in starts}
+        effects = paths.effects([n for found in nodes.values() for n in found], batch_size, progress)
+        values: dict[Location, Tensor] = {}
+        for place, found in nodes.items():
+            sizes = [n for d, n in zip(place.dims, paths.clean[place].shape, strict=True) if d in axes]
+            values[place] = torch.stack([effects[x] for x in found], dim=1).reshape(-1, *sizes)
+        joint = {d for place in starts for d in place.dims} - {*axes, Dimension.BATCH}
+        return PatchingEffect(
+            Attribution(values, dict.fromkeys(sorted(joint), TOGETHER)),
+            Attribution({}),
+            Attribution({}),
+            finite_metric(paths.corrupt) - finite_metric(paths.clean),
+            Convention(f"path patching to {', '.join(map(str, ends))}"),
+            metadata=graph.binding.metadata,
+        )
+
+    return by_examples(graph, clean, corrupt, metric, batch_size, measure)
+
+
+def _nodes(place: Location, axes: Sequence[Dimension], value: Tensor) -> list[Sender]:
+    """The parts of a place that send, one each, the last axis fastest."""
+    along = [range(n) if d in axes else [None] for d, n in zip(place.dims[1:], value.shape[1:], strict=True)]
+    return [(place, index) for index in product(*along)]
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _Paths:
-    """The clean and the corrupt run, and what is to be seen."""
+    """The clean and the corrupt run, and what leads where.
+
+    Args:
+        graph: the hooked model.
+        metric: what is measured.
+        clean: the clean run, with senders, updates and the boundaries at which replays begin.
+        corrupt: the corrupt run, with the senders.
+        held: every update of the stream.
+        receivers: the receivers.
+        entries: the boundary before each sender and receiver.
+    """
 
     graph: HookGraph
-    inputs: Prepared
     metric: Metric
     clean: Run
     corrupt: Run
     held: Sequence[Location]
     receivers: Sequence[Location]
+    entries: dict[Location, Location | None]
 
-    def effect(self, sender: Location) -> Float[Tensor, " batch"]:
-        """The metric with the receivers at what the sender makes them."""
-        reached = [x for x in self.receivers if sender.root.precedes(x.root)]
-        if not reached:
-            return finite_metric(self.clean)
+    @staticmethod
+    def of(
+        graph: HookGraph,
+        clean: Inputs,
+        corrupt: Inputs | None,
+        metric: Metric,
+        senders: Sequence[Location],
+        receivers: Sequence[Location],
+    ) -> "_Paths":
+        """Run both inputs."""
+        first, second = prepare_pair(graph, clean, corrupt)
+        if second is None:
+            raise HookGraphError("path patching needs corrupt inputs: the senders' values come from them")
+        held = updates_of_all_stacks(graph)
+        entries = {x: graph.entry(x) for x in (*senders, *receivers)}
+        boundaries = [x for x in entries.values() if x is not None]
+        wanted = list(dict.fromkeys([*boundaries, *held, *senders]))
+        base = graph.run(first, save=wanted, metric=metric, logits=False)
+        other = graph.run(second, save=list(senders), metric=metric, logits=False)
+        return _Paths(graph, metric, base, other, held, receivers, entries)
+
+    def effects(
+        self, nodes: Sequence[Sender], batch_size: int, progress: bool | None
+    ) -> dict[Sender, Float[Tensor, " batch"]]:
+        """What each sender does, by way of the receivers that it precedes."""
+        measured = finite_metric(self.clean)
+        found = {node: torch.zeros_like(measured) for node in nodes}
+        alike: dict[object, list[Sender]] = {}
+        for node in nodes:
+            if reached := self._reached(node[0]):
+                alike.setdefault((self.entries[node[0]], reached), []).append(node)
+        with Progress("path patching", sum(map(len, alike.values())), shown=progress) as bar:
+            for group in alike.values():
+                size = max(1, batch_size // len(measured))
+                for piece, effects in in_pieces(group, size, self._together):
+                    found.update(zip(piece, effects, strict=True))
+                    bar.advance(len(piece))
+        return found
+
+    def _reached(self, sender: Location) -> tuple[Location, ...]:
+        return tuple(x for x in self.receivers if sender.root.precedes(x.root))
+
+    def _together(self, nodes: Sequence[Sender]) -> Float[Tensor, "... batch"]:
+        """The effects of senders of one layer that precede the same receivers: a copy of the batch each."""
+        clean, copies = finite_metric(self.clean), len(nodes)
+        reached = self._reached(nodes[0][0])
         seen: dict[Location, Tensor] = {}
-        graph = self._held(sender, reached, seen)
-        graph.run(self.inputs, save=[max(reached, key=lambda x: x.order)])
-        patched = self.graph
+        entry, held = self.entries[nodes[0][0]], self._held(nodes, reached, seen)
+        if reached == (LOGITS,):  # what is read there is the answer
+            run = run_copies(held, self.clean, entry, copies, metric=self.metric)
+            return finite_metric(run).view(copies, -1) - clean
+        last = max(reached, key=lambda x: x.order)
+        if entry is None:
+            held.run(self.graph.binding.prepare(dict(self.clean.inputs), copies=copies), save=[last])
+        else:
+            held.replay(self.clean, entry, value=tile(self.clean[entry], copies), save=[last])
+        patched = per_copy(self.graph, len(clean))
         for receiver in reached:
-            patched = patched.hook(receiver, _Set(seen[receiver]))
-        run = patched.run(self.inputs, metric=self.metric, logits=False)
-        if run.metric is None:
-            raise ValueError("the run was measured")
-        return run.metric
+            patched = patched.hook(receiver, SetCopies(range(copies), seen[receiver], len(clean)))
+        first = min(reached, key=lambda x: x.order)
+        run = run_copies(patched, self.clean, self.entries[first], copies, metric=self.metric)
+        return finite_metric(run).view(copies, -1) - clean
 
-    def _held(self, sender: Location, reached: Sequence[Location], seen: dict[Location, Tensor]) -> HookGraph:
-        """The graph in which the sender is corrupt, receivers are noted, and what lies between is held."""
-        graph = self.graph.hook(sender, _Set(read(sender, self.corrupt[sender.whole])))
+    def _held(
+        self, nodes: Sequence[Sender], reached: Sequence[Location], seen: dict[Location, Tensor]
+    ) -> HookGraph:
+        """The graph in which copy i has sender i corrupt, receivers are noted, and the rest is held."""
+        batch = len(finite_metric(self.clean))
+        graph = per_copy(self.graph, batch)
+        for place in dict.fromkeys(place for place, _ in nodes):
+            placed = [(i, index) for i, (other, index) in enumerate(nodes) if other == place]
+            graph = graph.hook(place, SetEntries(placed, self.corrupt[place]))
         for receiver in reached:
-            graph = graph.hook(receiver, _Note(receiver, seen))
-        own = own_update(sender, self.held)
+            graph = graph.hook(receiver, Note(receiver, seen))
+        own = [own_update(place, self.held) for place, _ in nodes]
         for update in self.held:
-            if sender.root.precedes(update) and update != own:
-                graph = graph.hook(update, _Set(self.clean[update]))
+            after = [
+                i for i, (place, _) in enumerate(nodes) if place.root.precedes(update) and update != own[i]
+            ]
+            if after:
+                graph = graph.hook(update, SetCopies(after, self.clean[update], batch))
         return graph
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Set:
-    """A hook: a location has this value."""
-
-    value: Shaped[Tensor, "..."]
-
-    def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        return self.value
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Note:
-    """A hook that notes a value, before anything holds it."""
-
-    location: Location
-    seen: dict[Location, Tensor]
-
-    def __call__(self, value: Shaped[Tensor, "..."]) -> None:
-        self.seen[self.location] = value.detach().clone()

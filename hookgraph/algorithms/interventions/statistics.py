@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.padding import weights_at
+from hookgraph.algorithms.padding import check_finite, weights_at
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, InputError, LocationError, nearest
@@ -19,6 +19,7 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 _KIND = "ablation statistics"
+_ALONG = (Dimension.BATCH, Dimension.POS)
 Constants = Mapping[Location, Float[Tensor, "..."]]
 
 
@@ -76,11 +77,11 @@ class AblationStatistics:
         """Read what `save` wrote.
 
         Raises:
-            LoadError: no such file, or not saved statistics.
+            LoadError: no such file, not saved statistics, or of locations that are not declared.
         """
         tensors, header = storage.read(path, _KIND)
         means, counts, optimal = (
-            {Location.parse(text): tensors[f"{name}/{text}"] for text in header[name]}
+            {storage.parse(path, text): tensors[f"{name}/{text}"] for text in header[name]}
             for name in ("means", "counts", "optimal")
         )
         return AblationStatistics(means, counts, optimal, header["seed"], header["metadata"])
@@ -107,7 +108,8 @@ def mean_activations(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        InputError: there is no data.
+        InputError: there is no data, or means per position are asked for of inputs padded on the left.
+        MetricError: a value is not finite.
         LocationError: a location has key positions, of which no mean over inputs of other lengths exists.
         UnknownLocationError: the graph has no such location.
 
@@ -123,11 +125,15 @@ def mean_activations(
         for batch in data:
             inputs = graph.binding.prepare(batch)
             run = graph.run(inputs, save=places)
+            check_finite(run)
             for place in places:
                 value = run[place].double()
-                weight = weights_at(place, value, inputs).to(value)
-                axes = [0] if per_position or Dimension.POS not in place.dims else _both(place)
+                weight = weights_at(graph, place, value, inputs)
                 weight = weight.expand(_counted(place, value))
+                axes = [i for i, d in enumerate(place.dims) if d in _ALONG]
+                if per_position and Dimension.POS in place.dims:
+                    _check_side(place, weight)
+                    axes = [0]
                 _add(sums, place, (value * weight).sum(axes, keepdim=True)[0])
                 _add(counts, place, weight.sum(axes, keepdim=True)[0])
             bar.advance()
@@ -137,14 +143,22 @@ def mean_activations(
     return AblationStatistics(means, counts, metadata=graph.binding.metadata)
 
 
-def _both(place: Location) -> list[int]:
-    return [0, place.dims.index(Dimension.POS)]
+def _check_side(place: Location, weight: Float[Tensor, "batch ..."]) -> None:
+    """Refuse columns that are another position in each row.
+
+    Raises:
+        InputError: a row begins with padding.
+    """
+    if not bool(weight.select(place.dims.index(Dimension.POS), 0).all()):
+        raise InputError(
+            f"{place}: with padding on the left a column is another position in each row: pad on the right, "
+            "or take means over all positions"
+        )
 
 
 def _counted(place: Location, value: Tensor) -> list[int]:
     """The shape of the weights: 1 along what is neither batch nor position."""
-    kept = (Dimension.BATCH, Dimension.POS)
-    return [n if d in kept else 1 for d, n in zip(place.dims, value.shape, strict=True)]
+    return [n if d in _ALONG else 1 for d, n in zip(place.dims, value.shape, strict=True)]
 
 
 def _add(total: dict[Location, Tensor], place: Location, value: Tensor) -> None:

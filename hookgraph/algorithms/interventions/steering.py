@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.padding import real_tokens
+from hookgraph.algorithms.padding import check_finite, real_tokens
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, InputError
@@ -67,7 +67,7 @@ class SteeringVector:
             LoadError: no such file, or not a saved steering vector.
         """
         tensors, header = storage.read(path, _KIND)
-        place = Location.parse(header["location"])
+        place = storage.parse(path, header["location"])
         return SteeringVector(tensors["vector"], place, header["pairs"], header["metadata"])
 
 
@@ -104,13 +104,14 @@ def steering_vector(
     Raises:
         InputError: there are no pairs, or a batch has more positive than negative examples.
         HookGraphError: the location has no positions, or an example is too short.
+        MetricError: a value is not finite.
         UnknownLocationError: the graph has no such location.
 
     Source: Turner et al., arXiv:2308.10248; Rimsky et al., arXiv:2312.06681.
     """
     place = chosen_places(graph, [at])[0]
-    if place.dims[:2] != (Dimension.BATCH, Dimension.POS):
-        raise HookGraphError(f"{place} has no axis of positions to read: leave `pos` out of it")
+    if place.dims[:2] != (Dimension.BATCH, Dimension.POS) or Dimension.POS in dict(place.index):
+        raise HookGraphError(f"{place} has no whole axis of positions to read: leave `pos` out of it")
     total: Tensor | None = None
     count = 0
     with Progress("steering vector", None, shown=progress) as bar:
@@ -130,8 +131,10 @@ def steering_vector(
 def _read(graph: HookGraph, place: Location, inputs: Inputs, pos: int | None) -> Float[Tensor, "batch ..."]:
     """One value per example, in double precision."""
     prepared = graph.binding.prepare(inputs)
-    value = graph.run(prepared, save=[place])[place].double()
-    mask = real_tokens(prepared, *value.shape[:2]).to(value.device)
+    run = graph.run(prepared, save=[place])
+    check_finite(run)
+    value = run[place].double()
+    mask = real_tokens(prepared, value, place.root.type.stack)
     if pos is None:
         weight = mask.to(value).view(*mask.shape, *([1] * (value.ndim - 2)))
         return (value * weight).sum(1) / weight.sum(1)

@@ -16,11 +16,11 @@ from hookgraph.algorithms import (
     path_patching,
     steering_vector,
 )
-from hookgraph.algorithms.interventions.ablation import moved
+from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import HookGraphError, InputError, LocationError, ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.locations import ATTN_OUT, ATTN_PATTERN, ATTN_Z, LOGITS, MLP_IN, MLP_OUT, RESID_POST, RESID_PRE
+from hookgraph.locations import ATTN_OUT, ATTN_PATTERN, ATTN_Z, LOGITS, MLP_OUT, RESID_POST
 from hookgraph.ontology.locations import Location
 from hookgraph_tests.families import bound, model_of, tokens
 from hookgraph_tests.toy import toy_graph, toy_of, toy_tokens
@@ -75,39 +75,6 @@ def test_a_sweep_of_the_toy_network_is_its_closed_form():
     change = (corrupt - clean)[:, 1] @ through @ (toy.unembedding[:, 1] - toy.unembedding[:, 2])
     assert torch.allclose(found.effects[ATTN_OUT[2]][:, 1], change, atol=1e-12)
     assert torch.equal(found.effects[ATTN_OUT[2]][:, 0], torch.zeros_like(change))
-
-
-def test_a_path_of_the_toy_network_is_its_closed_form():
-    graph, ids = toy_graph(), toy_tokens()
-    metric = logit_diff(1, 2)
-    direct = path_patching(graph, ids, OTHER, metric, [ATTN_OUT[0]], [LOGITS])
-    toy = toy_of(graph)
-    none = torch.zeros(7, dtype=torch.float64)
-    clean, corrupt = (toy.closed_form(x, none) for x in (ids, OTHER))
-    change = (corrupt[ATTN_OUT[0]] - clean[ATTN_OUT[0]])[:, -1]
-    expected = change @ (toy.unembedding[:, 1] - toy.unembedding[:, 2])
-    assert torch.allclose(direct.effects[ATTN_OUT[0]], expected, atol=1e-12)
-    # To the last MLP: what it makes of the change of what it reads, and nothing else.
-    by_mlp = path_patching(graph, ids, OTHER, metric, [ATTN_OUT[0]], [MLP_OUT[2]])
-    before = (clean[RESID_PRE[2]] + clean[ATTN_OUT[2]])[:, -1]
-    moved_by = ((before + change) @ toy.into[2]).square() - (before @ toy.into[2]).square()
-    expected = moved_by @ toy.out[2] @ (toy.unembedding[:, 1] - toy.unembedding[:, 2])
-    assert torch.allclose(by_mlp.effects[ATTN_OUT[0]], expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_a_path_is_two_passes_by_hand(family: str):
-    graph, clean, corrupt = bound(family, torch.float64), tokens(), tokens(seed=1)
-    found = path_patching(graph, clean, corrupt, MEASURE, [ATTN_Z[0]], [MLP_IN[2]], over=["head"])
-    sender, between = ATTN_Z[0].at(head=2), [MLP_OUT[0], ATTN_OUT[1], MLP_OUT[1], ATTN_OUT[2]]
-    held, source = graph.run(clean, save=between), graph.run(corrupt, save=[sender])
-    first = graph.hook(sender, lambda _: source[sender])
-    for place in between:
-        first = first.hook(place, lambda _, v=held[place]: v)
-    read = first.run(clean, save=[MLP_IN[2]])[MLP_IN[2]]
-    expected = measured(graph.hook(MLP_IN[2], lambda _: read), clean) - measured(graph, clean)
-    assert found.effects[ATTN_Z[0]].shape == (2, 4)
-    assert torch.allclose(found.effects[ATTN_Z[0]][:, 2], expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("per_position", [False, True])
@@ -194,8 +161,6 @@ def test_bad_requests_are_refused():
         activation_patching(graph, ids, None, MEASURE, [ATTN_OUT[0]], direction="denoising")
     with pytest.raises(ShapeMismatchError, match="clean and corrupt differ"):
         activation_patching(graph, ids, OTHER[:, :2], MEASURE, [ATTN_OUT[0]])
-    with pytest.raises(HookGraphError, match="no sender precedes a receiver"):
-        path_patching(graph, ids, OTHER, MEASURE, [MLP_OUT[1]], [ATTN_OUT[0]])
     with pytest.raises(HookGraphError, match="mean ablation needs statistics"):
         ablate(graph, [ATTN_OUT[0]])
     with pytest.raises(HookGraphError, match=r"no mean of mlp\.out\[0\] is known"):

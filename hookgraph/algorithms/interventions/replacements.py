@@ -1,0 +1,100 @@
+"""What ablation puts in the place of a location: hooks, one kind each."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from hookgraph.errors import HookGraphError, ShapeMismatchError
+from hookgraph.ontology.locations import Location
+
+
+def moved(count: int, seed: int) -> Int[Tensor, " batch"]:
+    """A random permutation of `count` examples, all in one cycle, so that none stays (Sattolo's algorithm).
+
+    Raises:
+        HookGraphError: there are fewer than two.
+    """
+    if count < 2:
+        raise HookGraphError(
+            f"resampling takes another example's value, and the batch has {count}: pass two, or draw from a "
+            "data set, with statistics=sample_activations(graph, data, at)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = list(range(count))
+    for i in range(count - 1, 0, -1):
+        j = int(torch.randint(i, (1,), generator=generator))
+        order[i], order[j] = order[j], order[i]
+    return torch.tensor(order)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Shuffled:
+    """x[b] -> x[σ(b)] of the same pass, σ drawn from `seed` for the size of the batch."""
+
+    seed: int
+
+    def __call__(self, value: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
+        """The value of other examples."""
+        return value[moved(len(value), self.seed).to(value.device)]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """x -> a constant over the axes of the location less the batch; an axis of size 1 holds for all."""
+
+    location: Location
+    constant: Float[Tensor, "..."]
+
+    def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The constant, as often as there are examples and positions.
+
+        Raises:
+            ShapeMismatchError: the value is longer than the constant.
+        """
+        found = self.constant.to(value)
+        cut = tuple(
+            slice(n) if k > 1 else slice(None) for n, k in zip(value.shape[1:], found.shape, strict=True)
+        )
+        try:
+            return found[cut].expand(value.shape).clone()
+        except RuntimeError as error:
+            raise ShapeMismatchError(
+                f"{self.location} has shape {tuple(value.shape)}, its constant {tuple(found.shape)}: "
+                "use means over all positions, or inputs no longer than those that they were taken of"
+            ) from error
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """x -> what was sampled from a data set: for each example one, or for each token one.
+
+    Which ones is drawn from `seed` for the size of the batch, so that all locations get the same.
+    """
+
+    location: Location
+    samples: Float[Tensor, "..."]
+    per_position: bool
+    seed: int
+
+    def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Samples in the place of the value.
+
+        Raises:
+            ShapeMismatchError: whole examples were sampled, and they have another length.
+        """
+        lots = value.shape[:1] if self.per_position else value.shape[:2]
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randint(len(self.samples), lots, generator=generator)
+        found = self.samples[chosen.to(self.samples.device)].to(value)
+        if found.shape != value.shape:
+            raise ShapeMismatchError(
+                f"{self.location} has shape {tuple(value.shape)}, its samples {tuple(found.shape)}: "
+                "run inputs as long as the sampled examples, or sample single tokens, with per_position=False"
+            )
+        return found

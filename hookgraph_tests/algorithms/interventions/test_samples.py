@@ -1,0 +1,87 @@
+"""Resampling from a data set."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookgraph.algorithms import ActivationSamples, ablate, mean_activations, sample_activations
+from hookgraph.errors import HookGraphError, InputError, LocationError, ShapeMismatchError
+from hookgraph.locations import ATTN_OUT, ATTN_Z, MLP_OUT
+from hookgraph_tests.families import bound, tokens
+from hookgraph_tests.toy import toy_graph, toy_tokens
+
+
+def test_tokens_are_drawn_alike_at_all_locations_and_never_padding(tmp_path: Path):
+    graph, ids = bound("gpt2", torch.float64), tokens(4)
+    mask = torch.tensor([[1] * 6, [0, 0] + [1] * 4, [1] * 4 + [0, 0], [1] * 6])
+    at = [MLP_OUT[1], ATTN_Z[0].at(head=2)]
+    batches = [{"input_ids": ids[i], "attention_mask": mask[i]} for i in (slice(0, 3), slice(3, 4))]
+    found = sample_activations(graph, batches, at, count=7, seed=3, progress=False)
+    assert found.seen == 20
+    values = graph.run({"input_ids": ids, "attention_mask": mask}, save=at)
+    real = {x: values[x][mask.bool()] for x in at}
+    chosen = [int((real[MLP_OUT[1]] - row).abs().sum(-1).argmin()) for row in found.values[MLP_OUT[1]]]
+    assert len(set(chosen)) == 7
+    for place in at:
+        assert torch.allclose(found.values[place], real[place][chosen], atol=1e-12)
+    found.save(tmp_path / "samples.safetensors")
+    again = ActivationSamples.load(tmp_path / "samples.safetensors")
+    assert repr(again) == repr(found)
+    seen: dict[str, Tensor] = {}
+    ablated = ablate(graph, at, "resample", statistics=again, seed=1)
+    for name, place in zip("ab", at, strict=True):
+        ablated = ablated.hook(place, lambda value, n=name: seen.update({n: value.clone()}))
+    assert ablated.run(ids[:1]).logits.shape[0] == 1
+    lots = torch.randint(7, (1, 6), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(seen["a"], found.values[at[0]][lots])
+    assert torch.allclose(seen["b"], found.values[at[1]][lots])
+
+
+def test_whole_examples_keep_their_positions():
+    graph, ids = toy_graph(), toy_tokens()
+    found = sample_activations(graph, [ids[:1], ids[1:]], [ATTN_OUT[0]], per_position=True)
+    values = graph.run(ids, save=[ATTN_OUT[0]])[ATTN_OUT[0]]
+    assert {tuple(x) for x in found.values[ATTN_OUT[0]].flatten(1).tolist()} == {
+        tuple(x) for x in values.flatten(1).tolist()
+    }
+    logits = ablate(graph, [ATTN_OUT[0]], "resample", statistics=found).run(ids).logits
+    lots = torch.randint(2, (2,), generator=torch.Generator().manual_seed(0))
+    put = found.values[ATTN_OUT[0]][lots]
+    assert torch.equal(logits, graph.hook(ATTN_OUT[0], lambda _: put).run(ids).logits)
+    with pytest.raises(ShapeMismatchError, match="as long as the sampled examples"):
+        ablate(graph, [ATTN_OUT[0]], "resample", statistics=found).run(ids[:, :2])
+
+
+def test_bad_requests_are_refused():
+    graph, ids = bound("gpt2"), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    with pytest.raises(InputError, match="no data to draw from"):
+        sample_activations(graph, [], [MLP_OUT[0]])
+    with pytest.raises(InputError, match="of one length without padding"):
+        sample_activations(graph, [padded], [MLP_OUT[0]], per_position=True)
+    with pytest.raises(InputError, match="of one length without padding"):
+        sample_activations(graph, [ids, ids[:, :4]], [MLP_OUT[0]], per_position=True)
+    with pytest.raises(LocationError, match="has no token each"):
+        sample_activations(graph, [ids], [MLP_OUT[0].at(pos=0)])
+    with pytest.raises(InputError, match="pad on the right"):
+        mean_activations(graph, [padded], [MLP_OUT[0]], per_position=True)
+    found = sample_activations(graph, [ids], [MLP_OUT[0]])
+    with pytest.raises(HookGraphError, match=r"mlp\.out\[1\] was not sampled"):
+        ablate(graph, [MLP_OUT[1]], "resample", statistics=found)
+    with pytest.raises(HookGraphError, match="mean ablation needs statistics=mean_activations"):
+        ablate(graph, [MLP_OUT[0]], "mean", statistics=found)
+
+
+def test_means_of_named_positions_are_those_of_each_row_of_a_padded_batch():
+    graph, ids = bound("gpt2", torch.float64), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    here = MLP_OUT[1].at(pos=[0, 1])
+    padded = {"input_ids": ids, "attention_mask": mask}
+    value = graph.run(padded, save=[here])[here]
+    found = mean_activations(graph, [padded], [here], per_position=True)
+    assert torch.allclose(found.means[here], value.mean(0), atol=1e-12)
