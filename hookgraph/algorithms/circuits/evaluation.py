@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.circuits.streaming import Batch, PairBatch, batches
-from hookgraph.algorithms.interventions.ablation import moved
+from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.interventions.statistics import AblationStatistics, mean_activations
 from hookgraph.algorithms.progress import Progress
 from hookgraph.errors import HookGraphError, InputError, nearest

@@ -19,7 +19,7 @@ from hookgraph.algorithms.circuits.evaluation import (
     random_circuit,
 )
 from hookgraph.algorithms.effects.patching import patching_effect
-from hookgraph.algorithms.interventions.ablation import moved
+from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.interventions.statistics import mean_activations
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import HookGraphError, InputError, MetricError
