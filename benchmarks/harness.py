@@ -52,6 +52,7 @@ class Comparison:
         limit: the largest ratio that is required; None for a figure that is only reported.
         exact: whether the answers have to be equal bit for bit; otherwise within float32 rounding.
         effort: how often to time it, relative to the other comparisons.
+        within: by how much answers that are not exact may differ.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Comparison:
     limit: float | None = None
     exact: bool = True
     effort: float = 1.0
+    within: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def check(comparison: Comparison) -> None:
         raise DifferentAnswersError(f"{comparison.name}: {len(plain)} answers against {len(ours)}")
     for place, (a, b) in enumerate(zip(plain, ours, strict=True)):
         same = a.shape == b.shape and (
-            torch.equal(a, b) if comparison.exact else torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+            torch.equal(a, b) if comparison.exact else torch.allclose(a, b, rtol=1e-4, atol=comparison.within)
         )
         if not same:
             raise DifferentAnswersError(f"{comparison.name}: answer {place} differs: {_difference(a, b)}")

@@ -8,6 +8,7 @@ from hookgraph import checking as checking  # isort: split
 from hookgraph import errors, locations, weights
 from hookgraph.algorithms import (
     PatchingEffect,
+    contributions,
     direct_logit_attribution,
     discover_circuit,
     edges,
@@ -65,6 +66,7 @@ __all__ = [
     "TranscoderGraph",
     "bind",
     "check",
+    "contributions",
     "direct_logit_attribution",
     "discover_circuit",
     "edges",

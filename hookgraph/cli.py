@@ -1,4 +1,4 @@
-"""The command line: `hookgraph demo`, `locations`, `check` and `attribute`."""
+"""The command line: `hookgraph demo`, `locations`, `check`, `attribute` and the other algorithms."""
 
 import re
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.effects.results import PatchingEffect
+from hookgraph.algorithms.flow.tracing import contributions as contributions_of
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.ranking import Ranking
 from hookgraph.binding import Family, bind
@@ -156,6 +157,29 @@ def attribute(
                 graph.report,
             )
             _console().print(Text(f"\n{attribution_page(content).write(report)}"))
+
+
+@app.command()
+def contributions(
+    model: Model,
+    text: Annotated[str, typer.Option(help="What is run.", show_default=False)],
+    token: Annotated[int, typer.Option(help="The position that the paths lead to.")] = -1,
+    threshold: Annotated[float, typer.Option(help="What a share has to exceed.")] = 0.04,
+    norm: Annotated[float, typer.Option(help="q of the norm that distances are measured by.")] = 1,
+    figure: Annotated[Path | None, typer.Option(help="Draw the paths into this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Which tokens, through which layers, a position of a text is made of."""
+    with _told(debug):
+        tokenizer = load_tokenizer(_place(model))
+        found = contributions_of(bind(load_model(_place(model)), tokenizer), text, norm)
+        paths, console = found.leading_to(token, threshold), _console()
+        console.print(tables.frame_table(found.summary(), "stream"))
+        console.print()
+        console.print(tables.flows_table(paths, _tokens(tokenizer, text)))
+        if figure is not None:
+            found.plot(token, threshold).savefig(figure)
+            console.print(Text(f"\n{figure}"))
 
 
 def answer_token(tokenizer: PreTrainedTokenizerBase, word: str, prompt: str) -> int:

@@ -272,3 +272,18 @@ def test_main_runs_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         main()
     assert exited.value.code == 0
     assert "attribute" in capsys.readouterr().out
+
+
+# --- contributions ----------------------------------------------------------------------------
+
+
+def test_contributions_are_told_and_drawn(tiny: str, tmp_path: Path):
+    figure = tmp_path / "paths.png"
+    told = succeed("contributions", tiny, "--text", CLEAN, "--threshold", "0.2", "--figure", str(figure))
+    assert "resid.mid[1]" in told
+    assert " to (16)" in told
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_position_that_the_text_lacks_is_named(tiny: str):
+    assert "token=99 is no token" in fail("contributions", tiny, "--text", CLEAN, "--token", "99")

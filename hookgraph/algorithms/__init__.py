@@ -1,6 +1,6 @@
 """Algorithms over hook graphs and locations. None knows a model class or a kind of subgraph."""
 
-from hookgraph.algorithms import metrics
+from hookgraph.algorithms import metrics, proximity
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.circuits.direct import edges
@@ -10,6 +10,8 @@ from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
+from hookgraph.algorithms.flow.results import Contributions
+from hookgraph.algorithms.flow.tracing import contributions
 from hookgraph.algorithms.interventions.ablation import ablate
 from hookgraph.algorithms.interventions.fitting import optimal_constants
 from hookgraph.algorithms.interventions.paths import path_patching
@@ -30,6 +32,7 @@ __all__ = [
     "Attribution",
     "CausalTrace",
     "Circuit",
+    "Contributions",
     "Convention",
     "Edges",
     "Faithfulness",
@@ -42,6 +45,7 @@ __all__ = [
     "ablate",
     "activation_patching",
     "causal_tracing",
+    "contributions",
     "direct_logit_attribution",
     "discover_circuit",
     "edges",
@@ -53,6 +57,7 @@ __all__ = [
     "optimal_constants",
     "patching_effect",
     "path_patching",
+    "proximity",
     "random_circuit",
     "sample_activations",
     "steering_vector",

@@ -1,17 +1,21 @@
 """Results as tables for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 from rich.text import Text
 
+from hookgraph.algorithms.flow.tokens import Flow
 from hookgraph.algorithms.ranking import Ranking
 from hookgraph.graph.conformance import INVARIANTS, ConformanceReport, Proof
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 from hookgraph.report.breakdown import node_name
 from hookgraph.report.prompts import Prompt, PromptPair
+
+if TYPE_CHECKING:
+    import pandas
 
 NEGATIVE: Final = "dodger_blue2"
 POSITIVE: Final = "dark_orange"
@@ -96,6 +100,40 @@ def answers_table(pair: PromptPair) -> Table:
     for name, prompt in (("clean", pair.clean), ("corrupt", pair.corrupt)):
         table.add_row(name, _marked(pair, prompt), *_answers(prompt))
     return table
+
+
+def frame_table(frame: "pandas.DataFrame", first: str = "") -> Table:
+    """A data frame: numbers with three decimals, nothing where there is none.
+
+    Args:
+        frame: the rows, named by its index.
+        first: the heading of their names.
+    """
+    table = _table(first, *map(str, frame.columns), right=range(1, len(frame.columns) + 1))
+    for name, row in zip(frame.index, frame.itertuples(index=False), strict=True):
+        table.add_row(Text(str(name)), *(Text(_cell(x)) for x in row))
+    return table
+
+
+def flows_table(flows: Iterable[Flow], tokens: Sequence[str]) -> Table:
+    """One row per edge between tokens that ends in the stream, the last layer first.
+
+    Args:
+        flows: the edges, in causal order.
+        tokens: what the positions are called.
+    """
+    table = _table("layer", "to", "share", "from", "", right=(2,))
+    for flow in reversed([x for x in flows if x.enters]):
+        source = "" if flow.key is None else f"{tokens[flow.key]} ({flow.key})"
+        cells = [f"{tokens[flow.pos]} ({flow.pos})", f"{flow.share:.3f}", source, flow.kind]
+        table.add_row(str(flow.layer), *map(Text, cells))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.3f}"
+    return str(value)
 
 
 def ranges(layers: Iterable[int]) -> str:
