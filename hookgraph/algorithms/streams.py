@@ -14,12 +14,15 @@ from hookgraph.ontology.transformer import (
     RESID_POST,
     RESID_PRE,
     RESID_XMID,
+    STREAMS_MID,
+    STREAMS_POST,
+    STREAMS_PRE,
     XATTN_OUT,
 )
 
 UPDATES = frozenset({ATTN_OUT, MIXER_OUT, XATTN_OUT, MLP_OUT, EXTRA_OUT})
 """The types of what a layer adds to the stream."""
-RESIDUALS = frozenset({RESID_PRE, RESID_MID, RESID_XMID, RESID_POST})
+RESIDUALS = frozenset({RESID_PRE, RESID_MID, RESID_XMID, RESID_POST, STREAMS_PRE, STREAMS_MID, STREAMS_POST})
 """The types of the stream itself."""
 
 

@@ -16,16 +16,21 @@ from torch import nn
 from hookgraph.binding.interleaved import bypassed_layers, interleaved_layers
 from hookgraph.binding.layouts import Grid, grid_of
 from hookgraph.binding.norms import Norm, find_norm
+from hookgraph.binding.shares import Term, is_weight, terms_of
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
+from hookgraph.binding.views import Columns, View
 
 _MAPS = frozenset({"mm", "addmm", "native_layer_norm", "convolution"})
 """Operations that make features of features: no scale, mask or view."""
+
+_STREAM_AXES = 4
+"""Of several residual streams: batch, positions, streams, features."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation of the residual path: `add` of an update, `scale`, `norm` or `cast`."""
+    """One operation of the residual path: `add` of an update, `scale`, `norm`, `cast` or `mix` of streams."""
 
     kind: str
     value: Value
@@ -49,6 +54,10 @@ class Update:
     attention: AttentionCall | None = None
     softmax: bool = False
     """Whether its computation contains a softmax over positions."""
+    source: Call | None = None
+    """The module that computes it, also where what is added is that times weights."""
+    spread: int = 0
+    """Among how many streams it is shared out, if there are several."""
 
 
 @final
@@ -64,6 +73,25 @@ class Block:
     grid: Grid = field(default_factory=lambda: Grid(0, 0))
     ends: tuple[Call, Call] | None = None
     """Of a layer that is no module: its first part, which is given the input, and its last one."""
+
+    @property
+    def streams(self) -> int:
+        """How many residual streams there are."""
+        if self.entering.tensor.ndim == _STREAM_AXES:
+            return self.entering.tensor.shape[0 if self.grid.layout == "streams first" else 2]
+        return max((u.spread for u in self.updates), default=0) or 1
+
+    def streams_of(self, value: Value) -> View:
+        """Several streams on the last axis of a tensor; None if there is one, or an axis for them."""
+        if self.streams == 1 or value.tensor.ndim == _STREAM_AXES:
+            return None
+        return Columns(0, self.streams, self.width, self.width)
+
+    @property
+    def width(self) -> int:
+        """How many features one stream has."""
+        shape = self.entering.tensor.shape
+        return shape[-1] if len(shape) == _STREAM_AXES else shape[-1] // self.streams
 
     @property
     def adds(self) -> list[Step]:
@@ -167,12 +195,16 @@ class _PathFinder:
         if value.op in ("add", "sub") and len(operands) == 2:
             return self._through_addition(value)
         if value.op in ("mul", "div") and operands:
-            others = [v for v in operands if v.op != "parameter"]
-            reversed_division = value.op == "div" and operands[0].op == "parameter"
+            others = [v for v in operands if not is_weight(v)]
+            reversed_division = value.op == "div" and is_weight(operands[0])
             if len(others) != 1 or reversed_division:
                 return None
             before = self.path(others[0])
             return None if before is None else [*before, Step("scale", value, others[0])]
+        if value.op == "bmm" and self._entering.tensor.ndim == _STREAM_AXES:
+            mixed = operands[1]
+            before = self.path(mixed) if mixed.tensor.numel() == value.tensor.numel() else None
+            return None if before is None else [*before, Step("mix", value, mixed)]
         return None
 
     def _through_addition(self, value: Value) -> list[Step] | None:
@@ -192,40 +224,19 @@ def _updates(trace: Trace, block: Block) -> list[Update]:
     attention = {a.out: a for a in trace.attention_calls}
     updates: list[Update] = []
     for step in block.adds:
-        for value, coefficient, call in _terms(trace, block, step.update, step.sign):
-            cone = frozenset(_cone(value, stream, block.call.first))
+        for term in terms_of(trace, block.call, step.update, step.sign):
+            cone = frozenset(_cone(term.value, stream, block.call.first))
             found = [attention[v] for v in cone if v in attention]
             softmax = bool(found) or any(is_softmax_over_positions(v) for v in cone)
-            updates.append(
-                Update(value, coefficient, call, step, cone, found[-1] if found else None, softmax)
-            )
+            updates.append(_made_of(term, step, cone, found[-1] if found else None, softmax=softmax))
     return updates
 
 
-def _terms(
-    trace: Trace, block: Block, value: Value | None, coefficient: float
-) -> Iterator[tuple[Value, float, Call | None]]:
-    """An update as a sum of terms, each owned by a module as far as one does."""
-    if value is None:
-        return
-    owners = [c for c in trace.producers.get(value, ()) if block.call in c.parents and not c.is_identity]
-    operands = value.inputs
-    if owners:
-        yield value, coefficient, min(owners, key=lambda c: len(c.parents))
-    elif value.op in ALIASES and operands and operands[0].tensor.numel() == value.tensor.numel():
-        yield from _terms(trace, block, operands[0], coefficient)
-    elif value.op in ("mul", "div") and len(operands) == 1 and value.scalars:
-        factor = value.scalars[0] if value.op == "mul" else 1 / value.scalars[0]
-        yield from _terms(trace, block, operands[0], coefficient * factor)
-    elif (
-        value.op == "add"
-        and len(operands) == 2
-        and all(o.tensor.shape == value.tensor.shape for o in operands)
-    ):
-        yield from _terms(trace, block, operands[0], coefficient)
-        yield from _terms(trace, block, operands[1], coefficient * value.alpha)
-    else:
-        yield value, coefficient, None
+def _made_of(
+    term: Term, step: Step, cone: frozenset[Value], attention: AttentionCall | None, *, softmax: bool
+) -> Update:
+    value, coefficient, call = term.value, term.coefficient, term.call
+    return Update(value, coefficient, call, step, cone, attention, softmax, term.source, term.spread)
 
 
 def _cone(value: Value, stream: set[Value], first: int) -> Iterator[Value]:

@@ -54,10 +54,17 @@ def _bind_stack(
     crossed: list[bool] = []
     for number, block in enumerate(blocks):
         roles = assign_roles(trace, block, mixing, outside)
-        _bind_entry(trace, found, stack.RESID_PRE[number], block)
+        _bind_entry(trace, found, _points(stack, block)[0][number], block)
         _bind_block(trace, found, stack, number, block, roles)
         crossed.append("cross-attention" in roles)
     return crossed
+
+
+def _points(stack: TransformerStack, block: Block) -> tuple[LocationType, LocationType, LocationType]:
+    """The types of the stream before, in and after a layer: of one stream, or of several."""
+    if block.streams > 1:
+        return stack.STREAMS_PRE, stack.STREAMS_MID, stack.STREAMS_POST
+    return stack.RESID_PRE, stack.RESID_MID, stack.RESID_POST
 
 
 def _bind_entry(trace: Trace, found: Findings, location: Location, block: Block) -> None:
@@ -69,13 +76,21 @@ def _bind_entry(trace: Trace, found: Findings, location: Location, block: Block)
     if owner is not None:
         held = alias_chain(block.entering)
         slot, value = next((s, v) for s, v in owner.outputs.items() if v in held)
-        anchor = Anchor(location, "output", owner.path, slot, layout=grid.layout_of(value))
+        anchor = Anchor(
+            location, "output", owner.path, slot, block.streams_of(value), layout=grid.layout_of(value)
+        )
         found.add(on_call(trace, owner, anchor))
         return
     call = block.call if block.ends is None else block.ends[0]
     reading: Mechanism = "input" if block.ends is None else "sum"
     slot = next(s for s, v in call.inputs.items() if v is block.entering)
-    found.add(on_call(trace, call, Anchor(location, reading, call.path, slot, layout=grid.layout)))
+    found.add(
+        on_call(
+            trace,
+            call,
+            Anchor(location, reading, call.path, slot, block.streams_of(block.entering), layout=grid.layout),
+        )
+    )
 
 
 def _bind_block(
@@ -90,10 +105,20 @@ def _bind_block(
     slot_in = next(s for s, v in call.inputs.items() if v is block.entering)
     slot_out = next(s for s, v in call.outputs.items() if v is block.leaving)
     first, last = block.ends or (call, call)
+    if block.streams > 1:
+        reason = f"the model keeps several residual streams: see {stack.STREAMS_POST}"
+        found.absent(reason, stack.RESID_PRE, stack.RESID_MID, stack.RESID_POST, layer=layer)
     layout = block.grid.layout
     overwritten = block.leaving.overwritten
+    point = _points(stack, block)[2][layer]
     after = Anchor(
-        stack.RESID_POST[layer], "output", last.path, slot_out, layout=layout, overwritten=overwritten
+        point,
+        "output",
+        last.path,
+        slot_out,
+        block.streams_of(block.leaving),
+        layout=layout,
+        overwritten=overwritten,
     )
     found.add(on_call(trace, last, after))
     kinds: dict[Role, LocationType] = {
@@ -126,10 +151,19 @@ def _bind_block(
         bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))
     middles = _bind_middles(trace, found, stack, layer, block, roles)
     size = 0 if slot_out is None else len(call.outputs)
-    stream = _stream(block, places, middles, stack.RESID_POST[layer])
+    stream = _stream(block, places, middles, point)
     shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
-        Layer(first.path, slot_in, slot_out, size, stream, shared, layout)
+        Layer(
+            first.path,
+            slot_in,
+            slot_out,
+            size,
+            stream,
+            shared,
+            layout,
+            block.streams_of(block.entering) is not None,
+        )
     )
 
 
@@ -148,7 +182,7 @@ def _bind_update(trace: Trace, found: Findings, location: Location, block: Block
 
 def _source(trace: Trace, block: Block, update: Update) -> Call | None:
     """The module that computes an update, behind its post-norm if it has one."""
-    call = update.call
+    call = update.source
     while call is not None:
         norm = find_norm(call, block.grid.layout)
         if norm is None:
@@ -172,7 +206,7 @@ def _bind_middles(
     if crossing:
         wanted = [(stack.RESID_MID, first, crossing), (stack.RESID_XMID, crossing, last)]
     else:
-        wanted = [(stack.RESID_MID, first, last)]
+        wanted = [(_points(stack, block)[1], first, last)]
     middles: dict[Value, Location] = {}
     for kind, before, after in wanted:
         if len(before) != 1 or len(after) != 1:
@@ -191,7 +225,7 @@ def _bind_middle(
     steps = block.steps[block.steps.index(before.step) :]
     middle = before.step.value
     for step in steps[1:]:
-        if step.kind == "add":
+        if step.kind in ("add", "mix"):
             break
         middle = step.value
     chain = {middle, *(s.value for s in steps)}
@@ -202,7 +236,13 @@ def _bind_middle(
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
         slot = next(s for s, v in call.outputs.items() if v is middle)
-        found.add(on_call(trace, call, Anchor(location, "output", call.path, slot, layout=layout)))
+        found.add(
+            on_call(
+                trace,
+                call,
+                Anchor(location, "output", call.path, slot, block.streams_of(middle), layout=layout),
+            )
+        )
         return middle
     consumers = [
         (c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if _same_elements(v, middle)
@@ -211,8 +251,11 @@ def _bind_middle(
         found.absent("no module is given the sum", location)
         return None
     call, slot = min(consumers, key=lambda pair: (len(pair[0].parents), pair[0].number))
-    layout = block.grid.layout_of(call.inputs[slot])
-    found.add(on_call(trace, call, Anchor(location, "sum", call.path, slot, layout=layout)))
+    given = call.inputs[slot]
+    layout = block.grid.layout_of(given)
+    found.add(
+        on_call(trace, call, Anchor(location, "sum", call.path, slot, block.streams_of(given), layout=layout))
+    )
     return middle
 
 
@@ -234,6 +277,11 @@ def _scaling(value: Value) -> StreamStep:
     return StreamStep("scale", factor=factor if value.op == "mul" else 1 / factor)
 
 
+def _addition(update: Update, location: Location | None) -> StreamStep:
+    path = update.call.path if update.call else ""
+    return StreamStep("share" if update.spread else "add", location, path)
+
+
 def _stream(
     block: Block, places: dict[Update, Location], middles: dict[Value, Location], last: Location
 ) -> tuple[StreamStep, ...]:
@@ -242,13 +290,13 @@ def _stream(
     for step in block.steps:
         if step.kind == "add":
             terms = [u for u in block.updates if u.step is step]
-            steps += [StreamStep("add", places.get(u), u.call.path if u.call else "") for u in terms] or [
-                StreamStep("add")
-            ]
+            steps += [_addition(u, places.get(u)) for u in terms] or [StreamStep("add")]
         elif step.kind == "norm" and step.norm is not None:
             steps.append(StreamStep("norm", name=step.norm.call.path, layout=step.norm.layout))
         elif step.kind == "scale":
             steps.append(_scaling(step.value))
+        elif step.kind == "mix":
+            steps.append(StreamStep("add"))
         if step.value in middles:
             steps.append(StreamStep("here", middles[step.value]))
     return (*steps, StreamStep("here", last))

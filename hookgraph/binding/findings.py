@@ -20,7 +20,7 @@ _PARTS: Final[Mapping[str, str]] = {
 }
 """What the locations of a layer belong to, by the first word of their names."""
 
-StepKind: TypeAlias = Literal["add", "norm", "scale", "parameter", "here"]
+StepKind: TypeAlias = Literal["add", "share", "norm", "scale", "parameter", "here"]
 
 
 @final
@@ -29,9 +29,10 @@ class StreamStep:
     """One operation of a layer's residual path.
 
     Args:
-        kind: `add` a location's value, pass through a `norm`, `scale` by a number or by a `parameter`, or
-            `here`: at this point of the path the stream is what `location` names.
-        location: for `add` and `here`; None where what is added cannot be reached.
+        kind: `add` a location's value, or to each of several streams its `share` of it, pass through a
+            `norm`, `scale` by a number or by a `parameter`, or `here`: at this point of the path the stream
+            is what `location` names.
+        location: for `add`, `share` and `here`; None where what is added cannot be reached.
         name: the path of the norm, or of the module that returns what is added, or the parameter's name.
         factor: the number.
         layout: how what the norm is given lies.
@@ -60,6 +61,8 @@ class Layer:
     """Whether it is no module of its own: others are the same one, or it consists of several."""
     layout: Layout = ""
     """How what enters and leaves it lies."""
+    joined: bool = False
+    """Whether several streams lie one after another on the last axis."""
 
 
 @final
@@ -122,6 +125,8 @@ class Findings:
         if kind.layered and not self.layers.get(kind.stack):
             return f"it has no {kind.stack} of which the layers were found"
         family = kind.name.partition(".")[0]
+        if family == "streams":
+            return f"its {kind.stack} keeps one residual stream: see resid{kind.name.removeprefix(family)}"
         found = {x.type.name.partition(".")[0] for x in self.anchors if x.type.stack == kind.stack}
         if family in found or family not in _PARTS:
             return ""

@@ -80,6 +80,7 @@ def identities(binding: HuggingFaceBinding, present: Values, clean: Seen, seen: 
     for stack in (DECODER, ENCODER, VISION):
         for number, layer in enumerate(binding.findings.layers.get(stack.RESID_PRE.stack, ())):
             yield from _of_stream(binding, stack, number, layer, present)
+            yield from _of_streams(layer, present)
             yield from _of_pattern(stack.attention, number, present)
             yield from _of_pattern(stack.cross_attention, number, present)
             yield from _of_attention(binding, stack, number, present, clean)
@@ -190,7 +191,7 @@ def _of_stream(
         if step.kind != "here" or step.location is None:
             steps.append(step)
             continue
-        added = [s.location for s in steps if s.kind == "add"]
+        added = [s.location if s.kind == "add" else None for s in steps if s.kind in ("add", "share")]
         places = [x for x in (start, *added, step.location) if x is not None]
         if None not in added and all(x in present for x in places):
             names = " + ".join(str(x.type) for x in (start, *added) if x is not None)
@@ -202,6 +203,31 @@ def _of_stream(
                 (step.location,),
             )
         start, steps = step.location, []
+
+
+def _of_streams(layer: Layer, present: Values) -> Iterator[Identity]:
+    """What several streams take a share of: an edit of it moves each of them along itself."""
+    shared: Location | None = None
+    for step in layer.stream:
+        if step.kind == "share":
+            shared = step.location
+        elif step.kind == "here" and step.location is not None:
+            if shared in present and step.location in present and shared is not None:
+                text = f"{step.location.type} moves along {shared.type}, in each stream"
+                yield Identity(text, (shared,), _moves_along(shared, step.location, present))
+            shared = None
+
+
+def _moves_along(shared: Location, streams: Location, present: Values) -> Sides:
+    """The change of the streams, and as much of it as lies along the change of what is shared out."""
+    before, base = present[shared], present[streams]
+
+    def sides(values: Values) -> tuple[Tensor, Tensor]:
+        along = normalize(values[shared] - before, dim=-1).unsqueeze(2)
+        moved = values[streams] - base
+        return (moved * along).sum(-1, keepdim=True) * along, moved
+
+    return sides
 
 
 def _along(binding: HuggingFaceBinding, start: Location, steps: list[StreamStep], end: Location) -> Sides:

@@ -101,7 +101,7 @@ def bind_reading(
     It is what the first of `sources` is given that is given anything of the stream's shape; failing that,
     what the only module is given that reads the stream, or a norm of it, for this update.
     """
-    size = block.entering.tensor.numel()
+    size = block.entering.tensor.numel() // block.streams
     for source in sources:
         given = [] if source is None else [(s, v) for s, v in source.inputs.items() if _fits(v, size)]
         given = [(s, v) for s, v in given if not reads_past_attention(v, block)]

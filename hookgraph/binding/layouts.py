@@ -65,14 +65,14 @@ def grid_of(trace: Trace, entering: Value) -> Grid:
     """The grid of a stack, given what enters its first layer."""
     batch, tokens = _tokens(trace)
     shape = tuple(entering.tensor.shape)
+    if len(shape) == 4 and shape[1:3] == (batch, tokens) != shape[:2]:
+        return Grid(batch, tokens, "streams first")
     if not batch or batch == tokens or shape[0] == batch:
         if len(shape) == 3 and shape[2] == tokens != shape[1] and shape[0] == batch != tokens:
             return Grid(batch, tokens, "features first")
         return Grid(shape[0], shape[1])
     if len(shape) == 3 and shape[1] == batch:
         return Grid(batch, shape[0], "positions first")
-    if len(shape) == 4 and shape[1] == batch:
-        return Grid(batch, shape[2], "streams first")
     return Grid(shape[0], shape[1])
 
 

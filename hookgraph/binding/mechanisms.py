@@ -139,11 +139,15 @@ def _in_place(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], 
 
     The tap sees a copy, because hooks, saves and autograd may keep what they see.
     """
+    view = anchor.view
 
     def change(raw: Tensor) -> Tensor:
-        if not tap.edits and not anchor.layout:
+        # The gradient of a view is not that of what it is a view of, which others hold.
+        apart = tap.tracks_gradient and raw._is_view()
+        if not tap.edits and not anchor.layout and view is None and not apart:
             return tap(raw)
-        new = tap(_shaped(anchor, state, raw.clone()))
+        shaped = _shaped(anchor, state, raw.clone())
+        new = tap(shaped) if view is None else view.put(shaped, tap(view.get(shaped)))
         return raw.copy_(restored(anchor.layout, new))
 
     return change

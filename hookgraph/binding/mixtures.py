@@ -70,7 +70,9 @@ def _of_neurons(
     reads, indices, post = stack.MLP_IN[layer], stack.ROUTER_INDICES[layer], stack.EXPERT_POST[layer]
     if post not in present or indices not in present:
         return
-    if reads in present and agrees(_read(module, present[indices], present[reads]), present[post]):
+    # Experts may lie between projections of their own, and read another width.
+    direct = reads in present and present[reads].shape[-1] == _width_read(module)
+    if direct and agrees(_read(module, present[indices], present[reads]), present[post]):
         yield Identity(
             "moe.expert_post = activation(mlp.in W_in[moe.router_indices] + b)",
             (reads, indices),
@@ -159,10 +161,20 @@ def _routed(
 def _read(
     module: Any, indices: Int[Tensor, "batch pos choice"], x: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch pos choice d_mlp"]:
-    name = "gate_up_proj" if module.has_gate else "up_proj"
+    name = _reading_name(module)
     copies = x[:, :, None].expand(*indices.shape, x.shape[-1])
     before = _gathered(module, name, indices, copies)
     return module._apply_gate(before) if module.has_gate else module.act_fn(before)
+
+
+def _reading_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _width_read(module: Any) -> int:
+    """How many features each expert reads."""
+    weight = getattr(module, _reading_name(module))
+    return int(weight.shape[1 if module.is_transposed else 2])
 
 
 def _written(

@@ -40,8 +40,7 @@ def bind_reader(
         found.absent("no single projection returns these heads", location)
         return
     read = floating_input(reached.call)
-    entering = block.entering.tensor
-    if read is None or read[1].tensor.ndim != 3 or read[1].tensor.shape[-1] != entering.shape[-1]:
+    if read is None or read[1].tensor.ndim != 3 or read[1].tensor.shape[-1] != block.width:
         found.absent("the projection does not read the stream, but a latent or another axis", location)
         return
     anchor = Anchor(location, "head input", reached.call.path, read[0], reached.view)

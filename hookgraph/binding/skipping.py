@@ -40,7 +40,7 @@ def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> 
     before = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        result = element(args, kwargs, layer.input_slot) if value is None else restored(layer.layout, value)
+        result = element(args, kwargs, layer.input_slot) if value is None else _given(layer, value)
         if layer.output_slot is None:
             return result
         return tuple(result if i == layer.output_slot else None for i in range(layer.output_size))
@@ -57,7 +57,12 @@ def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> 
 @contextmanager
 def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Generator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replaced(args, kwargs, layer.input_slot, restored(layer.layout, value))
+        return replaced(args, kwargs, layer.input_slot, _given(layer, value))
 
     with installed(lambda: module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)):
         yield
+
+
+def _given(layer: Layer, value: Tensor) -> Tensor:
+    """The value of a location between layers, as layers take it."""
+    return restored(layer.layout, value.flatten(2) if layer.joined else value)

@@ -26,7 +26,7 @@ from hookgraph.hooks.positions import Place, is_placed
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType
 from hookgraph.ontology.passes import PassType
-from hookgraph.ontology.transformer import LOGITS, RESID_PRE
+from hookgraph.ontology.transformer import LOGITS, RESID_PRE, STREAMS_PRE
 from hookgraph.ontology.weights import WeightType
 
 
@@ -255,7 +255,7 @@ class HookGraph:
         if not self.binding.enterable:
             return None
         hooked = {x.whole for x, _ in self.registrations if x.pass_type is PassType.FORWARD}
-        entries = (x for x in self.locations if x.type == RESID_PRE and x not in hooked)
+        entries = (x for x in self.locations if x.type in (RESID_PRE, STREAMS_PRE) and x not in hooked)
         return latest_entry(location, entries, self.subgraphs)
 
     def remember(self, inputs: Inputs, length: int) -> Prepared | None:

@@ -1,6 +1,7 @@
 """Re-execute only what lies after a location of an earlier run."""
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -9,7 +10,10 @@ from hookgraph.errors import LocationError, ShapeMismatchError, SubgraphError
 from hookgraph.graph.abstract import AbstractSubgraph, Start
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import RESID_POST, RESID_PRE
+from hookgraph.ontology.transformer import RESID_POST, RESID_PRE, STREAMS_POST, STREAMS_PRE
+
+_BOUNDARIES: Final = {RESID_PRE.name: 0, STREAMS_PRE.name: 0, RESID_POST.name: 1, STREAMS_POST.name: 1}
+"""How many of its layer lie before a location between blocks."""
 
 
 def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int) -> tuple[Start, int]:
@@ -19,7 +23,7 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
         LocationError: the location is not a boundary between blocks.
         ShapeMismatchError: the value's batch is no multiple of the inputs'.
     """
-    boundary = {RESID_PRE.name: 0, RESID_POST.name: 1}.get(after.type.name)
+    boundary = _BOUNDARIES.get(after.type.name)
     if boundary is None or after.layer is None or after.site is not None or after != after.whole:
         raise LocationError(
             f"a replay starts between blocks, at a whole resid.pre or resid.post, not at {after}: "

@@ -20,6 +20,8 @@ class Dimension(StrEnum):
     """Width of a head."""
     D_MODEL = "d_model"
     """Width of the residual stream."""
+    STREAM = "stream"
+    """Residual streams side by side, of which models with hyper-connections keep several."""
     D_MLP = "d_mlp"
     """Neurons of an MLP."""
     D_MIXER = "d_mixer"

@@ -17,6 +17,7 @@ from hookgraph.ontology.locations import MAIN_STACK, Location, LocationType, res
 _BATCH, _POS, _KEY_POS = Dimension.BATCH, Dimension.POS, Dimension.KEY_POS
 _HEAD, _KV_HEAD, _D_HEAD = Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_HEAD
 _STREAM = (_BATCH, _POS, Dimension.D_MODEL)
+_STREAMS = (_BATCH, _POS, Dimension.STREAM, Dimension.D_MODEL)
 _SCALE = (_BATCH, _POS, Dimension.ONE)
 _NEURONS = (_BATCH, _POS, Dimension.D_MLP)
 _INNER = (_BATCH, _POS, Dimension.D_MIXER)
@@ -76,6 +77,10 @@ class TransformerStack:
         """x before layer l."""
         self.RESID_MID = per_layer("resid.mid", _STREAM, 100)
         """x + attn.out; absent in parallel blocks, where no such sum exists."""
+        self.STREAMS_PRE = per_layer("streams.pre", _STREAMS, 0)
+        """x[s] before layer l, of each of several streams; `resid.pre` is absent then."""
+        self.STREAMS_MID = per_layer("streams.mid", _STREAMS, 100)
+        """x[s] after attention: the streams mixed among themselves + c[s] · attn.out."""
         self.MIXER_LN_SCALE = per_layer("mixer.ln_scale", _SCALE, 10)
         """s of the norm before a mixer, as for attention."""
         self.MIXER_IN = per_layer("mixer.in", _STREAM, 20)
@@ -95,11 +100,15 @@ class TransformerStack:
         self.MLP_POST = per_layer("mlp.post", _NEURONS, 140)
         """The neurons: the input of the down projection (in gated MLPs, after the product)."""
         self.MLP_OUT = per_layer("mlp.out", _STREAM, 150)
-        """Exactly what the MLP adds to the stream, after any post-norm or multiplier."""
+        """Exactly what the MLP adds to the stream, after any post-norm or multiplier; of several streams
+        each one adds a share of it.
+        """
         self.EXTRA_OUT = per_layer("extra.out", _STREAM, 160)
         """Exactly what a further branch adds, neither attention nor mixer nor the largest MLP."""
         self.RESID_POST = per_layer("resid.post", _STREAM, 200)
         """x after layer l: resid.pre + attn.out + mlp.out."""
+        self.STREAMS_POST = per_layer("streams.post", _STREAMS, 200)
+        """x[s] after layer l: the streams after attention, mixed among themselves, + c[s] · mlp.out."""
 
     def _declare_attention(self, stack: str) -> None:
         per_layer = partial(LocationType, stack=stack)
@@ -132,7 +141,9 @@ class TransformerStack:
         self.ATTN_RESULT = per_layer("attn.result", (_BATCH, _POS, _HEAD, Dimension.D_MODEL), 80)
         """z[h] W_O[h]: what each head writes. Σ_h result + bias = the projection's output."""
         self.ATTN_OUT = per_layer("attn.out", _STREAM, 90)
-        """Exactly what attention adds to the stream, after any post-norm or multiplier."""
+        """Exactly what attention adds to the stream, after any post-norm or multiplier; of several streams
+        each one adds a share of it.
+        """
 
     def _declare_cross_attention(self, stack: str) -> None:
         per_layer = partial(LocationType, stack=stack)
@@ -246,6 +257,9 @@ ATTN_Z: Final = DECODER.ATTN_Z
 ATTN_RESULT: Final = DECODER.ATTN_RESULT
 ATTN_OUT: Final = DECODER.ATTN_OUT
 RESID_MID: Final = DECODER.RESID_MID
+STREAMS_PRE: Final = DECODER.STREAMS_PRE
+STREAMS_MID: Final = DECODER.STREAMS_MID
+STREAMS_POST: Final = DECODER.STREAMS_POST
 MIXER_LN_SCALE: Final = DECODER.MIXER_LN_SCALE
 MIXER_IN: Final = DECODER.MIXER_IN
 MIXER_GATE: Final = DECODER.MIXER_GATE

@@ -159,7 +159,7 @@ def site_of(autoencoder: object, at: Location | None) -> Location:
     """Where a dictionary is injected.
 
     Raises:
-        SubgraphError: no site is given or known, or it has no positions.
+        SubgraphError: no site is given or known, or it has no positions, or several streams.
     """
     known = autoencoder.origin.reads if isinstance(autoencoder, Autoencoder) else None
     site = known if at is None else at
@@ -167,9 +167,10 @@ def site_of(autoencoder: object, at: Location | None) -> Location:
         raise SubgraphError(
             "this dictionary does not say where it belongs: give its site, as in at=MLP_OUT[8]"
         )
-    if site.type.dims[:2] != (Dimension.BATCH, Dimension.POS):
+    dims = site.type.dims
+    if dims[:2] != (Dimension.BATCH, Dimension.POS) or Dimension.STREAM in dims:
         raise SubgraphError(
-            f"a dictionary reads one vector per position, and {site} has the axes {' '.join(site.type.dims)}"
+            f"a dictionary reads one vector per position, and {site} has the axes {' '.join(dims)}"
         )
     return site
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from hookgraph.algorithms.effects.gradients import Estimate, Tensors, estimate
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
+from hookgraph.algorithms.streams import RESIDUALS
 from hookgraph.errors import HookGraphError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
@@ -21,9 +22,6 @@ from hookgraph.ontology.transformer import (
     DECODER,
     MLP_POST,
     MLP_PRE,
-    RESID_MID,
-    RESID_POST,
-    RESID_PRE,
 )
 from hookgraph.ontology.weights import W_gate
 
@@ -195,4 +193,4 @@ def _updates(graph: HookGraph) -> dict[int, list[Location]]:
 
 def _in_stream(location: Location) -> bool:
     """Whether a location is the stream itself, rather than the inside of an update."""
-    return location.type in (RESID_PRE, RESID_MID, RESID_POST)
+    return location.type in RESIDUALS
