@@ -108,18 +108,9 @@ def _bind_block(
     if block.streams > 1:
         reason = f"the model keeps several residual streams: see {stack.STREAMS_POST}"
         found.absent(reason, stack.RESID_PRE, stack.RESID_MID, stack.RESID_POST, layer=layer)
-    layout = block.grid.layout
-    overwritten = block.leaving.overwritten
-    point = _points(stack, block)[2][layer]
-    after = Anchor(
-        point,
-        "output",
-        last.path,
-        slot_out,
-        block.streams_of(block.leaving),
-        layout=layout,
-        overwritten=overwritten,
-    )
+    layout, overwritten = block.grid.layout, block.leaving.overwritten
+    point, view = _points(stack, block)[2][layer], block.streams_of(block.leaving)
+    after = Anchor(point, "output", last.path, slot_out, view, layout=layout, overwritten=overwritten)
     found.add(on_call(trace, last, after))
     kinds: dict[Role, LocationType] = {
         "attention": stack.ATTN_OUT,
@@ -135,6 +126,25 @@ def _bind_block(
             places[updates[0]] = kind[layer]
         elif len(updates) > 1:
             found.absent(f"layer {layer} adds {len(updates)} updates of this kind", kind, layer=layer)
+    _bind_insides(trace, found, stack, layer, block, roles)
+    middles = _bind_middles(trace, found, stack, layer, block, roles)
+    size = 0 if slot_out is None else len(call.outputs)
+    stream = _stream(block, places, middles, point)
+    shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
+    found.layers.setdefault(stack.RESID_PRE.stack, []).append(
+        Layer(first.path, slot_in, slot_out, size, stream, shared, layout, view is not None)
+    )
+
+
+def _bind_insides(
+    trace: Trace,
+    found: Findings,
+    stack: TransformerStack,
+    layer: int,
+    block: Block,
+    roles: dict[Role, list[Update]],
+) -> None:
+    """What the updates of a layer read and compute, of each kind of which there is one."""
     attentions: tuple[tuple[Role, AttentionTypes], ...] = (
         ("attention", stack.attention),
         ("cross-attention", stack.cross_attention),
@@ -149,22 +159,6 @@ def _bind_block(
     mlp = roles.get("mlp", [])
     if len(mlp) == 1:
         bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))
-    middles = _bind_middles(trace, found, stack, layer, block, roles)
-    size = 0 if slot_out is None else len(call.outputs)
-    stream = _stream(block, places, middles, point)
-    shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
-    found.layers.setdefault(stack.RESID_PRE.stack, []).append(
-        Layer(
-            first.path,
-            slot_in,
-            slot_out,
-            size,
-            stream,
-            shared,
-            layout,
-            block.streams_of(block.entering) is not None,
-        )
-    )
 
 
 def _bind_update(trace: Trace, found: Findings, location: Location, block: Block, update: Update) -> bool:

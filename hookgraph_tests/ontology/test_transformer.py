@@ -11,6 +11,7 @@ from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, Transformer
 VOCABULARY = """
 EMBED           embed           batch pos d_model
 RESID_PRE       resid.pre       batch pos d_model
+STREAMS_PRE     streams.pre     batch pos stream d_model
 ATTN_LN_SCALE   attn.ln_scale   batch pos one
 ATTN_IN         attn.in         batch pos d_model
 ATTN_Q_IN       attn.q_in       batch pos head d_model
@@ -27,6 +28,7 @@ ATTN_Z          attn.z          batch pos head d_head
 ATTN_RESULT     attn.result     batch pos head d_model
 ATTN_OUT        attn.out        batch pos d_model
 RESID_MID       resid.mid       batch pos d_model
+STREAMS_MID     streams.mid     batch pos stream d_model
 MIXER_LN_SCALE  mixer.ln_scale  batch pos one
 MIXER_IN        mixer.in        batch pos d_model
 MIXER_GATE      mixer.gate      batch pos d_mixer
@@ -59,6 +61,7 @@ MLP_POST        mlp.post        batch pos d_mlp
 MLP_OUT         mlp.out         batch pos d_model
 EXTRA_OUT       extra.out       batch pos d_model
 RESID_POST      resid.post      batch pos d_model
+STREAMS_POST    streams.post    batch pos stream d_model
 FINAL_LN_SCALE  final.ln_scale  batch pos one
 FINAL_LN_OUT    final.ln_out    batch pos d_model
 LOGITS          logits          batch pos vocab
@@ -69,6 +72,9 @@ SAME_STAGE = (
     {"attn.q_pre", "attn.k_pre"},
     {"attn.q", "attn.k", "attn.v"},
     {"attn.out", "mixer.out"},
+    {"resid.pre", "streams.pre"},
+    {"resid.mid", "streams.mid"},
+    {"resid.post", "streams.post"},
     {"xattn.q", "xattn.k", "xattn.v"},
     {"moe.router_logits", "moe.shared_gate"},
     {"moe.router_indices", "moe.router_weights"},
