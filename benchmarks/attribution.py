@@ -1,6 +1,6 @@
 """Attribution against the same work written plainly: raw hooks, full forward passes, every logit.
 
-W6 to W8 of the specification, on a random model of GPT-2 small's size. Run it with
+W6 to W9 of the specification, on a random model of GPT-2 small's size. Run it with
 `python -m benchmarks.attribution`.
 """
 
@@ -17,6 +17,7 @@ from transformers import GPT2Config
 import hookgraph as hg
 from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
 from benchmarks.overhead import Subject, registered, subject_of
+from benchmarks.splicing import Weights, dictionaries, injected
 from hookgraph import locations as at
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.quadrature import nodes_and_weights
@@ -157,6 +158,134 @@ def _one(corrupt: Tensor, head: int, heads: int) -> Callable[..., tuple[Tensor]]
     return patch
 
 
+def latents(subject: Subject) -> Iterator[Comparison]:
+    """W9: latents and errors of a dictionary at every mlp.out: attribution, integrated gradients, exact."""
+    coders = dictionaries(subject)
+    saes = injected(coders)
+    graph = subject.graph.inject(*saes)
+    clean, corrupt = subject.ids[:1], subject.ids[1:2]
+    places = [x for sae in saes for x in (sae.latents, sae.error)]
+
+    def read(ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def hook(coder: Weights) -> Callable[..., None]:
+            def keep(module: nn.Module, args: Any, x: Tensor) -> None:
+                code = coder.encode(x)
+                seen.append((code, x - coder.decode(code)))
+
+            return keep
+
+        hooks = [b.mlp.register_forward_hook(hook(c)) for b, c in zip(subject.blocks, coders, strict=True)]
+        with registered(hooks), torch.no_grad():
+            _logits(subject, ids)
+        return seen
+
+    def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+        return [x for code, error in pairs for x in (code, error.sum(-1, keepdim=True))]
+
+    def attrib_by_hand() -> Sequence[Tensor]:
+        other = read(subject.ids.flip(0))
+        leaves: list[Tensor] = []
+
+        def splice(coder: Weights) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+                code = coder.encode(x.detach()).requires_grad_()
+                error = (x.detach() - coder.decode(code.detach())).requires_grad_()
+                leaves.extend((code, error))
+                spliced = coder.decode(code) + error
+                return spliced + (x - x.detach())  # the gradient of the model itself goes on to x
+
+            return hook
+
+        hooks = [b.mlp.register_forward_hook(splice(c)) for b, c in zip(subject.blocks, coders, strict=True)]
+        with registered(hooks):
+            total = measured(_logits(subject, subject.ids)).sum()
+        grads = torch.autograd.grad(total, leaves)
+        deltas = [new - old.detach() for new, old in zip([x for p in other for x in p], leaves, strict=True)]
+        products = [d * g for d, g in zip(deltas, grads, strict=True)]
+        return joined(list(zip(products[::2], products[1::2], strict=True)))
+
+    def attrib() -> Sequence[Tensor]:
+        found = hg.patching_effect(graph, subject.ids, subject.ids.flip(0), METRIC, places)
+        return [found.effects[place] for place in places]
+
+    yield Comparison(
+        "W9 attribution, latents and errors of 12 dictionaries",
+        attrib_by_hand,
+        attrib,
+        limit=0.85,
+        exact=False,
+    )
+
+    def ig_by_hand() -> Sequence[Tensor]:
+        points, weights = nodes_and_weights("gauss-legendre", 10)
+        first, second = read(clean), read(corrupt)
+        found: list[tuple[Tensor, Tensor]] = []
+        for i, coder in enumerate(coders):
+            alpha = points.float().view(-1, 1, 1)
+            moved = [
+                ((1 - alpha) * a + alpha * b).requires_grad_()
+                for a, b in zip(first[i], second[i], strict=True)
+            ]
+
+            def put(
+                module: nn.Module, args: Any, x: Tensor, coder: Weights = coder, z: Any = moved
+            ) -> Tensor:
+                return coder.decode(z[0]) + z[1]
+
+            with registered([subject.blocks[i].mlp.register_forward_hook(put)]):
+                total = measured(_logits(subject, clean.expand(10, -1))).sum()
+            grads = torch.autograd.grad(total, moved)
+            means = [(weights.float().view(-1, 1, 1) * g).sum(0) for g in grads]
+            found.append(tuple(m * (b - a) for m, a, b in zip(means, first[i], second[i], strict=True)))  # pyright: ignore[reportArgumentType]
+        return joined(found)
+
+    def ig() -> Sequence[Tensor]:
+        found = hg.patching_effect(graph, clean, corrupt, METRIC, places, "ig", steps=10)
+        return [found.effects[place] for place in places]
+
+    yield Comparison(
+        "W9 ig, latents and errors of 12 dictionaries, 10 steps",
+        ig_by_hand,
+        ig,
+        limit=0.55,
+        exact=False,
+        effort=0.4,
+    )
+    layer, count = _LAYER, 64
+    nodes = [saes[layer].latents.at(latent=i, pos=-1) for i in range(count)]
+
+    def exact_by_hand() -> Sequence[Tensor]:
+        coder, second = coders[layer], read(corrupt)[layer][0]
+        with torch.no_grad():
+            base = measured(_logits(subject, clean))
+            found: list[Tensor] = []
+            for i in range(count):
+
+                def patch(module: nn.Module, args: Any, x: Tensor, i: int = i) -> Tensor:
+                    code = coder.encode(x)
+                    error = x - coder.decode(code)
+                    code[:, -1, i] = second[:, -1, i]
+                    return coder.decode(code) + error
+
+                with registered([subject.blocks[layer].mlp.register_forward_hook(patch)]):
+                    found.append(measured(_logits(subject, clean)) - base)
+        return [torch.stack(found)]
+
+    def exact_ours() -> Sequence[Tensor]:
+        return [exact_effects(subject.graph.inject(saes[layer]), clean, corrupt, METRIC, nodes)]
+
+    yield Comparison(
+        f"W9 exact, {count} latents at the last position",
+        exact_by_hand,
+        exact_ours,
+        limit=0.05,
+        exact=False,
+        effort=0.4,
+    )
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
@@ -173,6 +302,7 @@ def main(
             (lambda s: integral(s, 10, 0.55), lambda s: integral(s, 50, 0.45)),
         ),
         (subject_of("small 1x15", GPT2Config(), batch=2, length=15), (exact,)),
+        (subject_of("small 2x32", GPT2Config(), batch=2, length=32), (latents,)),
     )
     found: list[Measurement] = []
     for subject, groups in plans:

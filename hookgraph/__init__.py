@@ -21,6 +21,7 @@ from hookgraph.algorithms import activation_patching as activation_patching
 from hookgraph.algorithms import causal_tracing as causal_tracing
 from hookgraph.algorithms import faithfulness as faithfulness
 from hookgraph.algorithms import mean_activations as mean_activations
+from hookgraph.algorithms import mean_patching_effect as mean_patching_effect
 from hookgraph.algorithms import optimal_constants as optimal_constants
 from hookgraph.algorithms import path_patching as path_patching
 from hookgraph.algorithms import sample_activations as sample_activations

@@ -8,6 +8,7 @@ from hookgraph.algorithms.circuits.discovery import discover_circuit
 from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
 from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.effects.means import mean_patching_effect
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.flow.results import Contributions
@@ -53,6 +54,7 @@ __all__ = [
     "faithfulness",
     "logit_lens",
     "mean_activations",
+    "mean_patching_effect",
     "metrics",
     "optimal_constants",
     "patching_effect",

@@ -44,8 +44,8 @@ def by_examples(
                 "use one of hookgraph.metrics, give it a method rows(slice), or pass fewer examples"
             )
         chosen = slice(rows[0], rows[-1] + 1)
-        part = None if second is None else _rows(second, chosen, count)
-        return measure(_rows(first, chosen, count), part, metric.rows(chosen))
+        part = None if second is None else rows_of(second, chosen, count)
+        return measure(rows_of(first, chosen, count), part, metric.rows(chosen))
 
     return _joined([found for _, found in in_pieces(range(count), batch_size, work)])
 
@@ -55,7 +55,8 @@ def batch_of(inputs: Prepared) -> int:
     return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 
-def _rows(inputs: Prepared, chosen: slice, count: int) -> Prepared:
+def rows_of(inputs: Prepared, chosen: slice, count: int) -> Prepared:
+    """Some of the examples."""
     return {
         name: v[chosen] if isinstance(v, Tensor) and v.ndim and len(v) == count else v
         for name, v in inputs.items()

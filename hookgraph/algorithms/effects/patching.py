@@ -12,6 +12,7 @@ from hookgraph.algorithms.effects import rules
 from hookgraph.algorithms.effects.enumeration import measured_exactly
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
+from hookgraph.algorithms.effects.footprint import rows_that_fit
 from hookgraph.algorithms.effects.gradients import (
     Estimate,
     Path,
@@ -46,6 +47,7 @@ def patching_effect(
     tolerance: float | None = None,
     joint: Sequence[str] = (),
     batch_size: int = 256,
+    max_memory: int | None = None,
     progress: bool | None = None,
 ) -> PatchingEffect:
     """How m(clean) would change if a node were set to its corrupt value.
@@ -78,6 +80,8 @@ def patching_effect(
         joint: axes whose coordinates are one node, such as `d_head`: their effects are added up, or, by
             `exact`, patched together. An error's coordinates always are.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        max_memory: how many bytes a pass may take, at most: one pass over `clean` is measured, and as many
+            rows are run at once as fit, up to `batch_size`.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
@@ -95,6 +99,8 @@ def patching_effect(
     if method not in get_args(Method):
         raise HookGraphError(f"unknown method {method!r}: {nearest(method, get_args(Method))}")
     places = chosen_places(graph, at)
+    if max_memory is not None:
+        batch_size = rows_that_fit(graph, clean, metric, places, max_memory, batch_size)
     path = Path(quadrature, steps, tolerance, batch_size)
 
     def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:

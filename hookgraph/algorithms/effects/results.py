@@ -64,6 +64,7 @@ class PatchingEffect:
         residuals: per location and example, Σ effects of its site - [m(clean | site := corrupt) - m(clean)].
         incomplete: the locations whose residual is larger than the tolerance asked for.
         metadata: the model's name, revision and dtype.
+        standard_errors: of effects that are means over a stream of examples.
     """
 
     effects: Attribution
@@ -74,6 +75,7 @@ class PatchingEffect:
     residuals: Mapping[Location, Float[Tensor, "..."]] = field(default_factory=dict[Location, Tensor])
     incomplete: tuple[Location, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    standard_errors: Attribution = field(default_factory=lambda: Attribution({}))
     _remeasure: Remeasure | None = None
 
     @property
@@ -87,11 +89,11 @@ class PatchingEffect:
 
     def sum(self, *dims: str) -> "PatchingEffect":
         """Effects summed over axes, by name: `.sum("pos", "d_head")`."""
-        return replace(self, effects=self.effects.sum(*dims))
+        return replace(self, effects=self.effects.sum(*dims), standard_errors=Attribution({}))
 
     def mean(self, *dims: str) -> "PatchingEffect":
         """Effects averaged over axes, by name: `.mean("batch")`."""
-        return replace(self, effects=self.effects.mean(*dims))
+        return replace(self, effects=self.effects.mean(*dims), standard_errors=Attribution({}))
 
     def nodes(self) -> Iterator[Node]:
         """Every node: each location, indexed along the axes that the effects still have."""
@@ -159,7 +161,12 @@ class PatchingEffect:
 
         Tensors that are mostly zero, as those of latents are, are stored by their other entries.
         """
-        groups = {"effects": self.effects, "deltas": self.deltas, "grads": self.grads}
+        groups = {
+            "effects": self.effects,
+            "deltas": self.deltas,
+            "grads": self.grads,
+            "standard_errors": self.standard_errors,
+        }
         tensors: dict[str, Tensor] = {f"residuals/{place}": v for place, v in self.residuals.items()}
         order = {"residuals": [str(x) for x in self.residuals]}
         for name, group in groups.items():
@@ -170,7 +177,7 @@ class PatchingEffect:
         header = {
             "order": order,
             "convention": asdict(self.convention),
-            "reduced": dict(self.reduced),
+            "reduced": {name: dict(group.reduced) for name, group in groups.items()},
             "incomplete": [str(x) for x in self.incomplete],
             "metadata": dict(self.metadata),
         }
@@ -185,17 +192,22 @@ class PatchingEffect:
         """
         tensors, header = storage.read(path, _KIND)
         order: Mapping[str, Sequence[str]] = header["order"]
-        reduced = {Dimension(d): how for d, how in header["reduced"].items()}
+
+        def group(name: str) -> Attribution:
+            reduced = {Dimension(d): how for d, how in header["reduced"][name].items()}
+            return Attribution.unpack(tensors, name, order[name], reduced)
+
         try:
             return PatchingEffect(
-                Attribution.unpack(tensors, "effects", order["effects"], reduced),
-                Attribution.unpack(tensors, "deltas", order["deltas"], {}),
-                Attribution.unpack(tensors, "grads", order["grads"], {}),
+                group("effects"),
+                group("deltas"),
+                group("grads"),
                 tensors.get("total_effect"),
                 Convention(**header["convention"]),
                 {Location.parse(text): tensors[f"residuals/{text}"] for text in order["residuals"]},
                 tuple(map(Location.parse, header["incomplete"])),
                 header["metadata"],
+                group("standard_errors"),
             )
         except LocationError as error:
             raise LoadError(

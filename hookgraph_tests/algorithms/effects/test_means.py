@@ -1,0 +1,162 @@
+"""Effects over a stream of pairs: means equal those of one batch, and go on where they were interrupted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import hookgraph as hg
+from hookgraph.algorithms import mean_patching_effect
+from hookgraph.algorithms.batches import Batch
+from hookgraph.algorithms.effects.footprint import Footprint
+from hookgraph.algorithms.effects.patching import patching_effect
+from hookgraph.algorithms.metrics import logit_diff
+from hookgraph.errors import HookGraphError, InputError, LoadError, MetricError, ShapeMismatchError
+from hookgraph.locations import ATTN_PATTERN, ATTN_Z, MLP_OUT, RESID_PRE
+from hookgraph_tests.families import bound
+
+AT = [ATTN_Z[1], MLP_OUT[0].at(pos=-1), ATTN_PATTERN[2]]
+ANSWERS = torch.tensor([3, 4, 5, 6, 7, 8])
+
+
+def ids(seed: int, count: int = 6, length: int = 5) -> Tensor:
+    return torch.randint(3, 40, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def divided() -> list[Batch]:
+    clean, corrupt = ids(0), ids(1)
+    parts = [slice(0, 2), slice(2, 3), slice(3, 6)]
+    return [(clean[p], corrupt[p], logit_diff(ANSWERS[p], 9)) for p in parts]
+
+
+def graph() -> hg.HookGraph:
+    return bound("gpt2", torch.float64)
+
+
+@pytest.mark.parametrize("method", ["attrib", "ig", "exact"])
+def test_the_mean_over_batches_is_that_over_one(method: hg.algorithms.effects.patching.Method):
+    at = AT[:2]
+    whole = patching_effect(graph(), ids(0), ids(1), logit_diff(ANSWERS, 9), at, method, joint=["d_head"])
+    found = mean_patching_effect(graph(), divided(), at=at, method=method, joint=["d_head"])
+    for place in at:
+        values = whole.effects[place]
+        assert torch.allclose(found.effects[place], values.mean(0), rtol=0, atol=1e-12)
+        error = values.std(0) / len(values) ** 0.5
+        assert torch.allclose(found.standard_errors[place], error, rtol=1e-6, atol=1e-9)
+        assert torch.allclose(found.deltas[place], whole.deltas[place].mean(0), rtol=0, atol=1e-12)
+    assert found.total_effect is not None
+    assert whole.total_effect is not None
+    assert torch.allclose(found.total_effect, whole.total_effect, rtol=0, atol=1e-12)
+    assert found.residuals.keys() == whole.residuals.keys()
+    assert found.reduced[hg.Dimension.BATCH] == "mean"
+
+
+def test_summed_over_positions_batches_may_differ_in_length():
+    pairs: list[Batch] = [(ids(0), ids(1)), (ids(2, length=7), ids(3, length=7))]
+    metric = logit_diff(3, 5)
+    found = mean_patching_effect(graph(), pairs, metric, at=[ATTN_Z[1], ATTN_PATTERN[2]], positions="summed")
+    each = [patching_effect(graph(), a, b, metric, [ATTN_Z[1], ATTN_PATTERN[2]]) for a, b in pairs]  # pyright: ignore[reportAssignmentType]
+    z = torch.cat([x.effects[ATTN_Z[1]].sum(1) for x in each]).mean(0)
+    pattern = torch.cat([x.effects[ATTN_PATTERN[2]].sum((2, 3)) for x in each]).mean(0)
+    assert torch.allclose(found.effects[ATTN_Z[1]], z, rtol=0, atol=1e-12)
+    assert torch.allclose(found.effects[ATTN_PATTERN[2]], pattern, rtol=0, atol=1e-12)
+    with pytest.raises(ShapeMismatchError, match="pad all batches to one length"):
+        mean_patching_effect(graph(), pairs, metric, at=[ATTN_Z[1]])
+
+
+def test_an_interrupted_run_is_taken_up_where_it_was(tmp_path: Path):
+    file = tmp_path / "effects.safetensors"
+    whole = mean_patching_effect(graph(), divided(), at=AT)
+
+    def breaking() -> Iterator[Batch]:
+        yield from divided()[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mean_patching_effect(graph(), breaking(), at=AT, checkpoint=file)
+    run: list[int] = []
+
+    def counted(logits: Tensor) -> Tensor:
+        run.append(len(logits))
+        return logits[:, -1, 3]
+
+    again = [(a, b, counted if i < 2 else m) for i, (a, b, m) in enumerate(divided())]  # pyright: ignore[reportAssignmentType]
+    found = mean_patching_effect(graph(), again, at=AT, checkpoint=file)
+    assert not run, "what is in the checkpoint is not run again"
+    for place in AT:
+        assert torch.allclose(found.effects[place], whole.effects[place], rtol=0, atol=1e-12)
+        assert torch.allclose(found.standard_errors[place], whole.standard_errors[place], rtol=0, atol=1e-12)
+    assert torch.equal(found.total_effect, whole.total_effect)  # pyright: ignore[reportArgumentType]
+    assert found.convention == whole.convention
+
+
+def test_a_checkpoint_of_other_work_or_of_other_pairs_is_refused(tmp_path: Path):
+    file = tmp_path / "effects.safetensors"
+    mean_patching_effect(graph(), divided(), at=AT, checkpoint=file)
+    with pytest.raises(LoadError, match="with another method"):
+        mean_patching_effect(graph(), divided(), at=AT, method="ig", checkpoint=file)
+    with pytest.raises(LoadError, match="batch 0 is not the one"):
+        mean_patching_effect(graph(), divided()[1:], at=AT, checkpoint=file)
+
+
+def test_a_batch_that_fails_loses_nothing_of_those_before(tmp_path: Path):
+    file = tmp_path / "effects.safetensors"
+    bad = (ids(4), ids(5), lambda logits: logits[:, -1, 0] * torch.nan)
+    with pytest.raises(MetricError, match="not a finite number"):
+        mean_patching_effect(graph(), [*divided(), bad], at=AT, checkpoint=file)
+    found = mean_patching_effect(graph(), divided(), at=AT, checkpoint=file)
+    assert torch.allclose(
+        found.effects[AT[0]], mean_patching_effect(graph(), divided(), at=AT).effects[AT[0]], atol=1e-12
+    )
+
+
+def test_the_top_of_a_mean_is_measured_exactly_over_all_pairs():
+    found = mean_patching_effect(graph(), divided(), at=[ATTN_Z[1]], joint=["d_head"]).check(top=3)
+    exact = mean_patching_effect(graph(), divided(), at=[ATTN_Z[1]], method="exact", joint=["d_head"])
+    for node in found:
+        index = dict(node.location.index)
+        expected = exact.effects[ATTN_Z[1]][index[hg.Dimension.POS], index[hg.Dimension.HEAD]]
+        assert node.exact == pytest.approx(float(expected), abs=1e-12)
+    with pytest.raises(HookGraphError, match="cannot be checked"):
+        mean_patching_effect(graph(), iter(divided()), at=[ATTN_Z[1]]).check()
+
+
+def test_means_are_saved_and_loaded(tmp_path: Path):
+    found = mean_patching_effect(graph(), divided(), at=AT)
+    found.save(tmp_path / "mean.safetensors")
+    loaded = hg.PatchingEffect.load(tmp_path / "mean.safetensors")
+    assert loaded.reduced == found.reduced
+    for place in AT:
+        assert torch.equal(loaded.effects[place], found.effects[place])
+        assert torch.equal(loaded.standard_errors[place], found.standard_errors[place])
+        assert torch.equal(loaded.deltas[place], found.deltas[place])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ([], InputError, "there are no pairs"),
+        ([torch.ones(2, 3)], InputError, "a batch of pairs is"),
+        ([(ids(0), ids(1))], MetricError, "nothing is measured"),
+    ],
+)
+def test_what_is_no_stream_of_pairs_is_refused(pairs: list[Batch], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        mean_patching_effect(graph(), pairs, at=AT)
+
+
+def test_rows_are_as_many_as_fit_into_what_is_allowed():
+    metric = logit_diff(ANSWERS, 9)
+    with Footprint() as one:
+        graph().run(ids(0)[:1], save=[RESID_PRE[0], RESID_PRE[0].grad], metric=logit_diff(3, 9))
+    allowed = int(2.5 * one.peak)
+    with Footprint() as limited:
+        found = patching_effect(graph(), ids(0), ids(1), metric, [RESID_PRE[0]], max_memory=allowed)
+    with Footprint() as free:
+        whole = patching_effect(graph(), ids(0), ids(1), metric, [RESID_PRE[0]])
+    assert torch.allclose(found.effects[RESID_PRE[0]], whole.effects[RESID_PRE[0]], rtol=0, atol=1e-12)
+    assert limited.peak < 0.6 * free.peak
+    with pytest.raises(HookGraphError, match="a pass over one example takes"):
+        patching_effect(graph(), ids(0), ids(1), metric, [RESID_PRE[0]], max_memory=one.peak // 2)
