@@ -6,13 +6,13 @@ from typing import final
 
 import torch
 
+from hookgraph.algorithms.batches import Batch, PairBatch, batches
 from hookgraph.algorithms.circuits.blocks import Block
 from hookgraph.algorithms.circuits.circuit import Circuit, only
 from hookgraph.algorithms.circuits.direct import DirectEdges, EdgeMethod, check_options
 from hookgraph.algorithms.circuits.nodes import Ends, carrier, nodes_of, places_of
 from hookgraph.algorithms.circuits.results import Aggregation, Edges, Pair, aggregated, node_at
 from hookgraph.algorithms.circuits.routes import blocks
-from hookgraph.algorithms.circuits.streaming import Batch, PairBatch, batches
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.effects.quadrature import Quadrature
 from hookgraph.algorithms.effects.results import PatchingEffect

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from hookgraph.algorithms.batches import Batch, PairBatch, batches
 from hookgraph.algorithms.circuits.circuit import Circuit
-from hookgraph.algorithms.circuits.streaming import Batch, PairBatch, batches
 from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.interventions.statistics import AblationStatistics, mean_activations
 from hookgraph.algorithms.progress import Progress

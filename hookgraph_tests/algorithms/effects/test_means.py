@@ -16,6 +16,7 @@ from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import HookGraphError, InputError, LoadError, MetricError, ShapeMismatchError
 from hookgraph.locations import ATTN_PATTERN, ATTN_Z, MLP_OUT, RESID_PRE
 from hookgraph_tests.families import bound
+from hookgraph_tests.unchecked import unchecked
 
 AT = [ATTN_Z[1], MLP_OUT[0].at(pos=-1), ATTN_PATTERN[2]]
 ANSWERS = torch.tensor([3, 4, 5, 6, 7, 8])
@@ -143,7 +144,7 @@ def test_means_are_saved_and_loaded(tmp_path: Path):
     ],
 )
 def test_what_is_no_stream_of_pairs_is_refused(pairs: list[Batch], error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
+    with unchecked(), pytest.raises(error, match=message):
         mean_patching_effect(graph(), pairs, at=AT)
 
 
