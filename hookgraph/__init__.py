@@ -15,6 +15,7 @@ from hookgraph.algorithms import (
     logit_lens,
     metrics,
     patching_effect,
+    path_profile,
 )
 from hookgraph.algorithms import ablate as ablate
 from hookgraph.algorithms import activation_patching as activation_patching
@@ -77,5 +78,6 @@ __all__ = [
     "logit_lens",
     "metrics",
     "patching_effect",
+    "path_profile",
     "weights",
 ]

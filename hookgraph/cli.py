@@ -17,6 +17,7 @@ from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.flow.tracing import contributions as contributions_of
 from hookgraph.algorithms.metrics import logit_diff
+from hookgraph.algorithms.profiles.profiling import path_profile
 from hookgraph.algorithms.ranking import Ranking
 from hookgraph.binding import Family, bind
 from hookgraph.binding.binding import check as check_all
@@ -180,6 +181,32 @@ def contributions(
         if figure is not None:
             found.plot(token, threshold).savefig(figure)
             console.print(Text(f"\n{figure}"))
+
+
+@app.command()
+def profile(
+    model: Model,
+    clean: Clean,
+    corrupt: Corrupt,
+    answer: Answer,
+    wrong: Wrong,
+    at: Annotated[str, typer.Option(help="Nodes, such as attn.z[0]@head=1, or types.")] = "attn.z",
+    over: Annotated[str, typer.Option(help="Axes along which each is divided into nodes.")] = "head",
+    steps: Annotated[int, typer.Option(min=1, help="How many points.")] = 50,
+    figure: Annotated[Path | None, typer.Option(help="Draw the profiles into this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """How the metric and its slope move while each node moves from clean to corrupt."""
+    with _told(debug):
+        tokenizer = load_tokenizer(_place(model))
+        metric = logit_diff(*(answer_token(tokenizer, word, clean) for word in (answer, wrong)))
+        graph = bind(load_model(_place(model)), tokenizer)
+        axes = [name for name in over.split(",") if name]
+        found = path_profile(graph, clean, corrupt, metric, _locations(graph, at), steps, over=axes)
+        _console().print(tables.frame_table(found.to_frame(), "node"))
+        if figure is not None:
+            found.plot().savefig(figure)
+            _console().print(Text(f"\n{figure}"))
 
 
 def answer_token(tokenizer: PreTrainedTokenizerBase, word: str, prompt: str) -> int:

@@ -287,3 +287,14 @@ def test_contributions_are_told_and_drawn(tiny: str, tmp_path: Path):
 
 def test_a_position_that_the_text_lacks_is_named(tiny: str):
     assert "token=99 is no token" in fail("contributions", tiny, "--text", CLEAN, "--token", "99")
+
+
+# --- profile ----------------------------------------------------------------------------------
+
+
+def test_profiles_of_every_head_are_told_and_drawn(tiny: str, tmp_path: Path):
+    figure = tmp_path / "profiles.png"
+    told = succeed("profile", tiny, *PAIR, "--steps", "4", "--figure", str(figure))
+    assert "attn.z[1]@head=3" in told
+    assert "gradient range" in told
+    assert figure.read_bytes().startswith(b"\x89PNG")

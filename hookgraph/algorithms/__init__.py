@@ -22,6 +22,8 @@ from hookgraph.algorithms.interventions.steering import SteeringVector, steering
 from hookgraph.algorithms.interventions.sweeps import activation_patching
 from hookgraph.algorithms.interventions.traces import CausalTrace
 from hookgraph.algorithms.interventions.tracing import causal_tracing
+from hookgraph.algorithms.profiles.profiling import path_profile
+from hookgraph.algorithms.profiles.results import PathProfile
 from hookgraph.algorithms.ranking import Node, Ranking
 from hookgraph.algorithms.readouts.direct import direct_logit_attribution
 from hookgraph.algorithms.readouts.lens import LogitLens, logit_lens
@@ -41,6 +43,7 @@ __all__ = [
     "LogitLens",
     "Node",
     "PatchingEffect",
+    "PathProfile",
     "Ranking",
     "SteeringVector",
     "ablate",
@@ -59,6 +62,7 @@ __all__ = [
     "optimal_constants",
     "patching_effect",
     "path_patching",
+    "path_profile",
     "proximity",
     "random_circuit",
     "sample_activations",

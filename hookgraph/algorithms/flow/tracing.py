@@ -69,7 +69,7 @@ def contributions(
     shares: list[tuple[Shares, ...]] = []
     with Progress("contributions", len(layers), shown=progress) as bar:
         for layer, run in _layer_by_layer(graph, prepared, wanted):
-            real = real_tokens(prepared, *run[last.type[layer]].shape[:2])
+            real = real_tokens(prepared, run[last.type[layer]])
             found = (divided(graph, run, x, real, norm, heads=heads, neurons=neurons) for x in plan[layer])
             shares.append(tuple(x if threshold is None else x.threshold(threshold) for x in found))
             bar.advance()
@@ -77,7 +77,7 @@ def contributions(
     ids = prepared.get("input_ids")
     tokens = ids if isinstance(ids, Tensor) and ids.shape == whole.shape else None
     names = {} if tokens is None else graph.binding.token_texts(tokens.unique().tolist())
-    real = real_tokens(prepared, *whole.shape)
+    real = real_tokens(prepared, whole)
     return Contributions(tuple(shares), norm, threshold, real, tokens, graph.binding.metadata, names)
 
 

@@ -1,0 +1,1 @@
+"""`path_profile`: how the metric moves while a node moves from clean to corrupt."""
