@@ -184,11 +184,10 @@ class _Paths:
         if reached == (LOGITS,):  # what is read there is the answer
             run = run_copies(held, self.clean, entry, copies, metric=self.metric)
             return finite_metric(run).view(copies, -1) - clean
-        last = max(reached, key=lambda x: x.order)
         if entry is None:
-            held.run(self.graph.binding.prepare(dict(self.clean.inputs), copies=copies), save=[last])
+            held.run(self.graph.binding.prepare(dict(self.clean.inputs), copies=copies), save=reached)
         else:
-            held.replay(self.clean, entry, value=tile(self.clean[entry], copies), save=[last])
+            held.replay(self.clean, entry, value=tile(self.clean[entry], copies), save=reached)
         patched = per_copy(self.graph, len(clean))
         for receiver in reached:
             patched = patched.hook(receiver, SetCopies(range(copies), seen[receiver], len(clean)))

@@ -1,18 +1,18 @@
 """`activation_patching`: patch every layer, position, head, neuron or latent in turn, and measure."""
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution, part_of
+from hookgraph.algorithms.copies import finite_metric
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.sites import chosen_places
-from hookgraph.errors import HookGraphError, LocationError, nearest
+from hookgraph.errors import HookGraphError, LocationError, MetricError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -61,14 +61,15 @@ def activation_patching(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
-        Effects over (batch, *over), and in `total_effect` what patching everything changes.
+        Effects over (batch, *over), 0 without a pass of its own where both runs agree. In `total_effect`
+        what patching everything changes.
 
     Raises:
         HookGraphError: an unknown direction, or denoising without corrupt inputs.
         LocationError: no location has an axis named in `over`.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
-        MetricError: the metric is not one finite number per example.
+        MetricError: the metric is not one finite number per example, in some run.
 
     Source: Vig et al., arXiv:2004.12265; Meng et al., arXiv:2202.05262; Heimersheim & Nanda,
     arXiv:2404.15255 (noising and denoising).
@@ -84,24 +85,21 @@ def activation_patching(
 
     def measure(start: Inputs, other: Inputs | None, metric: Metric) -> PatchingEffect:
         run = graph.run(start, save=places, metric=metric, logits=False)
-        sizes = {x: dict(zip(x.dims, run[x].shape, strict=True)) for x in places}
-        total = None
-        if other is not None and run.metric is not None:
-            end = graph.run(other, metric=metric, logits=False).metric
-            total = None if end is None else end - run.metric
-        nodes = {x: nodes_over(x, axes, sizes[x]) for x in places}
-        del run
+        end = None if other is None else graph.run(other, save=places, metric=metric, logits=False)
+        moving = {x: _moving(x, axes, run[x], None if end is None else end[x]) for x in places}
+        nodes = {x: _nodes(x, axes, moving[x], run[x]) for x in places}
         every = [node for found in nodes.values() for node in found]
         effects = exact_effects(graph, start, other, metric, every, batch_size=batch_size, progress=progress)
+        if not bool(effects.isfinite().all()):
+            raise MetricError("the metric is not a finite number where a node is patched: look at its logits")
         sign = "clean - corrupt" if denoising else "corrupt - clean"
         stands_in = "zero" if corrupt is None else "clean" if denoising else "corrupt"
-        convention = Convention("activation patching", sign, stands_in)
         return PatchingEffect(
-            shaped(effects, nodes, axes, sizes),
+            _shaped(effects, nodes, moving, axes),
             Attribution({}),
             Attribution({}),
-            total,
-            convention,
+            None if end is None else finite_metric(end) - finite_metric(run),
+            Convention("activation patching", sign, stands_in),
             metadata=graph.binding.metadata,
         )
 
@@ -122,27 +120,39 @@ def axes_of(places: Sequence[Location], over: Sequence[str]) -> tuple[Dimension,
     return tuple(Dimension(name) for name in names)
 
 
-def nodes_over(place: Location, axes: Sequence[Dimension], sizes: dict[Dimension, int]) -> list[Location]:
-    """The parts of a place that are one node each, the last axis fastest."""
-    told = [d for d in place.dims if d in axes]
-    return [
-        part_of(place, dict(zip(told, index, strict=True)), sizes)
-        for index in product(*(range(sizes[d]) for d in told))
-    ]
-
-
-def shaped(
-    effects: Float[Tensor, "... batch"],
-    nodes: dict[Location, list[Location]],
+def _moving(
+    place: Location,
     axes: Sequence[Dimension],
-    sizes: dict[Location, dict[Dimension, int]],
+    before: Shaped[Tensor, "..."],
+    after: Shaped[Tensor, "..."] | None,
+) -> Bool[Tensor, "..."]:
+    """Which nodes patching changes in any example; without a second run, those that are not zero already."""
+    moved = before != 0 if after is None else before != after
+    joint = [i for i, d in enumerate(place.dims) if d not in axes]
+    return moved.amax(joint)
+
+
+def _nodes(
+    place: Location, axes: Sequence[Dimension], moving: Bool[Tensor, "..."], value: Shaped[Tensor, "..."]
+) -> list[Location]:
+    """The parts of a place that are one node each and move, the last axis fastest."""
+    told = [d for d in place.dims if d in axes]
+    sizes = dict(zip(place.dims, value.shape, strict=True))
+    return [part_of(place, dict(zip(told, index, strict=True)), sizes) for index in moving.nonzero().tolist()]
+
+
+def _shaped(
+    effects: Float[Tensor, "... batch"],
+    nodes: Mapping[Location, Sequence[Location]],
+    moving: Mapping[Location, Bool[Tensor, "..."]],
+    axes: Sequence[Dimension],
 ) -> Attribution:
     """Effects of nodes, one after the other, by place: over the batch and the axes that tell nodes apart."""
     values: dict[Location, Tensor] = {}
     done = 0
     for place, found in nodes.items():
-        shape = [sizes[place][d] for d in place.dims if d in axes]
-        values[place] = effects[done : done + len(found)].T.reshape(-1, *shape)
+        values[place] = effects.new_zeros(effects.shape[1], *moving[place].shape)
+        values[place][:, moving[place]] = effects[done : done + len(found)].T
         done += len(found)
     joint = {d for place in nodes for d in place.dims} - {*axes, Dimension.BATCH}
     return Attribution(values, dict.fromkeys(sorted(joint), TOGETHER))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.metrics import Tokens
+from hookgraph.algorithms.padding import check_finite
 from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
 from hookgraph.algorithms.readouts.splitting import Frozen, by_latents, by_writers, everything
 from hookgraph.algorithms.streams import if_present, last_residual, updates
@@ -59,7 +60,8 @@ def direct_logit_attribution(
 
     Raises:
         HookGraphError: an unknown `by`, or there is no dictionary to tell latents apart.
-        MetricError: a position or token is out of range, or there is not one per example.
+        MetricError: a position or token is out of range, there is not one per example, or the stream is
+            not finite.
         UnknownLocationError: the model lacks what is needed, such as the scale of its last norm.
 
     Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021); nostalgebraist,
@@ -108,6 +110,7 @@ def _frozen(graph: HookGraph, inputs: Inputs, correct: Tokens, wrong: Tokens | N
         run = held.run(prepared, save=[*places, last, out, last.grad], metric=everything)
         at = _one(take(run[out], answer.reads(run[out])))
         total = (at * answer.rows(direction, len(at))).sum(-1) + answer.rows(offset, len(at))
+    check_finite({place: run[place] for place in (*places, last)})
     linear = (run[last] * run[last.grad]).flatten(1).sum(1)
     return Frozen(graph, prepared, run, places, run[last.grad], total, total - linear)
 

@@ -1,16 +1,19 @@
 """`logit_lens`: what the model would say if it ended after each layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms import plotting
+from hookgraph.algorithms.padding import check_finite
 from hookgraph.algorithms.streams import last_residual
-from hookgraph.errors import HookGraphError, LocationError
+from hookgraph.errors import HookGraphError, LocationError, nearest
+from hookgraph.graph import storage
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import pandas
 
+Translator: TypeAlias = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
+"""A residual -> what it is in the basis of the last one, such as a tuned lens' affine map."""
+
+_KIND = "logit lens"
+_HALF = (torch.float16, torch.bfloat16)
 _STREAM = (Dimension.BATCH, Dimension.POS, Dimension.D_MODEL)
 
 
@@ -91,6 +99,35 @@ class LogitLens:
         grid = plotting.Grid("log p of the likeliest token", values, rows, columns, "layer", "pos")
         return plotting.draw([grid], figure=plotting.new_figure())
 
+    def save(self, path: str | Path) -> None:
+        """Write everything to a safetensors file."""
+        tensors = {"tokens": self.tokens, "log_probs": self.log_probs, "entropy": self.entropy}
+        header = {
+            "locations": [str(x) for x in self.locations],
+            "positions": self.positions,
+            "names": {str(token): text for token, text in self._names.items()},
+            "metadata": dict(self.metadata),
+        }
+        storage.write(path, _KIND, tensors, header)
+
+    @staticmethod
+    def load(path: str | Path) -> "LogitLens":
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no such file, not a saved lens, or of locations that are not declared.
+        """
+        tensors, header = storage.read(path, _KIND)
+        return LogitLens(
+            tuple(storage.parse(path, text) for text in header["locations"]),
+            tuple(header["positions"]),
+            tensors["tokens"],
+            tensors["log_probs"],
+            tensors["entropy"],
+            header["metadata"],
+            {int(token): text for token, text in header["names"].items()},
+        )
+
     def __repr__(self) -> str:
         return self.table().to_string()
 
@@ -105,41 +142,56 @@ def logit_lens(
     *,
     pos: int | Sequence[int] | None = None,
     k: int = 5,
+    translators: Mapping[Location, Translator] | None = None,
 ) -> LogitLens:
     """softmax(unembedding(norm(x))) for the residual x after each layer: its k most likely tokens.
 
     Everything after the last layer, soft-caps and all, is the model's own, run with x in the place of the
-    last residual. After the last layer the lens is what the model says.
+    last residual. After the last layer the lens is what the model says. With translators it is a tuned
+    lens: x is translated first.
 
     Args:
         graph: the hooked model; its hooks apply to the pass that is read, not to the lens.
         inputs: what is run.
-        at: the residuals to read; by default `resid.post` of every layer.
+        at: the residuals to read; by default `resid.post` of every layer, or those with a translator and
+            the last one.
         pos: the positions to read; by default all.
         k: how many tokens.
+        translators: of a tuned lens, by the residual that each translates; all that is read needs one,
+            but the last residual.
 
     Raises:
-        LocationError: a location is no whole residual, or a position is out of range.
+        LocationError: a location is no whole residual or lacks a translator, or a position is out of range.
+        MetricError: a residual is not finite.
         HookGraphError: k is less than 1, or there are fewer tokens.
         UnknownLocationError: the graph has no such location.
 
-    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
+    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); Belrose et al.,
+    arXiv:2303.08112 (tuned lens).
     """
     last = last_residual(graph)
-    places = tuple(graph.every(RESID_POST) if at is None else at)
+    everywhere = graph.every(RESID_POST) if translators is None else (*translators, last)
+    places = tuple(dict.fromkeys(everywhere if at is None else at))
     for place in places:
         graph.check(place)
+        if translators is not None and place not in translators and place != last:
+            near = nearest(str(place), map(str, translators))
+            raise LocationError(f"there is no translator of {place}: {near}")
         if place.dims != _STREAM or place != place.whole or place.site is not None:
             raise LocationError(f"{place} is not the stream at all positions: read resid.pre, mid or post")
     prepared = graph.binding.prepare(inputs)
     run = graph.run(prepared, save=list(places))
+    check_finite(run)
     chosen = _positions(pos, run[places[0]].shape[1])
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for place in places:
-        logits = _decoded(HookGraph(graph.binding), prepared, last, run[place], chosen)
+        translate = (translators or {}).get(place)
+        value = run[place] if translate is None else translate(run[place]).detach()
+        logits = _decoded(HookGraph(graph.binding), prepared, last, value, chosen)
         if not 1 <= k <= logits.shape[-1]:
             raise HookGraphError(f"k={k}: there are {logits.shape[-1]} tokens to rank")
-        log_probs = logits.log_softmax(-1)
+        precise = logits.float() if logits.dtype in _HALF else logits
+        log_probs = precise.log_softmax(-1)
         best = log_probs.topk(k)
         found.append((best.indices, best.values, -(log_probs.exp() * log_probs).sum(-1)))
     tokens, values, entropy = (torch.stack(part) for part in zip(*found, strict=True))

@@ -39,6 +39,7 @@ SENDERS = {
 RECEIVERS = {
     "queries of a head": [ATTN_Q_IN[2].at(head=1)],
     "keys and values": [ATTN_K_IN[2].at(kv_head=0), ATTN_V_IN[1].at(kv_head=1)],
+    "all that a layer's heads read": [ATTN_Q_IN[2], ATTN_K_IN[2], ATTN_V_IN[2]],
     "what an MLP reads": [MLP_IN[2]],
     "what an MLP writes": [MLP_OUT[1].at(pos=-1)],
     "the stream": [RESID_POST[1].at(pos=2)],

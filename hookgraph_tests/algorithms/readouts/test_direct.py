@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookgraph.algorithms import LogitAttribution, direct_logit_attribution, logit_lens
+from hookgraph.algorithms import LogitAttribution, LogitLens, direct_logit_attribution, logit_lens
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.readouts.direct import Parts
 from hookgraph.errors import HookGraphError, LocationError, MetricError
@@ -165,3 +165,21 @@ def test_the_lens_is_the_model_with_a_residual_in_the_place_of_the_last(family: 
     assert len(found.to_frame()) == 3 * 2 * 2 * 3
     assert "<table" in found._repr_html_()
     assert found.plot().axes
+
+
+def test_a_lens_is_kept_and_translates_first(tmp_path: Path):
+    graph, ids = bound("llama", torch.float64), tokens()
+    plain = logit_lens(graph, ids, k=3)
+    plain.save(tmp_path / "lens.safetensors")
+    again = LogitLens.load(tmp_path / "lens.safetensors")
+    assert repr(again) == repr(plain)
+    assert torch.equal(again.log_probs, plain.log_probs)
+    shift = torch.randn(32, dtype=torch.float64)
+    tuned = logit_lens(graph, ids, k=3, translators={RESID_POST[1]: lambda x: x + shift})
+    assert tuned.locations == (RESID_POST[1], RESID_POST[2])
+    moved = graph.run(ids, save=[RESID_POST[1]])[RESID_POST[1]] + shift
+    expected = graph.hook(RESID_POST[2], lambda _: moved).run(ids).logits.log_softmax(-1).topk(3)
+    assert torch.allclose(tuned.log_probs[0], expected.values, atol=1e-12)
+    assert torch.equal(tuned.tokens[1], plain.tokens[2])
+    with pytest.raises(LocationError, match=r"no translator of resid\.post\[0\]"):
+        logit_lens(graph, ids, [RESID_POST[0]], translators={RESID_POST[1]: lambda x: x})
