@@ -99,7 +99,14 @@ ALGORITHMS = {
 }
 """Every public algorithm: a new one is one row."""
 
-ELSEWHERE = {"discover_circuit", "edges", "faithfulness", "random_circuit"}
+ELSEWHERE = {
+    "contributions",
+    "discover_circuit",
+    "edges",
+    "faithfulness",
+    "mean_patching_effect",
+    "random_circuit",
+}
 """Public functions that have no row here yet."""
 
 
