@@ -32,7 +32,7 @@ from hookgraph.errors import AlreadyAttachedError, MetricError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.locations import ATTN_OUT, ATTN_Z, LOGITS, MLP_OUT, RESID_POST
-from hookgraph_tests.families import bound, model_of, tokens
+from hookgraph_tests.families import bound, layers_of, model_of, tokens
 
 CLEAN, CORRUPT = tokens(), tokens(seed=1)
 HERE = [ATTN_Z[1], MLP_OUT[1]]
@@ -196,7 +196,7 @@ def test_the_user_interrupts(algorithm: Algorithm):
 def test_the_forward_pass_raises(algorithm: Algorithm):
     graph = graph_of()
     with unharmed(graph):
-        broken = next(iter(model_of(graph).transformer.h)).mlp.register_forward_hook(mishap)
+        broken = layers_of("gpt2", model_of(graph))[0].get_submodule("mlp").register_forward_hook(mishap)
         try:
             with pytest.raises(MishapError):
                 algorithm.call(graph, MEASURE)
