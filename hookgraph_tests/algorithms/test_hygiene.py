@@ -105,6 +105,7 @@ ELSEWHERE = {
     "edges",
     "faithfulness",
     "mean_patching_effect",
+    "path_profile",
     "random_circuit",
 }
 """Public functions that have no row here yet."""

@@ -1,6 +1,7 @@
 """`activation_patching`: patch every layer, position, head, neuron or latent in turn, and measure."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Literal, TypeAlias, get_args
 
 from jaxtyping import Bool, Float, Shaped
@@ -87,7 +88,11 @@ def activation_patching(
         run = graph.run(start, save=places, metric=metric, logits=False)
         end = None if other is None else graph.run(other, save=places, metric=metric, logits=False)
         moving = {x: _moving(x, axes, run[x], None if end is None else end[x]) for x in places}
-        nodes = {x: _nodes(x, axes, moving[x], run[x]) for x in places}
+        nodes: dict[Location, list[Location]] = {}
+        for x in places:
+            found = nodes_over(x, axes, dict(zip(x.dims, run[x].shape, strict=True)))
+            moves = moving[x].flatten().tolist()
+            nodes[x] = [node for node, moved in zip(found, moves, strict=True) if moved]
         every = [node for found in nodes.values() for node in found]
         effects = exact_effects(graph, start, other, metric, every, batch_size=batch_size, progress=progress)
         if not bool(effects.isfinite().all()):
@@ -132,13 +137,13 @@ def _moving(
     return moved.amax(joint)
 
 
-def _nodes(
-    place: Location, axes: Sequence[Dimension], moving: Bool[Tensor, "..."], value: Shaped[Tensor, "..."]
-) -> list[Location]:
-    """The parts of a place that are one node each and move, the last axis fastest."""
+def nodes_over(place: Location, axes: Sequence[Dimension], sizes: dict[Dimension, int]) -> list[Location]:
+    """The parts of a place that are one node each, the last axis fastest."""
     told = [d for d in place.dims if d in axes]
-    sizes = dict(zip(place.dims, value.shape, strict=True))
-    return [part_of(place, dict(zip(told, index, strict=True)), sizes) for index in moving.nonzero().tolist()]
+    return [
+        part_of(place, dict(zip(told, index, strict=True)), sizes)
+        for index in product(*(range(sizes[d]) for d in told))
+    ]
 
 
 def _shaped(
