@@ -110,6 +110,7 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
         if call.module in members and call.outputs:
             calls.setdefault(members[call.module], []).append(call)
     linked = {path: found for path, found in calls.items() if _is_chain(found)}
+    linked |= _braided({path: found for path, found in calls.items() if path not in linked})
     inner = {c for found in linked.values() for c in found}
     outermost = {path: f for path, f in linked.items() if not inner & set(f[0].parents)}
     chains: dict[str, list[Block]] = {}
@@ -118,6 +119,19 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
         if len(blocks) == len(found):  # one left out would shift the numbers of those after it
             chains[path] = blocks
     return chains or _chains_of_parts(trace)
+
+
+def _braided(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
+    """Lists whose modules take turns, as layers and cross-attentions between them: each feeds the next."""
+    groups: dict[tuple[Call, ...], list[str]] = {}
+    for path, found in calls.items():
+        groups.setdefault(found[0].parents, []).append(path)
+    chains: dict[str, list[Call]] = {}
+    for paths in groups.values():
+        found = sorted((c for path in paths for c in calls[path]), key=lambda c: c.number)
+        if len(paths) > 1 and _is_chain(found):
+            chains[" and ".join(paths)] = found
+    return chains
 
 
 def _chains_of_parts(trace: Trace) -> dict[str, list[Block]]:

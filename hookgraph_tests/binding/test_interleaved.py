@@ -6,14 +6,25 @@ from torch import nn
 
 from hookgraph.binding import bind
 from hookgraph.binding.examples import example_inputs
+from hookgraph.binding.twins import in_precision
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.transformer import ATTN_OUT, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
+from hookgraph.ontology.transformer import (
+    ATTN_OUT,
+    ATTN_PATTERN,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+    XATTN_PATTERN,
+)
 from hookgraph_tests.families import binding_of
-from hookgraph_tests.tiny import build
+from hookgraph_tests.tiny import build, example_of
 
 
 def proven(table: str, architecture: str) -> HookGraph:
-    return bind(nn.Module.to(build(table, architecture), torch.float64))
+    model = nn.Module.to(build(table, architecture), torch.float64)
+    example = example_of(model)
+    return bind(model, example=None if example is None else in_precision(example, torch.float64))
 
 
 @pytest.mark.parametrize(("table", "architecture"), [("causal", "xlm"), ("masked", "flaubert")])
@@ -42,3 +53,16 @@ def test_an_edit_of_what_a_layer_reads_reaches_its_updates_and_the_stream_beside
 def test_such_a_model_cannot_be_entered_between_its_layers():
     graph = proven("causal", "xlm")
     assert not binding_of(graph).enterable
+
+
+def test_layers_of_two_lists_that_take_turns_are_one_stack():
+    """Each gated cross-attention stands before the layer that reads what it returns."""
+    graph = proven("image-text", "idefics")
+    assert all(p.holds for p in graph.report.proofs if p.location.type.stack == "decoder")
+    assert binding_of(graph).layers("decoder") == 4
+    assert [x.layer for x in graph.every(XATTN_PATTERN)] == [0, 2]
+    assert [x.layer for x in graph.every(ATTN_PATTERN)] == [1, 3]
+    posts = graph.every(RESID_POST)
+    run = graph.run(binding_of(graph).example, save=[*posts, *graph.every(RESID_PRE)])
+    for number, before in enumerate(posts[:-1]):
+        assert run[before].equal(run[RESID_PRE[number + 1]])
