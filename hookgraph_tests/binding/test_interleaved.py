@@ -22,7 +22,8 @@ from hookgraph_tests.tiny import build, example_of
 
 
 def proven(table: str, architecture: str) -> HookGraph:
-    model = nn.Module.to(build(table, architecture), torch.float64)
+    model = build(table, architecture)
+    nn.Module.to(model, torch.float64)
     example = example_of(model)
     return bind(model, example=None if example is None else in_precision(example, torch.float64))
 
