@@ -11,6 +11,7 @@ from hookgraph.algorithms import (
     contributions,
     direct_logit_attribution,
     discover_circuit,
+    edge_attribution,
     edges,
     logit_lens,
     metrics,
@@ -20,6 +21,8 @@ from hookgraph.algorithms import (
 from hookgraph.algorithms import ablate as ablate
 from hookgraph.algorithms import activation_patching as activation_patching
 from hookgraph.algorithms import causal_tracing as causal_tracing
+from hookgraph.algorithms import cmd as cmd
+from hookgraph.algorithms import cpr as cpr
 from hookgraph.algorithms import faithfulness as faithfulness
 from hookgraph.algorithms import mean_activations as mean_activations
 from hookgraph.algorithms import mean_patching_effect as mean_patching_effect
@@ -71,6 +74,7 @@ __all__ = [
     "contributions",
     "direct_logit_attribution",
     "discover_circuit",
+    "edge_attribution",
     "edges",
     "errors",
     "load_autoencoder",

@@ -3,10 +3,13 @@
 from hookgraph.algorithms import metrics, proximity
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.circuits.circuit import Circuit
+from hookgraph.algorithms.circuits.curves import Curve, cmd, cpr
 from hookgraph.algorithms.circuits.direct import edges
 from hookgraph.algorithms.circuits.discovery import discover_circuit
+from hookgraph.algorithms.circuits.eap import edge_attribution
 from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
 from hookgraph.algorithms.circuits.results import Edges
+from hookgraph.algorithms.circuits.scores import EdgeScores
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.means import mean_patching_effect
 from hookgraph.algorithms.effects.patching import patching_effect
@@ -37,6 +40,8 @@ __all__ = [
     "Circuit",
     "Contributions",
     "Convention",
+    "Curve",
+    "EdgeScores",
     "Edges",
     "Faithfulness",
     "LogitAttribution",
@@ -49,9 +54,12 @@ __all__ = [
     "ablate",
     "activation_patching",
     "causal_tracing",
+    "cmd",
     "contributions",
+    "cpr",
     "direct_logit_attribution",
     "discover_circuit",
+    "edge_attribution",
     "edges",
     "exact_effects",
     "faithfulness",
