@@ -336,6 +336,11 @@ def of_rounds(folder: Path) -> Path:
     return write_saelens(folder / "sae", settings, weights())
 
 
+def of_no_rounds(folder: Path) -> Path:
+    settings = {"architecture": "matching_pursuit", "max_iterations": 0}
+    return write_saelens(folder / "sae", settings, weights())
+
+
 def without_decoder(folder: Path) -> Path:
     found = weights()
     del found["W_dec"]
@@ -373,6 +378,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "output": (without_output, r"expected one output projection in attn_layers\.0\.\*, found none"),
     "rounds": (of_rounds, "expected settings that are numbers, found: "),
+    "no rounds": (of_no_rounds, "expected settings that make a dictionary, found: rounds=0: matching pursuit"),
     "missing": (without_decoder, "expected a tensor 'W_dec', found W_enc, b_dec, b_enc"),
     "settings": (broken_settings, "cfg.json: expected settings, found: "),
 }

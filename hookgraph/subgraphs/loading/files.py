@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hookgraph.errors import LoadError, LocationError, ShapeMismatchError, nearest
+from hookgraph.errors import HookGraphError, LoadError, LocationError, ShapeMismatchError, nearest
 from hookgraph.ontology.aliases import from_transformer_lens
 from hookgraph.ontology.locations import Location
 from hookgraph.subgraphs.dictionary import Autoencoder
@@ -144,7 +144,7 @@ def choose(path: Path, what: str, value: object, known: Mapping[str, T]) -> T:
 
 
 def assembled(path: Path, make: Callable[[], Autoencoder]) -> Autoencoder:
-    """What `make` returns; shapes or numbers that do not fit are told as an error of the file.
+    """What `make` returns; shapes or settings that do not fit are told as an error of the file.
 
     Raises:
         LoadError: they do not fit.
@@ -155,6 +155,10 @@ def assembled(path: Path, make: Callable[[], Autoencoder]) -> Autoencoder:
         raise LoadError(f"{path}: expected weights that fit each other, found: {error}") from error
     except (TypeError, ValueError) as error:
         raise LoadError(f"{path}: expected settings that are numbers, found: {error}") from error
+    except LoadError:
+        raise
+    except HookGraphError as error:
+        raise LoadError(f"{path}: expected settings that make a dictionary, found: {error}") from error
 
 
 def located(hook_name: object) -> Location | None:
