@@ -153,10 +153,17 @@ class Frame:
     Args:
         taps: the taps of every location, this subgraph's included.
         memory: the subgraph's own notes, for what is read at one site and written at another.
+        place: where the pass lies in its sequences; None: at their start.
     """
 
     taps: Taps
     memory: dict[str, Any] = field(default_factory=dict[str, Any])
+    place: Place | None = None
+
+    def past(self, location: Location) -> int:
+        """How many positions of its sequences earlier passes held, padding included."""
+        span = None if self.place is None else self.place.spans.get(location.root.type.stack)
+        return 0 if span is None else span.past
 
     def wanted(self, *locations: Location) -> bool:
         """Whether anyone hooks, saves or splices at one of these: if not, none need be computed."""

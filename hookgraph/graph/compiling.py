@@ -53,7 +53,7 @@ def compile_taps(
     for whole, hook in placed:
         hooks.setdefault(whole, []).append((whole, hook))
     taps: dict[Location, Tap] = {}
-    splices = _splices(subgraphs, taps)
+    splices = _splices(subgraphs, taps, place)
     for location in sorted(
         {*hooks, *gradient_hooks, *observers, *needs_gradient, *splices}, key=lambda x: x.order
     ):
@@ -73,11 +73,13 @@ def _leave(gradient: Tensor) -> None:
     """A gradient hook that changes nothing: the model goes on with the very tensor that was hooked."""
 
 
-def _splices(subgraphs: Sequence[AbstractSubgraph], taps: Taps) -> Mapping[Location, list[Splice]]:
+def _splices(
+    subgraphs: Sequence[AbstractSubgraph], taps: Taps, place: Place | None
+) -> Mapping[Location, list[Splice]]:
     """What each site's subgraphs do there. `taps` is filled later: frames look into it as they run."""
     splices: dict[Location, list[Splice]] = {}
     for subgraph in subgraphs:
-        splice = _splice(subgraph, Frame(taps))
+        splice = _splice(subgraph, Frame(taps, place=place))
         for site in subgraph.sites:
             splices.setdefault(site, []).append(splice)
     return splices

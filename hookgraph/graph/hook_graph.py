@@ -160,7 +160,8 @@ class HookGraph:
         Raises:
             AlreadyAttachedError: a graph holds the model already.
         """
-        place = Place() if any(is_placed(location) for location, _ in self.registrations) else None
+        placed = any(is_placed(location) for location, _ in self.registrations)
+        place = Place() if placed or self._mixes else None
         taps = compile_taps(self.registrations, self.subgraphs, place=place)
         following = nullcontext() if place is None else self.binding.following(place)
         with self.binding.attached(taps), following:
@@ -266,7 +267,7 @@ class HookGraph:
         positions, padding, or a model without a cache of keys and values. That later positions do not
         change earlier ones is for the caller to see: compare one run with that of the whole inputs.
         """
-        if self.registrations or not all(subgraph.pointwise for subgraph in self.subgraphs):
+        if self.registrations or self._mixes:
             return None
         taps = compile_taps((), self.subgraphs)
         with torch.no_grad(), self.binding.attached(taps):
@@ -300,10 +301,15 @@ class HookGraph:
         taps.clear()
         return recorder.generation(tokens, self.binding.metadata)
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether a subgraph may look at several positions: it is told which ones the pass holds."""
+        return not all(subgraph.pointwise for subgraph in self.subgraphs)
+
     def _place(self, inputs: Prepared, save: Sequence[Location]) -> Place | None:
         """Where a pass lies in its sequences; None where every part is what its index says of the tensor."""
         placed = [x for x in (*save, *(x for x, _ in self.registrations)) if is_placed(x)]
-        if not placed:
+        if not (placed or self._mixes):
             return None
         place = self.binding.place(inputs)
         return Place(alone=True) if place is None and any(map(chooses_steps, placed)) else place

@@ -165,7 +165,7 @@ class TemporalExpectation(nn.Module):
     """Layer by layer, of the rest r: with z = max(attention(max(r W_enc, 0)), 0) and p = z W_dec, the part
     of r along p, p (p · r) / (|p| + ε)², is expected, and the next layer reads what is left.
 
-    It reads the positions of one pass: while decoding with a cache it would see the new ones only.
+    It reads the positions of one pass: a dictionary that is injected refuses one that continues a cache.
 
     Args:
         layers: what predicts codes from those before.

@@ -151,7 +151,17 @@ class Splice:
 def encode(
     coder: Autoencoder | Opaque, pre: Location, latents: Location, x: Float[Tensor, "..."], frame: Frame
 ) -> Code:
-    """The latents of x, after everything that is asked for at `latents_pre` and `latents`."""
+    """The latents of x, after everything that is asked for at `latents_pre` and `latents`.
+
+    Raises:
+        SubgraphError: the dictionary reads earlier positions, and this pass does not hold them.
+    """
+    if isinstance(coder, Autoencoder) and coder.expectation is not None and (past := frame.past(pre)):
+        raise SubgraphError(
+            f"the dictionary of {latents} expects a part of each position from those before it, and this "
+            f"pass holds none of the {past} that are in the cache: run without one, as in "
+            "generate(..., use_cache=False)"
+        )
     if isinstance(coder, Autoencoder) and coder.has_pre and frame.wanted(pre.whole):
         before = coder.encode_pre(x)
         after = frame.tap(pre, before)

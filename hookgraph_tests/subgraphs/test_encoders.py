@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, ShapeMismatchError, UnknownLocationError
+from hookgraph.errors import HookGraphError, ShapeMismatchError, SubgraphError, UnknownLocationError
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.transformer import MLP_OUT
 from hookgraph.subgraphs.activations import TopK
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 from hookgraph.subgraphs.dictionary import Autoencoder
 from hookgraph.subgraphs.encoders import CausalAttention, MatchingPursuit, Projection, TemporalExpectation
+from hookgraph_tests.families import bound, model_of, tokens
 from hookgraph_tests.subgraphs.planted import activations, planted
 from hookgraph_tests.subgraphs.test_autoencoder import IDS, PLAIN, SITE, metric, with_value
 from hookgraph_tests.unchecked import unchecked
@@ -152,3 +155,38 @@ def test_both_are_injected_like_any_dictionary(dictionary: Autoencoder, gradient
     edited = graph.hook(sae.latents.at(latent=latent), torch.zeros_like).run(IDS)
     moved = X - f[..., latent, None] * PLANTED.W_dec[latent]
     torch.testing.assert_close(edited.logits, with_value(moved))
+
+
+# --- with a cache -----------------------------------------------------------------------------
+
+
+def expecting(layer: int = 1) -> tuple[HookGraph, AutoencoderGraph]:
+    """A graph with a temporal dictionary of the width of its model."""
+    graph = bound("gpt2", torch.float64)
+    width = graph.run(tokens(), save=[MLP_OUT[layer]])[MLP_OUT[layer]].shape[-1]
+    directions = torch.eye(width, dtype=torch.float64)
+    expectation = TemporalExpectation([attention(width, 1)])
+    sae = AutoencoderGraph(Autoencoder(directions, directions, expectation=expectation), MLP_OUT[layer])
+    return graph.inject(sae), sae
+
+
+def test_a_pass_that_continues_a_cache_does_not_hold_what_is_expected_from():
+    graph, sae = expecting()
+    options: dict[str, object] = {"max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(
+        SubgraphError, match=r"holds none of the \d+ that are in the cache: .*use_cache=False"
+    ):
+        graph.generate(tokens(), save=[sae.latents], **options)
+    model: Any = model_of(graph)
+    with graph.hook(sae.latents, torch.zeros_like).attached(), pytest.raises(SubgraphError, match="cache"):
+        model.generate(tokens(), **options)
+    past = model(tokens(), use_cache=True).past_key_values
+    with pytest.raises(SubgraphError, match="cache"):
+        graph.run({"input_ids": tokens(), "past_key_values": past}, save=[sae.latents])
+
+
+def test_without_a_cache_generation_gives_the_latents_of_one_pass():
+    graph, sae = expecting()
+    found = graph.generate(tokens(), save=[sae.latents], max_new_tokens=3, do_sample=False, use_cache=False)
+    whole = graph.run(found.tokens[:, :-1], save=[sae.latents])[sae.latents]
+    torch.testing.assert_close(found[sae.latents], whole)

@@ -378,7 +378,10 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "output": (without_output, r"expected one output projection in attn_layers\.0\.\*, found none"),
     "rounds": (of_rounds, "expected settings that are numbers, found: "),
-    "no rounds": (of_no_rounds, "expected settings that make a dictionary, found: rounds=0: matching pursuit"),
+    "no rounds": (
+        of_no_rounds,
+        "expected settings that make a dictionary, found: rounds=0: matching pursuit",
+    ),
     "missing": (without_decoder, "expected a tensor 'W_dec', found W_enc, b_dec, b_enc"),
     "settings": (broken_settings, "cfg.json: expected settings, found: "),
 }
