@@ -9,6 +9,7 @@ from hookgraph.algorithms.attribution import part_of
 from hookgraph.algorithms.effects.exact import effects_of
 from hookgraph.algorithms.effects.gradients import Estimate
 from hookgraph.algorithms.sites import Contrast
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 _SAME = 1e-12
@@ -35,12 +36,25 @@ def measured_exactly(
             point = {d: i for (d, together), i in zip(axes, index, strict=True) if not together}
             wanted[place].append((index, part_of(place, point, sizes)))
     nodes = [node for found in wanted.values() for _, node in found]
-    measured = iter(effects_of(contrast, nodes, batch_size, progress))
+    whole = [p for p in contrast.places if not has_positions(p)]
+    columns = {node for place in whole for _, node in wanted[place]}
+    measured = iter(effects_of(contrast, nodes, batch_size, progress, columns))
     effects = {place: contrast.measured.new_zeros(shape) for place, shape in shapes.items()}
     for place, found in wanted.items():
         for index, _ in found:
             effects[place][(slice(None), *index)] = next(measured)
     return Estimate(effects, {})
+
+
+def has_positions(place: Location) -> bool:
+    """Whether a place is some positions only, which count the tokens of each row."""
+    return any(dim is Dimension.POS for dim, _ in place.index)
+
+
+def counted(nodes: Sequence[Location], places: Sequence[Location]) -> set[Location]:
+    """The nodes of results at whole places: their positions count columns of the batch."""
+    parts = {place.whole for place in places if has_positions(place)}
+    return {node for node in nodes if node.whole not in parts}
 
 
 def _moving(place: Location, delta: Tensor, joint: Sequence[str]) -> Bool[Tensor, "..."]:

@@ -4,7 +4,7 @@ Nodes are rows of one batch that sweeps through the layers: a row joins where it
 what lies after a node is executed for it, and rows of all layers share the passes they have in common.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeAlias, final
@@ -23,6 +23,7 @@ from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
+from hookgraph.hooks.positions import Place, Placed, is_placed, read_at
 from hookgraph.hooks.slicing import read, write
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
@@ -38,6 +39,7 @@ def exact_effects(
     metric: Metric,
     nodes: Sequence[Location],
     *,
+    columns: Collection[Location] = (),
     batch_size: int = 256,
     progress: bool | None = None,
 ) -> Float[Tensor, "... batch"]:
@@ -49,6 +51,8 @@ def exact_effects(
         corrupt: where the nodes' values come from; None sets them to zero.
         metric: logits -> one number per example.
         nodes: parts of locations, such as one head at one position.
+        columns: those of the nodes whose positions count columns of the batch, padding included; those of
+            the others count the tokens of each row, as everywhere.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
@@ -59,11 +63,15 @@ def exact_effects(
     """
     wholes = list(dict.fromkeys(node.whole for node in nodes))
     contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False)
-    return effects_of(contrast, nodes, batch_size, progress)
+    return effects_of(contrast, nodes, batch_size, progress, columns)
 
 
 def effects_of(
-    contrast: Contrast, nodes: Sequence[Location], batch_size: int, progress: bool | None
+    contrast: Contrast,
+    nodes: Sequence[Location],
+    batch_size: int,
+    progress: bool | None,
+    columns: Collection[Location] = (),
 ) -> Gains:
     """The exact effects of parts of a contrast's places, all of which are whole locations.
 
@@ -77,6 +85,8 @@ def effects_of(
                 f"{node}: a node is patched in every example, leave `batch` out of its index"
             )
     apart = list(dict.fromkeys(nodes))
+    place = contrast.graph.binding.place(contrast.inputs)
+    by_row = None if place is None else _ByRow(place, frozenset(filter(is_placed, apart)) - {*columns})
     found: dict[Location, Tensor] = {}
     batch, length = len(contrast.measured), length_of(contrast)
     with Progress("exact patching", len(apart), shown=progress) as bar:
@@ -86,7 +96,7 @@ def effects_of(
 
             def work(piece: Sequence[Location], start: int = start, part: Contrast | None = part) -> Gains:
                 gains = None if part is None else _tail_gains(part, piece, start, length)
-                return _sweep(contrast, piece, piece) if gains is None else gains
+                return _sweep(contrast, piece, piece, by_row) if gains is None else gains
 
             for piece, effects in in_pieces(ordered, max(1, batch_size // batch), work):
                 found.update(zip(piece, effects, strict=True))
@@ -110,7 +120,12 @@ def _order(entry: Location | None) -> tuple[object, ...]:
     return () if entry is None else entry.order
 
 
-def _sweep(contrast: Contrast, nodes: Sequence[Location], patches: Sequence[Location | None]) -> Gains:
+def _sweep(
+    contrast: Contrast,
+    nodes: Sequence[Location],
+    patches: Sequence[Location | None],
+    by_row: "_ByRow | None" = None,
+) -> Gains:
     """The effects of patches, in causal order of their nodes: a copy of the batch each, which joins where its
     node is; one of None stays as it is.
     """
@@ -120,14 +135,14 @@ def _sweep(contrast: Contrast, nodes: Sequence[Location], patches: Sequence[Loca
     effects: list[Tensor] = []
     whole = [node for entry, node in piece if entry is None]
     if whole:
-        patched = _patched(graph, whole, contrast.corrupt, offset=0, batch=len(clean))
+        patched = _patched(graph, whole, contrast.corrupt, offset=0, batch=len(clean), by_row=by_row)
         effects.append(_gains(run_copies(patched, base, None, len(whole), metric=metric), clean))
     stations = list(dict.fromkeys(entry for entry, _ in piece if entry is not None))
     rows: Tensor | None = None
     for station, until in zip_longest(stations, stations[1:]):
         joining = [node for entry, node in piece if entry == station]
         new, offset = tile(base[station], len(joining)), 0 if rows is None else len(rows)
-        patched = _patched(graph, joining, contrast.corrupt, offset=offset, batch=len(clean))
+        patched = _patched(graph, joining, contrast.corrupt, offset=offset, batch=len(clean), by_row=by_row)
         rows = new if rows is None else torch.cat([rows, new])
         if until is not None:
             rows = patched.replay(base, station, value=rows, save=[until])[until]
@@ -151,6 +166,7 @@ def _patched(
     *,
     offset: int,
     batch: int,
+    by_row: "_ByRow | None" = None,
 ) -> HookGraph:
     """The graph in which node i has its corrupt value in the i-th copy of the batch after row `offset`."""
     by_location: dict[Location, list[tuple[int, Location]]] = {}
@@ -158,8 +174,17 @@ def _patched(
         if node is not None:
             by_location.setdefault(node.whole, []).append((offset + i * batch, node))
     for whole, placed in by_location.items():
-        graph = graph.hook(whole, _Patch(placed, values[whole], batch))
+        graph = graph.hook(whole, _Patch(placed, values[whole], batch, by_row))
     return graph
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _ByRow:
+    """The nodes whose positions count the tokens of each row, and where these are."""
+
+    place: Place
+    nodes: frozenset[Location]
 
 
 @final
@@ -171,12 +196,13 @@ class _Patch:
     """The first row of the copy, and the node."""
     corrupt: Shaped[Tensor, "batch ..."]
     batch: int
+    by_row: _ByRow | None = None
 
     def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         result = value.clone()
         kinds: dict[tuple[Dimension, ...] | None, list[tuple[int, Location]]] = {}
         for row, node in self.placed:
-            points = all(isinstance(i, int) for _, i in node.index)
+            points = all(isinstance(i, int) for _, i in node.index) and not self._counts_tokens(node)
             kinds.setdefault(tuple(d for d, _ in node.index) if points else None, []).append((row, node))
         for dims, placed in kinds.items():
             if dims is None:
@@ -203,10 +229,18 @@ class _Patch:
         result[tuple(here)] = self.corrupt[tuple(there)]
 
     def _by_part(self, result: Shaped[Tensor, "..."], placed: Sequence[tuple[int, Location]]) -> None:
-        """Nodes that are slices or lists, one by one."""
+        """Nodes that are slices or lists, or count the tokens of each row, one by one."""
         for row, node in placed:
             rows = slice(row, row + self.batch)
-            result[rows] = write(node, result[rows], read(node, self.corrupt))
+            if self.by_row is not None and self._counts_tokens(node):
+                place = self.by_row.place
+                new = read_at(node, self.corrupt, place)
+                result[rows] = Placed(node, lambda _, new=new: new, place)(result[rows].clone())
+            else:
+                result[rows] = write(node, result[rows], read(node, self.corrupt))
+
+    def _counts_tokens(self, node: Location) -> bool:
+        return self.by_row is not None and node in self.by_row.nodes
 
 
 def _within(chosen: Sequence[object], size: int, node: Location, dim: Dimension) -> Int[Tensor, "..."]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.batches import Batch, PairBatch, batches
 from hookgraph.algorithms.effects.checkpoints import Checkpoint, State
+from hookgraph.algorithms.effects.enumeration import counted
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.effects.quadrature import Quadrature
@@ -117,16 +118,23 @@ def mean_patching_effect(
 
     def remeasure(nodes: Sequence[Location]) -> Float[Tensor, "... batch"]:
         every = batches(measured or (), metric)
-        return torch.cat([_exactly(graph, batch, nodes, batch_size) for batch in every], -1)
+        return torch.cat([_exactly(graph, batch, nodes, at, batch_size) for batch in every], -1)
 
     return replace(mean.result(), _remeasure=None if measured is None else remeasure)
 
 
 def _exactly(
-    graph: HookGraph, batch: PairBatch, nodes: Sequence[Location], batch_size: int
+    graph: HookGraph, batch: PairBatch, nodes: Sequence[Location], at: Sequence[Location], batch_size: int
 ) -> Float[Tensor, "... batch"]:
     return exact_effects(
-        graph, batch.clean, batch.corrupt, batch.metric, nodes, batch_size=batch_size, progress=False
+        graph,
+        batch.clean,
+        batch.corrupt,
+        batch.metric,
+        nodes,
+        columns=counted(nodes, at),
+        batch_size=batch_size,
+        progress=False,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.effects import rules
-from hookgraph.algorithms.effects.enumeration import measured_exactly
+from hookgraph.algorithms.effects.enumeration import counted, measured_exactly
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.footprint import rows_that_fit
@@ -122,7 +122,8 @@ def patching_effect(
     found = found.sum(*reduced) if reduced else found
 
     def remeasure(nodes: Sequence[Location]) -> Float[Tensor, "... batch"]:
-        return exact_effects(graph, clean, corrupt, metric, nodes, batch_size=batch_size, progress=progress)
+        kept = {"columns": counted(nodes, places), "batch_size": batch_size, "progress": progress}
+        return exact_effects(graph, clean, corrupt, metric, nodes, **kept)
 
     return replace(found, _remeasure=remeasure)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution, part_of
 from hookgraph.algorithms.copies import finite_metric
+from hookgraph.algorithms.effects.enumeration import counted
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
@@ -94,7 +95,8 @@ def activation_patching(
             moves = moving[x].flatten().tolist()
             nodes[x] = [node for node, moved in zip(found, moves, strict=True) if moved]
         every = [node for found in nodes.values() for node in found]
-        effects = exact_effects(graph, start, other, metric, every, batch_size=batch_size, progress=progress)
+        kept = {"columns": counted(every, places), "batch_size": batch_size, "progress": progress}
+        effects = exact_effects(graph, start, other, metric, every, **kept)
         if not bool(effects.isfinite().all()):
             raise MetricError("the metric is not a finite number where a node is patched: look at its logits")
         sign = "clean - corrupt" if denoising else "corrupt - clean"
