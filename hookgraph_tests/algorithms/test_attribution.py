@@ -147,10 +147,11 @@ def test_a_saved_effect_loads_as_it_was_and_latents_are_stored_sparsely(tmp_path
 
 def test_an_effect_at_an_undeclared_location_is_refused(tmp_path: Path):
     path = tmp_path / "effect.safetensors"
+    groups = ("effects", "deltas", "grads", "standard_errors")
     header = {
-        "order": {"effects": ["no.such[0]"], "deltas": [], "grads": [], "residuals": []},
+        "order": {**{key: [] for key in groups}, "effects": ["no.such[0]"], "residuals": []},
         "convention": {"method": "attrib"},
-        "reduced": {},
+        "reduced": {key: {} for key in groups},
         "incomplete": [],
         "metadata": {},
     }

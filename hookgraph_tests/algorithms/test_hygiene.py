@@ -21,6 +21,7 @@ from hookgraph.algorithms import (
     exact_effects,
     logit_lens,
     mean_activations,
+    mean_patching_effect,
     optimal_constants,
     patching_effect,
     path_patching,
@@ -77,6 +78,9 @@ ALGORITHMS = {
     "patching_effect, relp": Algorithm(
         lambda g, m: patching_effect(g, CLEAN, CORRUPT, m, HERE, "relp"), differentiates=True
     ),
+    "mean_patching_effect": Algorithm(
+        lambda g, m: mean_patching_effect(g, [(CLEAN, CORRUPT)], m, at=HERE), differentiates=True
+    ),
     "exact_effects": Algorithm(lambda g, m: exact_effects(g, CLEAN, CORRUPT, m, [ATTN_Z[1].at(head=0)])),
     "activation_patching": Algorithm(lambda g, m: activation_patching(g, CLEAN, CORRUPT, m, [RESID_POST[1]])),
     "path_patching": Algorithm(
@@ -101,10 +105,12 @@ ALGORITHMS = {
 
 ELSEWHERE = {
     "contributions",
+    "cmd",
+    "cpr",
     "discover_circuit",
+    "edge_attribution",
     "edges",
     "faithfulness",
-    "mean_patching_effect",
     "path_profile",
     "random_circuit",
 }

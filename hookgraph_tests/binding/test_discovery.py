@@ -60,7 +60,17 @@ ABSENT = {
     "neox": {RESID_MID: "updates read the layer's input, so no such sum exists"},
     "gemma2": {},
 }
-OTHERS = ("XATTN_", "MIXER_", "ROUTER_", "ROUTED_", "EXPERT_", "SHARED_", "EXTRA_OUT", "RESID_XMID")
+OTHERS = (
+    "XATTN_",
+    "MIXER_",
+    "ROUTER_",
+    "ROUTED_",
+    "EXPERT_",
+    "SHARED_",
+    "EXTRA_OUT",
+    "RESID_XMID",
+    "STREAMS_",
+)
 """Locations of models that attend to another stack, mix without attention, have experts or a third branch."""
 EVERYTHING = [kind for name, kind in vars(DECODER).items() if not name.startswith(OTHERS)]
 

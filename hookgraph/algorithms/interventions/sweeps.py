@@ -13,6 +13,7 @@ from hookgraph.algorithms.effects.enumeration import counted
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
+from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, LocationError, MetricError, nearest
 from hookgraph.graph.abstract import Inputs
@@ -86,6 +87,7 @@ def activation_patching(
     start, other = (corrupt, clean) if denoising and corrupt is not None else (clean, corrupt)
 
     def measure(start: Inputs, other: Inputs | None, metric: Metric) -> PatchingEffect:
+        start, other = prepare_pair(graph, start, other)
         run = graph.run(start, save=places, metric=metric, logits=False)
         end = None if other is None else graph.run(other, save=places, metric=metric, logits=False)
         moving = {x: _moving(x, axes, run[x], None if end is None else end[x]) for x in places}
