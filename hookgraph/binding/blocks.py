@@ -30,7 +30,7 @@ _STREAM_AXES = 4
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation of the residual path: `add` of an update, `scale`, `norm`, `cast` or `mix` of streams."""
+    """One operation of the residual path: `add` of an update, `scale`, `norm`, `cast`, `clamp` or `mix`."""
 
     kind: str
     value: Value
@@ -208,6 +208,9 @@ class _PathFinder:
             return [*before, Step("cast", value, operands[0])]
         if value.op in ("add", "sub") and len(operands) == 2:
             return self._through_addition(value)
+        if value.op == "clamp" and len(operands) == 1:
+            before = self.path(operands[0])
+            return None if before is None else [*before, Step("clamp", value, operands[0])]
         if value.op in ("mul", "div") and operands:
             others = [v for v in operands if not is_weight(v)]
             reversed_division = value.op == "div" and is_weight(operands[0])

@@ -289,8 +289,8 @@ def _stream(
             steps.append(StreamStep("norm", name=step.norm.call.path, layout=step.norm.layout))
         elif step.kind == "scale":
             steps.append(_scaling(step.value))
-        elif step.kind == "mix":
-            steps.append(StreamStep("add"))
+        elif step.kind in ("mix", "clamp"):
+            steps.append(StreamStep("add"))  # what it does is not replayed
         if step.value in middles:
             steps.append(StreamStep("here", middles[step.value]))
     return (*steps, StreamStep("here", last))

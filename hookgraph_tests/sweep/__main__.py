@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from hookgraph_tests.sweep.outcomes import Outcome
 from hookgraph_tests.sweep.page import read, write
 from hookgraph_tests.sweep.processes import outcomes
-from hookgraph_tests.tiny import TABLES, architectures
+from hookgraph_tests.tiny import TABLES, swept
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write docs/reference/architectures.md")
     options = parser.parse_args(arguments)
     only = {name for name in options.only.split(",") if name}
-    names = [(t, a) for t in options.table or TABLES for a in architectures(t) if not only or a in only]
+    names = [(t, a) for t in options.table or TABLES for a in swept(t) if not only or a in only]
     found: list[Outcome] = []
     for outcome in outcomes(names, jobs=options.jobs, seconds=options.seconds):
         found.append(outcome)

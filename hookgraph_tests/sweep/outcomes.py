@@ -10,16 +10,22 @@ import torch
 from transformers import PreTrainedModel
 
 from hookgraph.binding import HuggingFaceBinding, bind
+from hookgraph.binding.blocks import is_softmax_over_positions
 from hookgraph.binding.examples import example_inputs
+from hookgraph.binding.tracing import Trace
+from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import STACKS
 from hookgraph.ontology.transformer import RESID_POST, STREAMS_POST
 from hookgraph_tests.tiny import architectures, build, example_of
 
-Status: TypeAlias = Literal["bound", "not bound", "not run", "not built"]
-"""`not built`: no tiny instance can be made here; `not run`: the model itself fails on the example."""
+Status: TypeAlias = Literal["bound", "not bound", "no stream", "not run", "not built"]
+"""`not built`: no tiny instance can be made here; `not run`: the model itself fails on the example; `no
+stream`: it is a net of convolutions, neither given tokens nor attending to positions, and is refused."""
 
 _LONGEST: Final = 160
+_REFUSED: Final = "no list of layers feeds"
+"""What `bind` says of a model without a chain of layers."""
 _GENERAL: Final = (
     (r" fails: .*", " fails"),
     (r": use \S+$", ""),
@@ -62,13 +68,19 @@ class Outcome:
 
 def outcome_of(table: str, architecture: str) -> Outcome:
     """Build one architecture, run it, bind it with proof."""
-    model, status, reason = None, "not built", ""
+    status: Status = "not built"
+    reason = ""
     try:
         model = build(table, architecture)
         status = "not run"
         example = _runnable(model)
         status = "not bound"
-        return _bound(table, architecture, bind(model, example=example, cached=False))
+        try:
+            return _bound(table, architecture, bind(model, example=example, cached=False))
+        except BindingError as error:
+            if _REFUSED in str(error) and is_convolutional(Trace(model, example)):
+                status = "no stream"
+            raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST]
     name = architectures(table)[architecture]
@@ -81,6 +93,13 @@ def _runnable(model: PreTrainedModel) -> dict[str, Any]:
     with torch.no_grad():
         model(**example)
     return example
+
+
+def is_convolutional(trace: Trace) -> bool:
+    """Whether a model convolves what it is given, looks no tokens up, and attends to no positions."""
+    operations = {value.op for value in trace.values}
+    attends = any(is_softmax_over_positions(value) for value in trace.values)
+    return "convolution" in operations and "embedding" not in operations and not attends
 
 
 def _bound(table: str, architecture: str, graph: HookGraph) -> Outcome:

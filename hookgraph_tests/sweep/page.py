@@ -10,7 +10,7 @@ from typing import Any, Final
 import transformers
 
 from hookgraph_tests.sweep.outcomes import Outcome
-from hookgraph_tests.tiny import TABLES, architectures
+from hookgraph_tests.tiny import TABLES, swept
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
 RECORD: Final = PAGE.with_suffix(".json")
@@ -20,8 +20,16 @@ _TITLES: Final = {
     "masked": ("Masked language models", "AutoModelForMaskedLM"),
     "seq2seq": ("Encoder-decoder language models", "AutoModelForSeq2SeqLM"),
     "image-text": ("Image-text models", "AutoModelForImageTextToText"),
-    "base": ("Models without a head", "AutoModel"),
+    "base": ("Encoders", "AutoModel"),
 }
+
+_NOTES: Final = {
+    "base": """\
+Those architectures of `AutoModel` that have a class for masks or for speech, or none in the tables above.
+What `AutoModel` makes of the others are the same layers without their head.
+""",
+}
+"""What is said of a table beside its title."""
 
 _HEADER: Final = """\
 ---
@@ -38,6 +46,8 @@ counted here is [proven](../explanation/conformance.md). What holds of your own 
 
 A number after what is absent stands for the [reason](#reasons); what stands in brackets is absent in some of
 the layers only. `not built` and `not run` mean that no tiny instance could be made, or run, for the sweep.
+`no stream` is a net of convolutions: it neither looks tokens up nor attends to positions, and is refused. The
+share that is bound is of the models that run here, without such nets.
 """
 
 
@@ -75,6 +85,7 @@ def rendered(outcomes: Sequence[Outcome], of_version: str) -> str:
         rows = [o for o in outcomes if o.table == table]
         if rows:
             parts.append(f"## {title}\n\nWhat `{automatic}` makes.\n")
+            parts.append(_NOTES.get(table, ""))
             parts += [_bound(rows, numbers), _failed(rows)]
     parts.append("## Reasons\n\nThe numbers in the tables above.\n")
     parts.append("\n".join(f"{number}. {reason}" for reason, number in numbers.items()) + "\n")
@@ -82,24 +93,24 @@ def rendered(outcomes: Sequence[Outcome], of_version: str) -> str:
 
 
 def _ordered(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    places = {(t, a): i for i, (t, a) in enumerate((t, a) for t in TABLES for a in architectures(t))}
+    places = {(t, a): i for i, (t, a) in enumerate((t, a) for t in TABLES for a in swept(t))}
     return sorted(outcomes, key=lambda o: places[o.table, o.architecture])
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| classes of | architectures | run here | bound | bound of those that run |",
-        "|---|--:|--:|--:|--:|",
+        "| classes of | architectures | run here | no stream | bound | bound of those with a stream |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for table, (title, automatic) in _TITLES.items():
         count = Counter(o.status for o in outcomes if o.table == table)
         if not count:
             continue
-        run = count["bound"] + count["not bound"]
-        share = f"{count['bound'] / run:.0%}" if run else ""
+        others = count["bound"] + count["not bound"]
+        share = f"{count['bound'] / others:.0%}" if others else ""
         lines.append(
-            f"| [{title}](#{title.lower().replace(' ', '-')}): `{automatic}` | {count.total()} | {run} "
-            f"| {count['bound']} | {share} |"
+            f"| [{title}](#{title.lower().replace(' ', '-')}): `{automatic}` | {count.total()} "
+            f"| {others + count['no stream']} | {count['no stream']} | {count['bound']} | {share} |"
         )
     return "\n".join(lines) + "\n"
 

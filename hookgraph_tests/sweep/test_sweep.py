@@ -8,9 +8,11 @@ import pytest
 import transformers
 from transformers import LlamaConfig
 
+from hookgraph.binding.examples import example_inputs
+from hookgraph.binding.tracing import Trace
 from hookgraph_tests.sweep import page, processes
-from hookgraph_tests.sweep.outcomes import Outcome, general, outcome_of
-from hookgraph_tests.tiny import TABLES, architectures
+from hookgraph_tests.sweep.outcomes import Outcome, general, is_convolutional, outcome_of
+from hookgraph_tests.tiny import TABLES, architectures, build, swept
 from hookgraph_tests.tiny.configs import tiny_config
 from hookgraph_tests.tiny.rules import rule_for
 from hookgraph_tests.unchecked import unchecked
@@ -48,7 +50,7 @@ def test_a_mapping_on_the_page_has_every_architecture_of_this_version_of_transfo
     assert page.version() == transformers.__version__, "run `make sweep`"
     recorded = page.read()
     for table in {o.table for o in recorded}:
-        assert {o.architecture: o.model for o in recorded if o.table == table} == architectures(table)
+        assert {o.architecture: o.model for o in recorded if o.table == table} == swept(table)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -94,6 +96,30 @@ def test_an_architecture_that_hangs_or_dies_is_told_from_others(monkeypatch: pyt
     assert found["gpt2"].reason == "takes too long"
     assert found["llama"].reason == "the process ended with code 3"
     assert found["bert"].status == found["gemma2"].status == "bound"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("convnext", True), ("resnet", True), ("vit", False), ("wav2vec2", False), ("mamba", False)],
+)
+def test_a_net_of_convolutions_is_told_by_what_it_computes(architecture: str, expected: bool):
+    model = build("base", architecture)
+    assert is_convolutional(Trace(model, example_inputs(model))) is expected
+
+
+def test_the_share_that_is_bound_leaves_nets_without_a_stream_out():
+    outcomes = [
+        Outcome("base", "vit", "ViTModel", "bound"),
+        Outcome("base", "cvt", "CvtModel", "not bound", "widths"),
+        Outcome("base", "resnet", "ResNetModel", "no stream", "convolutions"),
+    ]
+    assert "`AutoModel` | 3 | 3 | 1 | 1 | 50% |" in page.rendered(outcomes, "1")
+
+
+def test_encoders_are_swept_and_bodies_of_generators_are_not():
+    assert {"bert", "roberta", "vit", "clip", "siglip", "whisper", "wav2vec2", "swin"} <= set(swept("base"))
+    assert not {"llama", "gpt2", "llava", "t5"} & set(swept("base"))
+    assert swept("causal") == architectures("causal")
 
 
 def test_fields_shrink_by_their_name():

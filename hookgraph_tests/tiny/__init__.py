@@ -8,6 +8,6 @@ what an architecture needs beyond its rules. Both are data.
 """
 
 from hookgraph_tests.tiny.inputs import example_of
-from hookgraph_tests.tiny.models import TABLES, architectures, build
+from hookgraph_tests.tiny.models import TABLES, architectures, build, swept
 
-__all__ = ["TABLES", "architectures", "build", "example_of"]
+__all__ = ["TABLES", "architectures", "build", "example_of", "swept"]

@@ -146,6 +146,56 @@ def _series(config: PreTrainedConfig) -> dict[str, Any]:
     return {"past_values": _noise(_BATCH, config.context_length, config.num_input_channels)}
 
 
+def _forecast(config: PreTrainedConfig) -> dict[str, Any]:
+    """A series that is known as far back as the model's lags reach, and what it is to foretell."""
+    known, coming = config.context_length + max(config.lags_sequence), config.prediction_length
+    return {
+        "past_values": _noise(_BATCH, known),
+        "past_time_features": _noise(_BATCH, known, config.num_time_features),
+        "past_observed_mask": torch.ones(_BATCH, known),
+        "future_values": _noise(_BATCH, coming),
+        "future_time_features": _noise(_BATCH, coming, config.num_time_features),
+    }
+
+
+def _captioned(config: PreTrainedConfig) -> dict[str, Any]:
+    ids = _tokens()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": _picture()}
+
+
+def _channels_to_decode(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text, and sound tokens in several channels."""
+    ids = _tokens()
+    channels = config.decoder_config.num_channels
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": _tokens(5 * channels).unflatten(1, (5, channels)),
+        "use_cache": False,
+    }
+
+
+def _placed_patches(config: PreTrainedConfig) -> dict[str, Any]:
+    """Patches of a picture, and where each lies in it."""
+    places = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), -1).flatten(0, 1)
+    return {
+        "pixel_values": _noise(_BATCH, 36, 3 * config.patch_size**2),
+        "pixel_position_ids": places.expand(_BATCH, -1, -1),
+    }
+
+
+def _frames(config: PreTrainedConfig) -> dict[str, Any]:
+    size = getattr(config, "input_size", None) or config.num_mel_bins
+    return {"input_features": _noise(_BATCH, 16, size), "input_features_mask": torch.ones(_BATCH, 16).bool()}
+
+
+def _mel(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "audio_mel": _noise(_BATCH, 32, config.input_feat_size),
+        "audio_mel_mask": torch.zeros(_BATCH, 32, dtype=torch.bool),
+    }
+
+
 def _stacked_frames(config: PreTrainedConfig) -> dict[str, Any]:
     return {"input_features": _noise(_BATCH, 16, 4 * config.num_mel_bins)}
 
@@ -158,11 +208,19 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "MusicgenForCausalLM": _codebooks,
     "MusicgenMelodyForCausalLM": _codebooks,
     "PerceiverModel": _array,
+    "align": _captioned,
+    "autoformer": _forecast,
     "blip-2": _queried,
     "blip_2_qformer": _queries,
     "bros": _boxes,
     "decision_transformer": _decisions,
+    "dia": _channels_to_decode,
+    "fun_asr_nano_encoder": _frames,
+    "gemma3n_audio": _mel,
+    "gemma4_vision": _placed_patches,
     "granite_speech5_encoder": _stacked_frames,
+    "informer": _forecast,
+    "time_series_transformer": _forecast,
     "idefics": _several_pictures,
     "instructblip": _instructed,
     "instructblipvideo": _instructed_film,

@@ -22,6 +22,9 @@ TABLES: Final = {
 }
 """The mappings of transformers' automatic classes."""
 
+_ENCODERS: Final = ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES")
+_GENERATORS: Final = ("causal", "seq2seq", "image-text")
+
 _DECODERS: Final = ("LMHeadModel", "ModelWithLMHead", "ForCausalLM", "Decoder")
 
 
@@ -29,6 +32,20 @@ def architectures(table: str) -> dict[str, str]:
     """Every architecture of a table with the name of its class."""
     names: dict[str, str | Sequence[str]] = getattr(modeling_auto, TABLES[table])
     return {kind: found if isinstance(found, str) else found[0] for kind, found in names.items()}
+
+
+def swept(table: str) -> dict[str, str]:
+    """The architectures of a table that the sweep tries: of the models without a head only the encoders.
+
+    The others have a class with a head in another table, around the same layers: what generates text, and is
+    neither made to fill in masks nor to listen.
+    """
+    found = architectures(table)
+    if table != "base":
+        return found
+    encoders = {name for mapping in _ENCODERS for name in getattr(modeling_auto, mapping)}
+    generators = {name for other in _GENERATORS for name in architectures(other)}
+    return {name: cls for name, cls in found.items() if name in encoders or name not in generators}
 
 
 def build(table: str, architecture: str, *, attention: str | None = None, seed: int = 0) -> PreTrainedModel:

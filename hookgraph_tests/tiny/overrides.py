@@ -212,9 +212,9 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "downsample_rate": "1/2",
     },
     "granite_speech5_encoder": {"context_size": 8},
-    "informer": {"prediction_length": 4},
-    "autoformer": {"prediction_length": 4},
-    "time_series_transformer": {"prediction_length": 4},
+    "informer": {"prediction_length": 4, "input_size": 1},
+    "autoformer": {"prediction_length": 4, "input_size": 1},
+    "time_series_transformer": {"prediction_length": 4, "input_size": 1},
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {
@@ -242,6 +242,14 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "hidden_size": 64,
         "text_config": {"hidden_size": 64},
         "vision_config": {"hidden_size": 64},
+    },
+    "dia": {
+        "decoder_config": {
+            "cross_hidden_size": WIDTH,
+            "cross_head_dim": HEAD_WIDTH,
+            "cross_num_attention_heads": HEADS,
+            "cross_num_key_value_heads": HEADS,
+        }
     },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "lilt": {"hidden_size": 48},
