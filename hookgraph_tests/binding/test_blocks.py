@@ -25,7 +25,7 @@ class PressedRow(nn.Module):
 
 def pressed_loom(bound: float, *, check: bool) -> HookGraph:
     torch.manual_seed(0)
-    model = LoomForCausalLM(LoomConfig())
+    model = LoomForCausalLM(LoomConfig(echo=False))
     model.cloth = nn.ModuleList(PressedRow(row, bound) for row in model.cloth)
     return bind(model.double().eval(), cached=False, check=check)
 
