@@ -9,6 +9,7 @@ from hookgraph import errors, locations, weights
 from hookgraph.algorithms import (
     PatchingEffect,
     contributions,
+    counterfactuals,
     direct_logit_attribution,
     discover_circuit,
     edge_attribution,
@@ -72,6 +73,7 @@ __all__ = [
     "bind",
     "check",
     "contributions",
+    "counterfactuals",
     "direct_logit_attribution",
     "discover_circuit",
     "edge_attribution",

@@ -32,8 +32,9 @@ from hookgraph.graph.abstract import (
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.autoencoder import LATENTS
-from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import ATTN_OUT, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
+from hookgraph.ontology.locations import MAIN_STACK, Location
+from hookgraph.ontology.transformer import ATTN_OUT, EMBED, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
+from hookgraph.ontology.weights import W_E, WeightType
 
 _PER_LAYER = (RESID_PRE, ATTN_OUT, MLP_OUT, RESID_POST)
 
@@ -84,8 +85,8 @@ class ToyBinding(AbstractBinding):
 
     @property
     def locations(self) -> tuple[Location, ...]:
-        """resid.pre, attn.out, mlp.out and resid.post of every layer, and the logits."""
-        return (*(kind[i] for i in range(self.layers) for kind in _PER_LAYER), LOGITS)
+        """The embeddings; resid.pre, attn.out, mlp.out and resid.post of every layer; the logits."""
+        return (EMBED, *(kind[i] for i in range(self.layers) for kind in _PER_LAYER), LOGITS)
 
     def why_absent(self, location: Location) -> str:
         """The nearest names."""
@@ -106,7 +107,7 @@ class ToyBinding(AbstractBinding):
         if not isinstance(ids, Tensor):
             raise TypeError(type(ids))
         first = 0 if start is None else start.block
-        x = self.embedding[ids] if start is None else start.value
+        x = self._tap(EMBED, self.embedding[ids]) if start is None else start.value
         if start is not None and first > 0:
             x = self._tap(RESID_POST[first - 1], x)
         for layer in range(first, self.layers):
@@ -124,6 +125,12 @@ class ToyBinding(AbstractBinding):
     def _tap(self, location: Location, value: Tensor) -> Tensor:
         tap = None if self._taps is None else self._taps.get(location)
         return value if tap is None else tap(value)
+
+    def weight(
+        self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK
+    ) -> Float[Tensor, "..."]:
+        """E, under its name."""
+        return self.embedding if kind is W_E else super().weight(kind, layer, stack)
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:
@@ -158,7 +165,7 @@ class ToyBinding(AbstractBinding):
         with torch.no_grad():
             values: dict[Location, Tensor] = {}
             neurons: list[Tensor] = []
-            x = self.embedding[ids]
+            x = values[EMBED] = self.embedding[ids]
             for layer in range(self.layers):
                 values[RESID_PRE[layer]] = x
                 values[ATTN_OUT[layer]] = x @ self.attention[layer]
@@ -177,6 +184,7 @@ class ToyBinding(AbstractBinding):
                 values[ATTN_OUT[layer].grad] = gradient
                 gradient = gradient + gradient @ self.attention[layer].T
                 values[RESID_PRE[layer].grad] = gradient
+            values[EMBED.grad] = gradient
         return values
 
 

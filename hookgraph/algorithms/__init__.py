@@ -31,6 +31,8 @@ from hookgraph.algorithms.ranking import Node, Ranking
 from hookgraph.algorithms.readouts.direct import direct_logit_attribution
 from hookgraph.algorithms.readouts.lens import LogitLens, logit_lens
 from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
+from hookgraph.algorithms.search.results import Counterfactuals
+from hookgraph.algorithms.search.searching import counterfactuals
 
 __all__ = [
     "AblationStatistics",
@@ -40,6 +42,7 @@ __all__ = [
     "Circuit",
     "Contributions",
     "Convention",
+    "Counterfactuals",
     "Curve",
     "EdgeScores",
     "Edges",
@@ -56,6 +59,7 @@ __all__ = [
     "causal_tracing",
     "cmd",
     "contributions",
+    "counterfactuals",
     "cpr",
     "direct_logit_attribution",
     "discover_circuit",

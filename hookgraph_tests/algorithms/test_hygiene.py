@@ -17,6 +17,7 @@ from hookgraph.algorithms import (
     ablate,
     activation_patching,
     causal_tracing,
+    counterfactuals,
     direct_logit_attribution,
     exact_effects,
     logit_lens,
@@ -98,6 +99,12 @@ ALGORITHMS = {
     ),
     "direct_logit_attribution": Algorithm(
         lambda g, m: direct_logit_attribution(g, CLEAN, 3, 5, by="head"), measures=False
+    ),
+    "counterfactuals": Algorithm(
+        lambda g, m: counterfactuals(
+            g, CLEAN[:1], lambda x: m(x.expand(2, -1, -1))[:1], MLP_OUT[1], edits=1, top_k=None, tries=2
+        ),
+        differentiates=True,
     ),
     "logit_lens": Algorithm(lambda g, m: logit_lens(g, CLEAN), measures=False),
 }

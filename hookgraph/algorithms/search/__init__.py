@@ -1,0 +1,1 @@
+"""`counterfactuals`: texts a few tokens away from one, on which the model answers otherwise."""
