@@ -48,6 +48,7 @@ class ToyBinding(AbstractBinding):
         width: d_model.
         vocabulary: how many tokens.
         quadratic: whether the MLP squares.
+        embeds: whether x_0 is a location, and E a weight by its name.
         seed: of the weights.
     """
 
@@ -58,6 +59,7 @@ class ToyBinding(AbstractBinding):
         vocabulary: int = 7,
         *,
         quadratic: bool = True,
+        embeds: bool = False,
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -68,6 +70,7 @@ class ToyBinding(AbstractBinding):
 
         self.layers = layers
         self.quadratic = quadratic
+        self.embeds = embeds
         self.embedding = matrix(vocabulary, width)
         self.attention = [matrix(width, width) for _ in range(layers)]
         self.into = [matrix(width, 2 * width) for _ in range(layers)]
@@ -85,8 +88,9 @@ class ToyBinding(AbstractBinding):
 
     @property
     def locations(self) -> tuple[Location, ...]:
-        """The embeddings; resid.pre, attn.out, mlp.out and resid.post of every layer; the logits."""
-        return (EMBED, *(kind[i] for i in range(self.layers) for kind in _PER_LAYER), LOGITS)
+        """resid.pre, attn.out, mlp.out and resid.post of every layer, and the logits."""
+        embeddings = (EMBED,) if self.embeds else ()
+        return (*embeddings, *(kind[i] for i in range(self.layers) for kind in _PER_LAYER), LOGITS)
 
     def why_absent(self, location: Location) -> str:
         """The nearest names."""
@@ -130,7 +134,7 @@ class ToyBinding(AbstractBinding):
         self, kind: WeightType, layer: int | None = None, stack: str = MAIN_STACK
     ) -> Float[Tensor, "..."]:
         """E, under its name."""
-        return self.embedding if kind is W_E else super().weight(kind, layer, stack)
+        return self.embedding if kind is W_E and self.embeds else super().weight(kind, layer, stack)
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:
@@ -165,7 +169,7 @@ class ToyBinding(AbstractBinding):
         with torch.no_grad():
             values: dict[Location, Tensor] = {}
             neurons: list[Tensor] = []
-            x = values[EMBED] = self.embedding[ids]
+            x = self.embedding[ids]
             for layer in range(self.layers):
                 values[RESID_PRE[layer]] = x
                 values[ATTN_OUT[layer]] = x @ self.attention[layer]
@@ -184,13 +188,12 @@ class ToyBinding(AbstractBinding):
                 values[ATTN_OUT[layer].grad] = gradient
                 gradient = gradient + gradient @ self.attention[layer].T
                 values[RESID_PRE[layer].grad] = gradient
-            values[EMBED.grad] = gradient
         return values
 
 
-def toy_graph(layers: int = 3, *, quadratic: bool = True, seed: int = 0) -> HookGraph:
+def toy_graph(layers: int = 3, *, quadratic: bool = True, embeds: bool = False, seed: int = 0) -> HookGraph:
     """A graph of a new toy network."""
-    return HookGraph(ToyBinding(layers, quadratic=quadratic, seed=seed))
+    return HookGraph(ToyBinding(layers, quadratic=quadratic, embeds=embeds, seed=seed))
 
 
 def toy_of(graph: HookGraph) -> ToyBinding:

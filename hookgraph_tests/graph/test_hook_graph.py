@@ -291,9 +291,9 @@ def test_what_is_no_location_is_refused(
 
 
 def test_a_graph_prints_as_what_it_holds():
-    assert repr(toy_graph()) == "HookGraph of ToyBinding: 3 layers, 14 locations, 0 hooks, 0 subgraphs"
+    assert repr(toy_graph()) == "HookGraph of ToyBinding: 3 layers, 13 locations, 0 hooks, 0 subgraphs"
     graph = toy_graph().inject(Coordinates(MLP_OUT[1], "c", orthonormal(4, 2))).hook(LOGITS, torch.neg)
-    assert repr(graph) == "HookGraph of ToyBinding: 3 layers, 15 locations, 1 hook, 1 subgraph"
+    assert repr(graph) == "HookGraph of ToyBinding: 3 layers, 14 locations, 1 hook, 1 subgraph"
 
 
 def test_one_location_may_be_saved_without_a_list():

@@ -53,7 +53,7 @@ def singles(text: Sequence[int], vocabulary: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("target", [EMBED, ATTN_OUT[1]])
 def test_where_all_is_linear_a_score_is_the_effect_of_the_swap(target):
-    graph, text = toy_graph(quadratic=False), toy_tokens([[1, 2, 3]])
+    graph, text = toy_graph(quadratic=False, embeds=True), toy_tokens([[1, 2, 3]])
     examiner = examined(graph, text, lambda logits: logits[..., 2].sum(1), target)
     swaps = all_swaps(examiner)
     scores = swaps.scores(examiner, text)[0]
@@ -65,7 +65,7 @@ def test_where_all_is_linear_a_score_is_the_effect_of_the_swap(target):
 
 def test_a_score_is_the_slope_of_the_effect_along_the_swap():
     """On a quadratic toy, halfway through a text that is edited already."""
-    graph, text, edited = toy_graph(), toy_tokens([[1, 2, 3]]), torch.tensor([[1, 6, 3]])
+    graph, text, edited = toy_graph(embeds=True), toy_tokens([[1, 2, 3]]), torch.tensor([[1, 6, 3]])
     examiner = examined(graph, text, lambda logits: logits[..., 2].sum(1), MLP_OUT[1])
     scores = all_swaps(examiner, 2).scores(examiner, edited)[0]
     table = toy_of(graph).embedding.detach()
@@ -155,7 +155,7 @@ def test_a_rank_is_how_many_fronts_are_peeled_off_before():
 
 
 def test_with_enough_tries_the_search_is_brute_force_over_all_single_swaps():
-    graph, text = toy_graph(), toy_tokens([[1, 2, 3]])
+    graph, text = toy_graph(embeds=True), toy_tokens([[1, 2, 3]])
 
     def metric(logits: Tensor) -> Tensor:
         return logits[:, -1, 2] - logits[:, 0, 4]
