@@ -6,8 +6,10 @@
 from hookgraph import checking as checking  # isort: split
 
 from hookgraph import errors, locations, weights
+from hookgraph.algorithms import LogitLens as LogitLens
 from hookgraph.algorithms import (
     PatchingEffect,
+    causal_basis,
     contributions,
     counterfactuals,
     direct_logit_attribution,
@@ -19,7 +21,10 @@ from hookgraph.algorithms import (
     patching_effect,
     path_profile,
 )
+from hookgraph.algorithms import TunedLens as TunedLens
 from hookgraph.algorithms import ablate as ablate
+from hookgraph.algorithms import ablate_layer as ablate_layer
+from hookgraph.algorithms import ablate_subspace as ablate_subspace
 from hookgraph.algorithms import activation_patching as activation_patching
 from hookgraph.algorithms import causal_tracing as causal_tracing
 from hookgraph.algorithms import cmd as cmd
@@ -29,6 +34,7 @@ from hookgraph.algorithms import mean_activations as mean_activations
 from hookgraph.algorithms import mean_patching_effect as mean_patching_effect
 from hookgraph.algorithms import optimal_constants as optimal_constants
 from hookgraph.algorithms import path_patching as path_patching
+from hookgraph.algorithms import remove_subspace as remove_subspace
 from hookgraph.algorithms import sample_activations as sample_activations
 from hookgraph.algorithms import steering_vector as steering_vector
 from hookgraph.binding import Family, bind, check
@@ -71,6 +77,7 @@ __all__ = [
     "SubspaceGraph",
     "TranscoderGraph",
     "bind",
+    "causal_basis",
     "check",
     "contributions",
     "counterfactuals",

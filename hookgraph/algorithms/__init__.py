@@ -2,6 +2,9 @@
 
 from hookgraph.algorithms import metrics, proximity
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.bases.basis import causal_basis
+from hookgraph.algorithms.bases.results import CausalBasis
+from hookgraph.algorithms.bases.subspaces import ablate_layer, ablate_subspace, remove_subspace
 from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.circuits.curves import Curve, cmd, cpr
 from hookgraph.algorithms.circuits.direct import edges
@@ -29,8 +32,10 @@ from hookgraph.algorithms.profiles.profiling import path_profile
 from hookgraph.algorithms.profiles.results import PathProfile
 from hookgraph.algorithms.ranking import Node, Ranking
 from hookgraph.algorithms.readouts.direct import direct_logit_attribution
-from hookgraph.algorithms.readouts.lens import LogitLens, logit_lens
+from hookgraph.algorithms.readouts.lens import lens_logits, logit_lens
+from hookgraph.algorithms.readouts.lenses import LogitLens, TunedLens
 from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
+from hookgraph.algorithms.readouts.trajectory import PredictionTrajectory
 from hookgraph.algorithms.search.results import Counterfactuals
 from hookgraph.algorithms.search.searching import counterfactuals
 
@@ -38,6 +43,7 @@ __all__ = [
     "AblationStatistics",
     "ActivationSamples",
     "Attribution",
+    "CausalBasis",
     "CausalTrace",
     "Circuit",
     "Contributions",
@@ -52,10 +58,15 @@ __all__ = [
     "Node",
     "PatchingEffect",
     "PathProfile",
+    "PredictionTrajectory",
     "Ranking",
     "SteeringVector",
+    "TunedLens",
     "ablate",
+    "ablate_layer",
+    "ablate_subspace",
     "activation_patching",
+    "causal_basis",
     "causal_tracing",
     "cmd",
     "contributions",
@@ -67,6 +78,7 @@ __all__ = [
     "edges",
     "exact_effects",
     "faithfulness",
+    "lens_logits",
     "logit_lens",
     "mean_activations",
     "mean_patching_effect",
@@ -77,6 +89,7 @@ __all__ = [
     "path_profile",
     "proximity",
     "random_circuit",
+    "remove_subspace",
     "sample_activations",
     "steering_vector",
 ]

@@ -55,6 +55,9 @@ class Grid:
     columns: tuple[str, ...]
     row_axis: str
     column_axis: str
+    words: tuple[tuple[str, ...], ...] | None = None
+    """What stands in the cells instead of their numbers."""
+    unit: str = "effect"
 
 
 def layer_maps(
@@ -192,11 +195,15 @@ def _draw_one(axes: "matplotlib.axes.Axes", grid: Grid, theme: Theme) -> None:
                 value = float(grid.values[row, column])
                 ink = theme.muted if abs(value) < 0.02 * scale else _ink(colours(0.5 + value / scale / 2))
                 place = (column + 0.5, row + 0.5)
-                axes.text(*place, _number(value, scale), ha="center", va="center", color=ink, fontsize=7.5)
+                text = _number(value, scale) if grid.words is None else grid.words[row][column]
+                axes.text(
+                    *place, text, ha="center", va="center", color=ink, fontsize=7.5, parse_math=False,
+                    clip_on=True,
+                )  # fmt: skip
     _name_axes(axes, grid, theme)
     bar = axes.figure.colorbar(mesh, ax=axes, aspect=6 * rows, format="%+.3g", pad=0.02, shrink=0.96)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    bar.set_label("effect", color=theme.muted, fontsize=9)
+    bar.set_label(grid.unit, color=theme.muted, fontsize=9)
     bar.ax.tick_params(colors=theme.muted, labelsize=7.5, length=0)
     bar.locator = _few_ticks()
     bar.update_ticks()

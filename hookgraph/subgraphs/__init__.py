@@ -4,7 +4,7 @@ from hookgraph.subgraphs.activations import Activation, Gated, GroupMax, JumpReL
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 from hookgraph.subgraphs.crosscoder import Crosscoder, CrosscoderGraph
 from hookgraph.subgraphs.dictionary import Autoencoder, EncodesAndDecodes, Origin
-from hookgraph.subgraphs.lens import LENS_LOGITS, LensGraph, Translator, load_translators, logit_lens
+from hookgraph.subgraphs.lens import LENS_LOGITS, LensGraph
 from hookgraph.subgraphs.loading import load_autoencoder, load_cross_layer_transcoder, load_crosscoder
 from hookgraph.subgraphs.module import MODULE_OUT, ModuleGraph
 from hookgraph.subgraphs.splicing import ErrorTerm, SpliceGradient
@@ -35,11 +35,8 @@ __all__ = [
     "SubspaceGraph",
     "TopK",
     "TranscoderGraph",
-    "Translator",
     "align",
     "load_autoencoder",
     "load_cross_layer_transcoder",
     "load_crosscoder",
-    "load_translators",
-    "logit_lens",
 ]

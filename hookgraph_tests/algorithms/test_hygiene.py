@@ -14,18 +14,24 @@ from torch import Tensor
 
 from hookgraph import algorithms
 from hookgraph.algorithms import (
+    TunedLens,
     ablate,
+    ablate_layer,
+    ablate_subspace,
     activation_patching,
+    causal_basis,
     causal_tracing,
     counterfactuals,
     direct_logit_attribution,
     exact_effects,
+    lens_logits,
     logit_lens,
     mean_activations,
     mean_patching_effect,
     optimal_constants,
     patching_effect,
     path_patching,
+    remove_subspace,
     sample_activations,
     steering_vector,
 )
@@ -56,6 +62,10 @@ class Algorithm:
 def _fitted(graph: HookGraph, metric: Metric) -> object:
     means = mean_activations(HookGraph(graph.binding), [CLEAN], [MLP_OUT[1]])
     return optimal_constants(graph, [CLEAN], [MLP_OUT[1]], means, loss=metric, steps=2)
+
+
+def _without_subspace(graph: HookGraph, metric: Metric) -> object:
+    return remove_subspace(graph.run(CLEAN, save=[MLP_OUT[1]])[MLP_OUT[1]], torch.ones(32))
 
 
 ALGORITHMS = {
@@ -107,6 +117,25 @@ ALGORITHMS = {
         differentiates=True,
     ),
     "logit_lens": Algorithm(lambda g, m: logit_lens(g, CLEAN), measures=False),
+    "lens_logits": Algorithm(
+        lambda g, m: lens_logits(g, g.run(CLEAN, save=[RESID_POST[1]]), [RESID_POST[1]]),
+        measures=False,
+        refuses_nan=False,
+    ),
+    "causal_basis": Algorithm(
+        lambda g, m: causal_basis(g, CLEAN, MLP_OUT[1], k=1, tries=1, max_iter=2), measures=False
+    ),
+    "causal_basis, lens": Algorithm(
+        lambda g, m: causal_basis(g, CLEAN, RESID_POST[1], 1, decoder=TunedLens.fit(g, [CLEAN]), max_iter=2),
+        measures=False,
+    ),
+    "remove_subspace": Algorithm(_without_subspace, measures=False, refuses_nan=False),
+    "ablate_subspace": Algorithm(
+        lambda g, m: ablate_subspace(g, MLP_OUT[1], torch.ones(32)).run(CLEAN, metric=m), refuses_nan=False
+    ),
+    "ablate_layer": Algorithm(
+        lambda g, m: ablate_layer(g, MLP_OUT[1]).run(CLEAN, metric=m), refuses_nan=False
+    ),
 }
 """Every public algorithm: a new one is one row."""
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from hookgraph.errors import LoadError
+from hookgraph.graph.foreign import read_settings, read_weights
 from hookgraph.ontology.locations import Location
 from hookgraph.subgraphs.activations import Activation, JumpReLU, ReLU
 from hookgraph.subgraphs.dictionary import Autoencoder, Origin
-from hookgraph.subgraphs.loading.files import Format, assembled, located, read_settings, read_weights
+from hookgraph.subgraphs.loading.files import Format, assembled, located
 from hookgraph.subgraphs.transcoder import CrossLayerTranscoder
 
 CONFIG = "config.yaml"

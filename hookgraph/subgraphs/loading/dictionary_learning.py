@@ -6,19 +6,13 @@ from typing import Any, Final
 
 import torch
 
+from hookgraph.graph.foreign import Weights, read_settings, read_weights
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import ATTN_OUT, MLP_OUT, RESID_POST
 from hookgraph.subgraphs.activations import Activation, Gated, JumpReLU, ReLU, TopK
 from hookgraph.subgraphs.crosscoder import Crosscoder
 from hookgraph.subgraphs.dictionary import Autoencoder, Origin
-from hookgraph.subgraphs.loading.files import (
-    Format,
-    Weights,
-    assembled,
-    choose,
-    read_settings,
-    read_weights,
-)
+from hookgraph.subgraphs.loading.files import Format, assembled, choose
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 Make = Callable[[Weights, Origin], Autoencoder]

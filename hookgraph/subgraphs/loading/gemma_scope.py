@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 from typing import Final
 
+from hookgraph.graph.foreign import Weights, read_weights
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import ATTN_Z, EMBED, MLP_IN, MLP_OUT, RESID_POST
 from hookgraph.subgraphs.activations import JumpReLU
 from hookgraph.subgraphs.dictionary import Autoencoder, Origin
-from hookgraph.subgraphs.loading.files import Format, Weights, assembled, read_weights
+from hookgraph.subgraphs.loading.files import Format, assembled
 
 FILE = "params.npz"
 _PLACES: Final[tuple[tuple[str, LocationType, LocationType], ...]] = (

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from hookgraph.errors import LoadError
+from hookgraph.graph.foreign import Weights, read_weights
 from hookgraph.ontology.aliases import from_transformer_debugger
 from hookgraph.ontology.locations import Location
 from hookgraph.subgraphs.activations import Activation, ReLU, TopK
 from hookgraph.subgraphs.dictionary import Autoencoder, Origin
-from hookgraph.subgraphs.loading.files import Format, Weights, assembled, choose, read_weights
+from hookgraph.subgraphs.loading.files import Format, assembled, choose
 
 _PLACE = re.compile(r"(mlp|resid)_(post_act|delta_attn|post_attn|delta_mlp|post_mlp)")
 

@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 
 from hookgraph.errors import LoadError
+from hookgraph.graph.foreign import Weights, read_settings, read_weights
 from hookgraph.subgraphs.activations import Activation, Gated, JumpReLU, ReLU, TopK
 from hookgraph.subgraphs.dictionary import Autoencoder, Normalisation, Origin
 from hookgraph.subgraphs.encoders import CausalAttention, MatchingPursuit, Projection, TemporalExpectation
-from hookgraph.subgraphs.loading.files import (
-    Format,
-    Weights,
-    assembled,
-    choose,
-    located,
-    read_settings,
-    read_weights,
-)
+from hookgraph.subgraphs.loading.files import Format, assembled, choose, located
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 Config = Mapping[str, Any]

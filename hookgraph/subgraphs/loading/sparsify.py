@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+from hookgraph.graph.foreign import read_settings, read_weights
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import MLP_IN, MLP_OUT, RESID_POST
 from hookgraph.subgraphs.activations import Activation, GroupMax, TopK
 from hookgraph.subgraphs.dictionary import Autoencoder, Origin
-from hookgraph.subgraphs.loading.files import Format, assembled, choose, read_settings, read_weights
+from hookgraph.subgraphs.loading.files import Format, assembled, choose
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _HOOKPOINT = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(\.mlp)?$")

@@ -1,4 +1,4 @@
-"""Direct logit attribution and the logit lens against sums written by hand."""
+"""Direct logit attribution against sums written by hand."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookgraph.algorithms import LogitAttribution, LogitLens, direct_logit_attribution, logit_lens
+from hookgraph.algorithms import LogitAttribution, direct_logit_attribution
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.readouts.direct import Parts
-from hookgraph.errors import HookGraphError, LocationError, MetricError
+from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.locations import (
     ATTN_OUT,
     ATTN_RESULT,
@@ -142,44 +142,3 @@ def test_bad_requests_are_refused():
         direct_logit_attribution(graph, tokens(), [3, 4, 5])
     with pytest.raises(HookGraphError, match="no dictionary is injected"):
         direct_logit_attribution(graph, tokens(), 3, by="latent")
-    with pytest.raises(LocationError, match=r"attn.out\[0\]@pos=1 is not the stream"):
-        logit_lens(graph, tokens(), [ATTN_OUT[0].at(pos=1)])
-    with pytest.raises(LocationError, match="pos=9 is out of range"):
-        logit_lens(graph, tokens(), pos=9)
-    with pytest.raises(HookGraphError, match="k=49: there are 48 tokens"):
-        logit_lens(graph, tokens(), k=49)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_lens_is_the_model_with_a_residual_in_the_place_of_the_last(family: str):
-    graph = bound(family, torch.float64)
-    found = logit_lens(graph, tokens(), pos=[-1, 2], k=3)
-    run = graph.run(tokens(), save=graph.every(RESID_POST))
-    for row, place in enumerate(graph.every(RESID_POST)):
-        logits = graph.hook(RESID_POST[2], lambda _, v=run[place]: v).run(tokens()).logits
-        expected = logits[:, [-1, 2]].log_softmax(-1)
-        assert torch.allclose(found.log_probs[row], expected.topk(3).values, atol=1e-12)
-        assert torch.equal(found.tokens[row], expected.topk(3).indices)
-    assert found.positions == (5, 2)
-    assert found.table().shape == (3, 2)
-    assert len(found.to_frame()) == 3 * 2 * 2 * 3
-    assert "<table" in found._repr_html_()
-    assert found.plot().axes
-
-
-def test_a_lens_is_kept_and_translates_first(tmp_path: Path):
-    graph, ids = bound("llama", torch.float64), tokens()
-    plain = logit_lens(graph, ids, k=3)
-    plain.save(tmp_path / "lens.safetensors")
-    again = LogitLens.load(tmp_path / "lens.safetensors")
-    assert repr(again) == repr(plain)
-    assert torch.equal(again.log_probs, plain.log_probs)
-    shift = torch.randn(32, dtype=torch.float64)
-    tuned = logit_lens(graph, ids, k=3, translators={RESID_POST[1]: lambda x: x + shift})
-    assert tuned.locations == (RESID_POST[1], RESID_POST[2])
-    moved = graph.run(ids, save=[RESID_POST[1]])[RESID_POST[1]] + shift
-    expected = graph.hook(RESID_POST[2], lambda _: moved).run(ids).logits.log_softmax(-1).topk(3)
-    assert torch.allclose(tuned.log_probs[0], expected.values, atol=1e-12)
-    assert torch.equal(tuned.tokens[1], plain.tokens[2])
-    with pytest.raises(LocationError, match=r"no translator of resid\.post\[0\]"):
-        logit_lens(graph, ids, [RESID_POST[0]], translators={RESID_POST[1]: lambda x: x})

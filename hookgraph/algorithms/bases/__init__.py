@@ -1,0 +1,1 @@
+"""Directions of a location by what the output loses without them, and what it takes to remove them."""
