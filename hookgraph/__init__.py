@@ -37,6 +37,7 @@ from hookgraph.algorithms import path_patching as path_patching
 from hookgraph.algorithms import remove_subspace as remove_subspace
 from hookgraph.algorithms import sample_activations as sample_activations
 from hookgraph.algorithms import steering_vector as steering_vector
+from hookgraph.algorithms import stimulus_response as stimulus_response
 from hookgraph.binding import Family, bind, check
 from hookgraph.errors import AlreadyAttachedError as AlreadyAttachedError
 from hookgraph.errors import BindingError as BindingError

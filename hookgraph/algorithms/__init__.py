@@ -2,7 +2,9 @@
 
 from hookgraph.algorithms import metrics, proximity
 from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.bases.alignment import stimulus_response
 from hookgraph.algorithms.bases.basis import causal_basis
+from hookgraph.algorithms.bases.responses import StimulusResponse
 from hookgraph.algorithms.bases.results import CausalBasis
 from hookgraph.algorithms.bases.subspaces import ablate_layer, ablate_subspace, remove_subspace
 from hookgraph.algorithms.circuits.circuit import Circuit
@@ -61,6 +63,7 @@ __all__ = [
     "PredictionTrajectory",
     "Ranking",
     "SteeringVector",
+    "StimulusResponse",
     "TunedLens",
     "ablate",
     "ablate_layer",
@@ -92,4 +95,5 @@ __all__ = [
     "remove_subspace",
     "sample_activations",
     "steering_vector",
+    "stimulus_response",
 ]

@@ -34,6 +34,7 @@ from hookgraph.algorithms import (
     remove_subspace,
     sample_activations,
     steering_vector,
+    stimulus_response,
 )
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import AlreadyAttachedError, MetricError
@@ -128,6 +129,9 @@ ALGORITHMS = {
     "causal_basis, lens": Algorithm(
         lambda g, m: causal_basis(g, CLEAN, RESID_POST[1], 1, decoder=TunedLens.fit(g, [CLEAN]), max_iter=2),
         measures=False,
+    ),
+    "stimulus_response": Algorithm(
+        lambda g, m: stimulus_response(g, CLEAN, [RESID_POST[1]], intervention="lens"), measures=False
     ),
     "remove_subspace": Algorithm(_without_subspace, measures=False, refuses_nan=False),
     "ablate_subspace": Algorithm(

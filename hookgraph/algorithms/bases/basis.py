@@ -9,12 +9,12 @@ from torch import Tensor
 
 from hookgraph.algorithms import reduction
 from hookgraph.algorithms.bases.energies import (
-    Decode,
     DecodedEnergy,
     Loss,
     States,
     checked_labels,
     model_after,
+    through,
 )
 from hookgraph.algorithms.bases.greedy import Energy, greedy
 from hookgraph.algorithms.bases.rank_one import LensEnergy, ending
@@ -24,7 +24,7 @@ from hookgraph.algorithms.bases.subspaces import Removal, deranged
 from hookgraph.algorithms.padding import check_finite, real_tokens
 from hookgraph.algorithms.readouts.decoding import decoded
 from hookgraph.algorithms.readouts.lens import check_residual
-from hookgraph.algorithms.readouts.lenses import Lens, Translation
+from hookgraph.algorithms.readouts.lenses import Lens
 from hookgraph.errors import HookGraphError, LocationError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
@@ -96,7 +96,7 @@ def causal_basis(
     translation = None if decoder is None else decoder.translation(place)
     end = partial(decoded, graph, prepared)
     if decoder is not None:
-        decode = _through(end, translation)
+        decode = through(end, translation)
     with torch.no_grad():
         before = decode(value)[kept].log_softmax(-1)
     loss = Loss(before, None if labels is None else labels.to(kept.device)[kept])
@@ -134,15 +134,6 @@ def _checked(graph: HookGraph, at: Location, ablation: str, *, lens: bool) -> Lo
     if at != at.whole or at.dims[:2] != (Dimension.BATCH, Dimension.POS) or len(at.dims) < 3:
         raise LocationError(f"a basis is that of vectors at every position, {at} is not: name it whole")
     return check_residual(graph, at) if lens else at
-
-
-def _through(end: Decode, translation: Translation | None) -> Decode:
-    """The translation, and then the end of the model."""
-
-    def decode(value: Float[Tensor, "batch pos d_model"], /) -> Float[Tensor, "batch pos vocab"]:
-        return end(value if translation is None else translation(value))
-
-    return decode
 
 
 def _rest(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hookgraph.algorithms.readouts.lenses import Translation
 from hookgraph.errors import ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
@@ -111,6 +112,15 @@ def model_after(graph: HookGraph, inputs: Mapping[str, object], at: Location) ->
             return hooked.replay(run, entry, save=[LOGITS], grad=True)[LOGITS]
 
     return decode, run
+
+
+def through(end: Decode, translation: Translation | None) -> Decode:
+    """The translation, and then the end of the model."""
+
+    def decode(value: Float[Tensor, "batch pos d_model"], /) -> Float[Tensor, "batch pos vocab"]:
+        return end(value if translation is None else translation(value))
+
+    return decode
 
 
 def checked_labels(labels: Int[Tensor, "..."], shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"]:
