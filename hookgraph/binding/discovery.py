@@ -1,14 +1,17 @@
 """From a trace to anchors: which location is reached where. No name of a module plays a part."""
 
+from dataclasses import replace
+
 from hookgraph.binding.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.blocks import Block, Update, find_chains
-from hookgraph.binding.ends import bind_embedding, bind_head
+from hookgraph.binding.ends import bind_embedding, bind_head, bind_last_norm
 from hookgraph.binding.findings import Findings, Layer, StreamStep
 from hookgraph.binding.heads import bind_attention
 from hookgraph.binding.interiors import bind_mlp
 from hookgraph.binding.mixers import bind_mixer
 from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
+from hookgraph.binding.resuming import resumptions
 from hookgraph.binding.roles import Role, assign_roles, is_ambiguous, values_from
 from hookgraph.binding.stacks import main_chain, name_stacks
 from hookgraph.binding.tracing import Call, Trace, Value, alias_chain
@@ -41,6 +44,7 @@ def discover(trace: Trace) -> Findings:
     for stack, blocks in name_stacks(trace, others, crossed=crossed):
         _bind_stack(trace, found, stack, blocks, frozenset())
         bind_embedding(trace, found, stack, blocks[0])
+        bind_last_norm(trace, found, stack, blocks[-1])
     bind_embedding(trace, found, DECODER, main[0])
     bind_head(trace, found, DECODER, main[-1])
     return found
@@ -57,6 +61,10 @@ def _bind_stack(
         _bind_entry(trace, found, _points(stack, block)[0][number], block)
         _bind_block(trace, found, stack, number, block, roles)
         crossed.append("cross-attention" in roles)
+    layers = found.layers[stack.RESID_PRE.stack]
+    if not any(layer.shared for layer in layers):
+        after = resumptions(trace, blocks)
+        layers[:] = [replace(layer, after=x) for layer, x in zip(layers, after, strict=True)]
     return crossed
 
 
@@ -128,11 +136,10 @@ def _bind_block(
             found.absent(f"layer {layer} adds {len(updates)} updates of this kind", kind, layer=layer)
     _bind_insides(trace, found, stack, layer, block, roles)
     middles = _bind_middles(trace, found, stack, layer, block, roles)
-    size = 0 if slot_out is None else len(call.outputs)
     stream = _stream(block, places, middles, point)
     shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
-        Layer(first.path, slot_in, slot_out, size, stream, shared, layout, view is not None)
+        Layer(first.path, slot_in, slot_out, call.size, stream, shared, layout, view is not None)
     )
 
 

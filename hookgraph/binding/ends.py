@@ -35,7 +35,7 @@ def bind_head(trace: Trace, found: Findings, stack: TransformerStack, last: Bloc
     logits = trace.root.outputs.get("logits")
     if logits is None or not logits.is_activation:
         found.absent("the model returns no logits per position", stack.LOGITS)
-        _bind_last_norm(trace, found, stack, last)
+        bind_last_norm(trace, found, stack, last)
         return
     found.add(Anchor(stack.LOGITS, "output", "", "logits"))
     head = next((c for c in _projections_behind(trace, logits) if c.first >= last.call.last), None)
@@ -47,11 +47,17 @@ def bind_head(trace: Trace, found: Findings, stack: TransformerStack, last: Bloc
     layout = last.grid.layout_of(value)
     found.add(on_call(trace, head, Anchor(stack.FINAL_LN_OUT, "input", head.path, slot, layout=layout)))
     found.weigh("W_U", stack.LOGITS, WeightSource(head.path, "output"))
-    bind_scale(trace, found, stack.FINAL_LN_SCALE, value, trace.root, last.grid)
+    bind_scale(trace, found, stack.FINAL_LN_SCALE, _unscaled(value), trace.root, last.grid)
 
 
-def _bind_last_norm(trace: Trace, found: Findings, stack: TransformerStack, last: Block) -> None:
-    """In a model without a head: the norm that reads the last layer, if there is one."""
+def _unscaled(value: Value) -> Value:
+    """What a value was before it was multiplied by a number, as some models do before the unembedding."""
+    constant = value.op in ("mul", "div") and len(value.inputs) == 1 and value.scalars
+    return alias_root(value.inputs[0]) if constant else value
+
+
+def bind_last_norm(trace: Trace, found: Findings, stack: TransformerStack, last: Block) -> None:
+    """Where no head follows a stack: the norm that reads its last layer, if there is one."""
     for call in trace.calls:
         norm = find_norm(call, last.grid.layout) if call.first >= last.call.last else None
         if norm is not None and alias_root(norm.input, [last.leaving]) is last.leaving:

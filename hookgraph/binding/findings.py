@@ -6,6 +6,7 @@ from typing import Final, Literal, TypeAlias, final
 
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.layouts import Layout
+from hookgraph.binding.resuming import Resumption
 from hookgraph.binding.tracing import Slot
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location, LocationType
@@ -63,6 +64,8 @@ class Layer:
     """How what enters and leaves it lies."""
     joined: bool = False
     """Whether several streams lie one after another on the last axis."""
+    after: Resumption = Resumption()
+    """What it takes to begin a pass after it."""
 
 
 @final

@@ -128,7 +128,7 @@ class HuggingFaceBinding(AbstractBinding):
     def remember(self, inputs: Prepared, length: int) -> Prepared | None:
         """Inputs for the positions from `length` on, with the cache that the model makes of those before."""
         layers = self.findings.layers.get(MAIN_STACK)
-        if not layers or not self.enterable or "past_key_values" not in self._accepted.names:
+        if not layers or not self.enterable(MAIN_STACK, 0) or "past_key_values" not in self._accepted.names:
             return None
         return remember(self.model, self._modules[layers[-1].module], inputs, length)
 
@@ -200,11 +200,12 @@ class HuggingFaceBinding(AbstractBinding):
         own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
         return lambda: own(self._modules[path], taps, state)
 
-    @property
-    def enterable(self) -> bool:
-        """Whether the layers of the main stack are modules of their own."""
-        layers = self.findings.layers.get(MAIN_STACK, ())
-        return bool(layers) and not any(layer.shared for layer in layers)
+    def enterable(self, stack: str, block: int) -> bool:
+        """Whether the layers of a stack are modules of their own, and those before hand on nothing else."""
+        layers = self.findings.layers.get(stack, ())
+        if not layers or any(layer.shared for layer in layers):
+            return False
+        return block == 0 or layers[block - 1].after.lost is None
 
     @contextmanager
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> Generator[bool]:

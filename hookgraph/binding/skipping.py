@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hookgraph.binding.findings import Layer
 from hookgraph.binding.layouts import restored
 from hookgraph.binding.mechanisms import element, replaced
+from hookgraph.binding.resuming import Resumption
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import installed
@@ -24,26 +25,38 @@ def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: S
             "this model's layers are no modules of their own: it cannot be entered between them"
         )
     skipped = layers[: start.block]
+    after = skipped[-1].after if skipped else Resumption()
+    if after.lost is not None:
+        raise LocationError(
+            f"this model cannot be entered after layer {start.block - 1}: later layers read what layer "
+            f"{after.lost} computed beside the stream"
+        )
     with ExitStack() as stack:
-        for layer in skipped[:-1]:
-            stack.enter_context(_forward_replaced(modules[layer.module], layer, None))
-        if skipped:
-            last = skipped[-1]
-            stack.enter_context(_forward_replaced(modules[last.module], last, start.value))
-        else:
+        for i, layer in enumerate(skipped):
+            value = start.value if layer is skipped[-1] else None
+            stack.enter_context(
+                _forward_replaced(modules[layer.module], layer, value, runs=i in after.needed)
+            )
+        if not skipped:
             stack.enter_context(_input_replaced(modules[layers[0].module], layers[0], start.value))
         yield
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, layer: Layer, value: Tensor | None) -> Generator[None]:
-    before = module.__dict__.get("forward")
+def _forward_replaced(
+    module: nn.Module, layer: Layer, value: Tensor | None, *, runs: bool
+) -> Generator[None]:
+    """The layer hands on its input, or `value`; where it `runs`, what else it returns is its own."""
+    before, own = module.__dict__.get("forward"), module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         result = element(args, kwargs, layer.input_slot) if value is None else _given(layer, value)
         if layer.output_slot is None:
+            if runs:  # for what it leaves elsewhere
+                own(*args, **kwargs)
             return result
-        return tuple(result if i == layer.output_slot else None for i in range(layer.output_size))
+        beside = own(*args, **kwargs) if runs else (None,) * layer.output_size
+        return tuple(result if i == layer.output_slot else other for i, other in enumerate(beside))
 
     module.__dict__["forward"] = forward
     try:

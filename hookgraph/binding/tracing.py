@@ -86,6 +86,8 @@ class Call:
     """One more than the number of the last value computed inside."""
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     """What it was called with."""
+    size: int = 0
+    """How many elements what it returned has, if that is a tuple; tensors or not."""
 
     @property
     def is_identity(self) -> bool:
@@ -249,6 +251,7 @@ class Trace:
         call = self._stack.pop()
         call.outputs = {slot: self.value_of(t) for slot, t in slots_of(output)}
         call.last = len(self.values)
+        call.size = len(output) if isinstance(output, (list, tuple)) else 0
 
     @contextmanager
     def _watch_attention(self) -> Generator[None]:

@@ -78,9 +78,8 @@ class AbstractBinding(ABC):
     def frozen(self) -> AbstractContextManager[None]:
         """Within this context no parameter of the model asks for a gradient."""
 
-    @property
-    def enterable(self) -> bool:
-        """Whether `attached` can start between the layers of the main stack."""
+    def enterable(self, stack: str, block: int) -> bool:
+        """Whether `attached` can start before a layer of a stack, or, with their number, after all of them."""
         return True
 
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> AbstractContextManager[bool]:

@@ -19,7 +19,7 @@ from hookgraph.graph.generating import Generation, StepRecorder
 from hookgraph.graph.injecting import check_injectable
 from hookgraph.graph.measuring import Metric, measure, positions_read, tokens_read
 from hookgraph.graph.recording import EnoughSeen, Recorder
-from hookgraph.graph.replay import check_entry, latest_entry, start_at, taps_from
+from hookgraph.graph.replay import can_start, check_entry, latest_entry, start_at, taps_from
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
 from hookgraph.hooks.positions import Place, is_placed
@@ -253,11 +253,10 @@ class HookGraph:
         One with a hook of this graph is none: what a run saves there is hooked already.
         """
         self.check(location)
-        if not self.binding.enterable:
-            return None
         hooked = {x.whole for x, _ in self.registrations if x.pass_type is PassType.FORWARD}
         entries = (x for x in self.locations if x.type in (RESID_PRE, STREAMS_PRE) and x not in hooked)
-        return latest_entry(location, entries, self.subgraphs)
+        possible = (x for x in entries if can_start(self.binding, x))
+        return latest_entry(location, possible, self.subgraphs)
 
     def remember(self, inputs: Inputs, length: int) -> Prepared | None:
         """Inputs for the positions from `length` on: run, they give what the whole inputs give there.

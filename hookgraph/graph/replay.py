@@ -7,7 +7,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from hookgraph.errors import LocationError, ShapeMismatchError, SubgraphError
-from hookgraph.graph.abstract import AbstractSubgraph, Start
+from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Start
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import RESID_POST, RESID_PRE, STREAMS_POST, STREAMS_PRE
@@ -36,6 +36,13 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
             "a replay's batch is a multiple of the inputs', repeated as a whole"
         )
     return Start(after.type.stack, after.layer + boundary, value), copies
+
+
+def can_start(binding: AbstractBinding, after: Location) -> bool:
+    """Whether a replay can start at a location: a boundary between blocks where the model can be entered."""
+    boundary = _BOUNDARIES.get(after.type.name)
+    whole = after.layer is not None and after.site is None and after == after.whole
+    return boundary is not None and whole and binding.enterable(after.type.stack, (after.layer or 0) + boundary)
 
 
 def taps_from(after: Location, taps: Taps) -> tuple[Taps, list[Location]]:

@@ -237,6 +237,7 @@ class TransformerStack:
 DECODER: Final = TransformerStack(MAIN_STACK)
 ENCODER: Final = TransformerStack("encoder")
 VISION: Final = TransformerStack("vision")
+TRANSFORMER_STACKS: Final = (DECODER, ENCODER, VISION)
 reserve_declared()
 
 EMBED: Final = DECODER.EMBED

@@ -11,6 +11,7 @@ from torch import Tensor
 from hookgraph.algorithms.readouts.lenses import Translation
 from hookgraph.errors import ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.replay import can_start
 from hookgraph.graph.run import Run
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import LOGITS, RESID_POST, RESID_PRE
@@ -93,7 +94,7 @@ def model_after(graph: HookGraph, inputs: Mapping[str, object], at: Location) ->
     """
     place = graph.check(at).whole
     direct = (
-        graph.binding.enterable
+        can_start(graph.binding, place)
         and not graph.subgraphs
         and place.type.stack == MAIN_STACK
         and place.type.name in {RESID_PRE.name, RESID_POST.name}

@@ -96,23 +96,28 @@ def integrated(contrast: Contrast, path: Path, progress: bool | None) -> Estimat
 def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None) -> Estimate:
     """delta · the mean of dm/dnode while the embeddings move from clean to corrupt: `steps` passes in all.
 
+    Those of an encoder and of images move together with those of the decoder.
+
     Raises:
         HookGraphError: the graph has no embeddings, or hooks them.
     """
     graph = contrast.graph
-    if EMBED not in graph.locations:
+    embeddings = [x for x in graph.locations if x.type.name == EMBED.type.name]
+    if not embeddings:
         raise HookGraphError(f"ig_inputs moves the embeddings: {graph.binding.why_absent(EMBED)}")
-    clean = graph.run(contrast.inputs, save=[EMBED])[EMBED]
+    clean = graph.run(contrast.inputs, save=embeddings)
     other = contrast.other
-    corrupt = torch.zeros_like(clean) if other is None else graph.run(other, save=[EMBED])[EMBED]
+    corrupt = None if other is None else graph.run(other, save=embeddings)
     nodes, weights = nodes_and_weights(path.quadrature, path.steps)
     batch = len(contrast.measured)
     means: Tensors = {}
     with Progress("integrated gradients", path.steps, shown=progress) as bar:
 
         def work(piece: Sequence[int]) -> Run:
-            moved = _between(clean, corrupt, nodes[list(piece)])
-            edited = per_copy(graph, batch).hook(EMBED, lambda _: moved)
+            edited = per_copy(graph, batch)
+            for place in embeddings:
+                end = torch.zeros_like(clean[place]) if corrupt is None else corrupt[place]
+                edited = edited.hook(place, _set(_between(clean[place], end, nodes[list(piece)])))
             save = [place.grad for place in contrast.places]
             return run_copies(edited, contrast.base, None, len(piece), metric=contrast.metric, save=save)
 

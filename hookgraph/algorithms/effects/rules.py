@@ -1,6 +1,6 @@
 """Attribution patching with repaired gradients: RelP and AtP*."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -9,26 +9,25 @@ from torch import Tensor
 from hookgraph.algorithms.effects.gradients import Estimate, Tensors, estimate
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
-from hookgraph.algorithms.streams import RESIDUALS
+from hookgraph.algorithms.streams import RESIDUALS, updates_of_all_stacks
 from hookgraph.errors import HookGraphError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
-from hookgraph.ontology.transformer import (
-    ATTN_K,
-    ATTN_PATTERN,
-    ATTN_Q,
-    ATTN_SCORES,
-    DECODER,
-    MLP_POST,
-    MLP_PRE,
-)
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS, AttentionTypes
 from hookgraph.ontology.weights import W_gate
 
 _VECTORS = (Dimension.D_HEAD, Dimension.D_MODEL)
 """Axes along which AtP* takes one node."""
 _LARGEST = 80.0
 """exp(80) is finite in single precision."""
+_ATTENTIONS: Mapping[LocationType, AttentionTypes] = {
+    kind: found
+    for stack in TRANSFORMER_STACKS
+    for found in (stack.attention, stack.cross_attention)
+    for kind in (found.q, found.k)
+}
+"""Which attention, of which stack, queries and keys belong to."""
 
 
 def relp(contrast: Contrast) -> Estimate:
@@ -44,10 +43,11 @@ def relp(contrast: Contrast) -> Estimate:
     for location in contrast.graph.locations:
         if location.site is None and location.type.name.rpartition(".")[2] in ("ln_scale", "pattern"):
             graph = graph.stop_gradient(location)
-    for before in (x for x in contrast.graph.locations if x.type == MLP_PRE):
-        after = MLP_POST[before.layer or 0]
+    after_of = {stack.MLP_PRE: stack.MLP_POST for stack in TRANSFORMER_STACKS}
+    for before in (x for x in contrast.graph.locations if x.type in after_of):
+        after = after_of[before.type][before.layer or 0]
         if after in contrast.graph.locations:
-            gated = _is_gated(graph, before.layer or 0)
+            gated = _is_gated(graph, before)
             graph = _by_secant(graph, before, after, share=0.5 if gated else 1.0)
             halved |= {after} if gated else set()
     run = graph.run(
@@ -58,9 +58,9 @@ def relp(contrast: Contrast) -> Estimate:
     return estimate(contrast, grads)
 
 
-def _is_gated(graph: HookGraph, layer: int) -> bool:
+def _is_gated(graph: HookGraph, inside: Location) -> bool:
     try:
-        graph.weight(W_gate, layer)
+        graph.weight(W_gate, inside.layer, inside.type.stack)
     except UnknownLocationError:
         return False
     return True
@@ -92,6 +92,8 @@ def _by_secant(graph: HookGraph, before: Location, after: Location, *, share: fl
 def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
     """Mean over layers of |delta · dm/dnode|, each time with one layer's updates cut out of the gradient.
 
+    The layers are those of all stacks.
+
     A node is a vector: its effect is summed over d_head and d_model before the absolute value is taken.
     A layer's own inside is not averaged over the pass that cuts this layer off. For queries and keys the
     change of the pattern is computed exactly and only what follows it is linear:
@@ -106,8 +108,8 @@ def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
 
     Source: Kramár et al., "AtP*", arXiv:2403.00745.
     """
-    changes = {p: _pattern_change(contrast, p) for p in contrast.places if p.type in (ATTN_Q, ATTN_K)}
-    patterns = dict.fromkeys(ATTN_PATTERN[p.layer or 0] for p in changes)
+    changes = {p: _pattern_change(contrast, p) for p in contrast.places if p.type in _ATTENTIONS}
+    patterns = dict.fromkeys(_pattern(p) for p in changes)
     plain = [p for p in contrast.places if p not in changes]
     wanted = [x.grad for x in (*patterns, *plain)]
     updates = _updates(contrast.graph)
@@ -120,7 +122,7 @@ def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
                 graph = graph.hook(location.grad, torch.zeros_like)
             run = graph.run(contrast.inputs, save=wanted, metric=contrast.metric, logits=False)
             for place in contrast.places:
-                if layer == place.root.layer and len(updates) > 1 and not _in_stream(place.root):
+                if layer == _layer(place.root) and len(updates) > 1 and not _in_stream(place.root):
                     continue
                 effect = _effect(contrast, place, changes, run)
                 sums[place] = sums.get(place, torch.zeros_like(effect)) + effect.abs()
@@ -139,7 +141,7 @@ def _effect(
 ) -> Float[Tensor, "..."]:
     """The signed effect of each node at a place."""
     if place in changes:
-        return changes[place](run[ATTN_PATTERN[place.layer or 0].grad])
+        return changes[place](run[_pattern(place).grad])
     effect = (contrast.corrupt[place] - contrast.clean[place]) * run[place.grad]
     axes = [i for i, d in enumerate(place.dims) if d in _VECTORS]
     return effect.sum(axes) if axes else effect
@@ -147,8 +149,8 @@ def _effect(
 
 def _pattern_change(contrast: Contrast, place: Location) -> Change:
     """How the pattern changes with each query, or key, of a layer."""
-    layer, graph = place.layer or 0, contrast.graph
-    scores, pattern = ATTN_SCORES[layer], ATTN_PATTERN[layer]
+    graph, kind = contrast.graph, _ATTENTIONS[place.type]
+    scores, pattern = kind.scores[place.layer or 0], _pattern(place)
     if place.index:
         raise HookGraphError(f"{place}: atp_star takes queries and keys of a whole layer: {place.whole}")
     try:
@@ -160,7 +162,7 @@ def _pattern_change(contrast: Contrast, place: Location) -> Change:
     moved = graph.hook(place, lambda _: corrupt).run(contrast.inputs, save=[scores])[scores]
     # Many models compute the softmax in single precision, whatever their own.
     p, before, moved = (x.to(corrupt.dtype) for x in (clean[pattern], clean[scores], moved))
-    if place.type == ATTN_Q:
+    if place.type == kind.q:
         shift = moved.softmax(-1)[..., : p.shape[-1]] - p
         return lambda g: (g * shift).sum(-1).mT
     delta = (moved - before)[..., : p.shape[-1]].nan_to_num(nan=0.0)
@@ -175,22 +177,27 @@ def _pattern_change(contrast: Contrast, place: Location) -> Change:
     return by_key
 
 
-def _updates(graph: HookGraph) -> dict[int, list[Location]]:
-    """What each layer of the main stack adds to the stream."""
-    kinds: Sequence[LocationType] = (
-        DECODER.ATTN_OUT,
-        DECODER.XATTN_OUT,
-        DECODER.MIXER_OUT,
-        DECODER.MLP_OUT,
-        DECODER.EXTRA_OUT,
-    )
-    found: dict[int, list[Location]] = {}
-    for location in graph.locations:
-        if location.type in kinds and location.layer is not None and location.site is None:
-            found.setdefault(location.layer, []).append(location)
+def _pattern(place: Location) -> Location:
+    """The pattern that a query or key makes."""
+    return _ATTENTIONS[place.type].pattern[place.layer or 0]
+
+
+_Layer = tuple[str, int | None]
+"""A layer of a stack."""
+
+
+def _layer(location: Location) -> _Layer:
+    return location.type.stack, location.layer
+
+
+def _updates(graph: HookGraph) -> dict[_Layer, list[Location]]:
+    """What each layer adds to its stream."""
+    found: dict[_Layer, list[Location]] = {}
+    for location in updates_of_all_stacks(graph):
+        found.setdefault(_layer(location), []).append(location)
     return found
 
 
 def _in_stream(location: Location) -> bool:
     """Whether a location is the stream itself, rather than the inside of an update."""
-    return location.type in RESIDUALS
+    return location.type.name in {kind.name for kind in RESIDUALS}

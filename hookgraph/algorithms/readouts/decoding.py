@@ -6,6 +6,7 @@ from torch import Tensor
 from hookgraph.algorithms.streams import last_residual
 from hookgraph.graph.abstract import Prepared
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.replay import can_start
 from hookgraph.graph.run import Run
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import LOGITS
@@ -27,7 +28,7 @@ def decoded(
     """
     bare, last = HookGraph(graph.binding), last_residual(graph)
     with graph.binding.frozen():
-        if graph.binding.enterable:
+        if can_start(graph.binding, last):
             grad = value.requires_grad
             return bare.replay(Run({}, inputs=inputs), last, value=value, save=[at], grad=grad)[at]
         return bare.hook(last, lambda _: value).run(inputs, save=[at], grad=value.requires_grad)[at]

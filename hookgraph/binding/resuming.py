@@ -1,0 +1,59 @@
+"""Between which layers a pass can begin: where all that later layers read is the stream.
+
+A layer may hand on more than the stream: keys that later layers share, a table of relative positions,
+features that are added much later. What depends on the stream is lost when the layer is left out. What does
+not is there again if the layer runs, whatever it is given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from hookgraph.binding.blocks import Block
+from hookgraph.binding.outputs import read_output
+from hookgraph.binding.stacks import values_behind
+from hookgraph.binding.tracing import Trace, Value, alias_chain, alias_root
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """What it takes to begin a pass after a layer."""
+
+    needed: tuple[int, ...] = ()
+    """The layers up to it that run all the same: what they hand on does not depend on the stream."""
+    lost: int | None = None
+    """The first layer up to it that hands on what does: no pass can begin after it."""
+
+
+def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:
+    """For each layer of a stack, what it takes to begin a pass after it."""
+    output = trace.value_of(read_output(trace.output))
+    entering = blocks[0].entering
+    found: list[Resumption] = []
+    for i, block in enumerate(blocks):
+        handed = blocks[i + 1].entering if i + 1 < len(blocks) else block.leaving
+        beside = _computed_in(blocks[: i + 1], output, handed)
+        lost = [layer for layer, value in beside if entering in values_behind(value)]
+        needed = tuple(sorted({layer for layer, _ in beside}))
+        found.append(Resumption(lost=min(lost)) if lost else Resumption(needed))
+    return found
+
+
+def _computed_in(blocks: Sequence[Block], output: Value, stream: Value) -> list[tuple[int, Value]]:
+    """What the output reads of what these layers computed, beside the stream that the last one returns."""
+    given = alias_chain(stream)
+    found: list[tuple[int, Value]] = []
+    waiting, seen = [output], set[Value]()
+    while waiting:
+        here = waiting.pop()
+        if here in seen or here.is_source or alias_root(here, given) in given:
+            continue
+        seen.add(here)
+        inside = (n for n, b in enumerate(blocks) if b.call.first <= here.number < b.call.last)
+        layer = next(inside, None)
+        if layer is None:
+            waiting.extend(here.inputs)
+        else:
+            found.append((layer, here))
+    return found
