@@ -64,7 +64,7 @@ class Layer:
     """How what enters and leaves it lies."""
     joined: bool = False
     """Whether several streams lie one after another on the last axis."""
-    after: Resumption = Resumption()
+    after: Resumption = field(default_factory=Resumption)
     """What it takes to begin a pass after it."""
 
 

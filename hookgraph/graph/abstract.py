@@ -79,7 +79,7 @@ class AbstractBinding(ABC):
         """Within this context no parameter of the model asks for a gradient."""
 
     def enterable(self, stack: str, block: int) -> bool:
-        """Whether `attached` can start before a layer of a stack, or, with their number, after all of them."""
+        """Whether `attached` can start before a layer of a stack; with their number, after all."""
         return True
 
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> AbstractContextManager[bool]:

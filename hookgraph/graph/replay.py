@@ -42,7 +42,9 @@ def can_start(binding: AbstractBinding, after: Location) -> bool:
     """Whether a replay can start at a location: a boundary between blocks where the model can be entered."""
     boundary = _BOUNDARIES.get(after.type.name)
     whole = after.layer is not None and after.site is None and after == after.whole
-    return boundary is not None and whole and binding.enterable(after.type.stack, (after.layer or 0) + boundary)
+    return (
+        boundary is not None and whole and binding.enterable(after.type.stack, (after.layer or 0) + boundary)
+    )
 
 
 def taps_from(after: Location, taps: Taps) -> tuple[Taps, list[Location]]:

@@ -110,16 +110,16 @@ def test_the_gradient_is_that_of_finite_differences(name: str):
         delta = corrupt[place] - clean[place]
         ahead, behind = (measured(graph, name, {place: clean[place] + s * delta}) for s in (step, -step))
         slope = (ahead - behind) / (2 * step)
-        assert torch.allclose(got.effects[place].flatten(1).sum(1), slope, rtol=SLOPE[name], atol=0.2 * SLOPE[name])
+        assert torch.allclose(
+            got.effects[place].flatten(1).sum(1), slope, rtol=SLOPE[name], atol=0.2 * SLOPE[name]
+        )
         assert slope.abs().max() > 1e-3
 
 
 @EACH
 def test_integrated_gradients_add_up_to_what_the_site_changes(name: str):
     graph = graph_of(name)
-    got = patching_effect(
-        graph, inputs(name, 0), inputs(name, 1), METRIC, PLACES[name], "ig", tolerance=0.01
-    )
+    got = patching_effect(graph, inputs(name, 0), inputs(name, 1), METRIC, PLACES[name], "ig", tolerance=0.01)
     assert set(got.incomplete) < set(PLACES[name])
     base, corrupt = measured(graph, name, {}), graph.run(inputs(name, 1), save=PLACES[name])
     for place in PLACES[name]:
