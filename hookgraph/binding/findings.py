@@ -6,7 +6,7 @@ from typing import Final, Literal, TypeAlias, final
 
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.layouts import Layout
-from hookgraph.binding.resuming import Resumption
+from hookgraph.binding.resuming import FREE, Resumption
 from hookgraph.binding.tracing import Slot
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location, LocationType
@@ -64,7 +64,7 @@ class Layer:
     """How what enters and leaves it lies."""
     joined: bool = False
     """Whether several streams lie one after another on the last axis."""
-    after: Resumption = field(default_factory=Resumption)
+    after: Resumption = FREE
     """What it takes to begin a pass after it."""
 
 

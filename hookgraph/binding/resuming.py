@@ -7,7 +7,7 @@ not is there again if the layer runs, whatever it is given.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from hookgraph.binding.blocks import Block
 from hookgraph.binding.outputs import read_output
@@ -24,6 +24,10 @@ class Resumption:
     """The layers up to it that run all the same: what they hand on does not depend on the stream."""
     lost: int | None = None
     """The first layer up to it that hands on what does: no pass can begin after it."""
+
+
+FREE: Final = Resumption()
+"""Nothing but the stream is handed on."""
 
 
 def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hookgraph.binding.findings import Layer
 from hookgraph.binding.layouts import restored
 from hookgraph.binding.mechanisms import element, replaced
-from hookgraph.binding.resuming import Resumption
+from hookgraph.binding.resuming import FREE
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import installed
@@ -25,7 +25,7 @@ def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: S
             "this model's layers are no modules of their own: it cannot be entered between them"
         )
     skipped = layers[: start.block]
-    after = skipped[-1].after if skipped else Resumption()
+    after = skipped[-1].after if skipped else FREE
     if after.lost is not None:
         raise LocationError(
             f"this model cannot be entered after layer {start.block - 1}: later layers read what layer "

@@ -41,10 +41,9 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
 def can_start(binding: AbstractBinding, after: Location) -> bool:
     """Whether a replay can start at a location: a boundary between blocks where the model can be entered."""
     boundary = _BOUNDARIES.get(after.type.name)
-    whole = after.layer is not None and after.site is None and after == after.whole
-    return (
-        boundary is not None and whole and binding.enterable(after.type.stack, (after.layer or 0) + boundary)
-    )
+    if boundary is None or after.layer is None or after.site is not None or after != after.whole:
+        return False
+    return binding.enterable(after.type.stack, after.layer + boundary)
 
 
 def taps_from(after: Location, taps: Taps) -> tuple[Taps, list[Location]]:
