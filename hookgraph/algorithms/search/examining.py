@@ -1,6 +1,6 @@
 """Texts are measured exactly: each is run, and its nodes are put into the run of the start."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
@@ -132,6 +132,9 @@ class Examiner:
         Raises:
             MetricError: the target does not depend on the embeddings.
         """
+        return self._in_pieces(self._slopes, tokens)
+
+    def _slopes(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         leaf = _Leaf()
         with self.graph.binding.frozen():
             run = self._with(leaf).run(self._inputs(tokens), save=self.target, grad=True)
@@ -142,12 +145,21 @@ class Examiner:
 
     def loss_slopes(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """d loss / d token embeddings of each text, as what is read; the tokens predicted stay."""
+        return self._in_pieces(self._loss_slopes, tokens)
+
+    def _loss_slopes(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         leaf = _Leaf()
         mask = self.real.bool().expand_as(tokens)
         with self.graph.binding.frozen():
             run = self._with(leaf).run(self._inputs(tokens), metric=cross_entropy(tokens, mask), grad=True)
             loss = finite_metric(run)
             return self._pulled(leaf, [loss], [torch.ones_like(loss)], "the loss")
+
+    def _in_pieces(
+        self, work: Callable[[Tensor], Tensor], tokens: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        pieces = in_pieces(list(tokens), self.batch_size, lambda piece: work(torch.stack([*piece])))
+        return torch.cat([found for _, found in pieces])
 
     def _with(self, leaf: "_Leaf") -> HookGraph:
         """The graph, with a leaf before the hooks: slopes are those of the embeddings of tokens."""

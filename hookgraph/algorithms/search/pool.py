@@ -3,7 +3,7 @@
 from typing import final
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.progress import Progress
@@ -25,7 +25,7 @@ class Pool:
         self.examiner, self._bar = examiner, bar
         self.left = tries
         """How many more may be measured."""
-        self._seen: set[tuple[int, ...]] = {tuple(examiner.tokens.tolist())}
+        self._effects: dict[tuple[int, ...], float] = {tuple(examiner.tokens.tolist()): 0.0}
         self._parts: list[Measured] = []
 
     def add(self, texts: Int[Tensor, "batch pos"], most: int | None = None) -> Measured | None:
@@ -33,16 +33,21 @@ class Pool:
         room = self.left if most is None else min(most, self.left)
         new: dict[tuple[int, ...], Tensor] = {}
         for key, text in zip(map(tuple, texts.tolist()), texts, strict=True):
-            if key not in self._seen and len(new) < room:
+            if key not in self._effects and len(new) < room:
                 new[key] = text
         if not new:
             return None
         measured = self.examiner.measure(torch.stack([*new.values()]))
-        self._seen.update(new)
+        self._effects.update(zip(new, measured.effect.tolist(), strict=True))
         self.left -= len(new)
         self._bar.advance(len(new))
         self._parts.append(measured)
         return measured
+
+    def effects(self, texts: Int[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
+        """Of texts that were measured, and 0 of others."""
+        found = [self._effects.get(tuple(text), 0.0) for text in texts.tolist()]
+        return torch.tensor(found, device=texts.device)
 
     @property
     def texts(self) -> Measured:

@@ -7,7 +7,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.search.descent import mgd, pez
 from hookgraph.algorithms.search.discrete import discrete
+from hookgraph.algorithms.search.evolution import nsga2
 from hookgraph.algorithms.search.examining import Examiner
 from hookgraph.algorithms.search.measured import Objective
 from hookgraph.algorithms.search.pool import Pool
@@ -20,13 +22,13 @@ from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import EMBED
 
-Method: TypeAlias = Literal["discrete"]
+Method: TypeAlias = Literal["discrete", "nsga2", "pez", "mgd"]
 """How texts are found."""
 
 OBJECTIVES: tuple[Objective, ...] = ("effect", "gradient", "similarity", "fluency")
 
 _Search: TypeAlias = Callable[[Pool, Swaps, Sequence[Objective], float, torch.Generator], None]
-_SEARCHES: Mapping[Method, _Search] = {"discrete": discrete}
+_SEARCHES: Mapping[Method, _Search] = {"discrete": discrete, "nsga2": nsga2, "pez": pez, "mgd": mgd}
 
 
 def counterfactuals(
@@ -56,6 +58,10 @@ def counterfactuals(
 
     `discrete`: the first-order score of a swap, d effect / d embedding · (E[v] - E[t]), says which texts are
     worth measuring; the best of them are edited at one more place in the next round.
+    `nsga2`: generations of texts with the swaps of two parents and one more, drawn by its score, of which
+    pymoo selects by front and crowding. `pez` and `mgd`: descents of embeddings, projected to the nearest
+    tokens in each step, along the sum of the slopes of -|effect| and the loss, or along the shortest vector
+    between them. Whatever the method, texts are measured exactly.
 
     Args:
         graph: the hooked model.
@@ -70,7 +76,7 @@ def counterfactuals(
         top_k: how many of the likeliest tokens after what precedes a position may take it; None for all.
         max_perplexity: y's perplexity as a multiple of x's, at most; None for no limit.
         objectives: what is large in a good pair.
-        tries: how many texts are measured.
+        tries: how many texts are measured, at most.
         seed: of what is drawn.
         batch_size: how many texts are run at once, at most. Where memory does not suffice, fewer are.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
@@ -79,9 +85,10 @@ def counterfactuals(
         UnknownLocationError: the graph lacks a node of the target, or token embeddings.
         InputError: it is not one text of tokens, or nothing may be swapped.
         MetricError: the metric is not one finite number per example, or does not depend on the target.
-        HookGraphError: an option is unknown or out of range.
+        HookGraphError: an option is unknown or out of range, or pymoo is not installed.
 
-    Source: HotFlip (arXiv:1712.06751) for the score; NSGA-II (Deb et al., 2002) for what is best.
+    Source: HotFlip (arXiv:1712.06751) for the score, NSGA-II (Deb et al., 2002) for fronts and selection,
+    PEZ (arXiv:2302.03668), multiple-gradient descent (Désidéri, 2012).
     """
     _check(method, objectives, tries, max_perplexity)
     examiner = Examiner.of(graph, text, metric, _nodes(target), batch_size)

@@ -81,13 +81,10 @@ class Swaps:
 
         Source: Ebrahimi et al., "HotFlip", arXiv:1712.06751.
         """
-        return torch.cat([self._scores(examiner, text[None]) for text in texts])
-
-    def _scores(self, examiner: Examiner, text: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        slopes, embeddings = examiner.slopes(text), examiner.embeddings
-        here = (slopes * embeddings[text]).sum(-1, keepdim=True)
+        slopes, embeddings = examiner.slopes(texts), examiner.embeddings
+        here = (slopes * embeddings[texts]).sum(-1, keepdim=True)
         scores = slopes @ embeddings.T - here
-        return torch.where(self.open(text), scores, torch.nan)
+        return torch.where(self.open(texts), scores, torch.nan)
 
     def open(self, texts: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos vocab"]:
         """The swaps that each text may still undergo: where it is edited already, of that token too."""
@@ -95,6 +92,18 @@ class Swaps:
         room = (edited.sum(1) < self.edits)[:, None] | edited
         found = self.allowed & room[:, :, None]
         return found.scatter(2, texts[:, :, None], False)
+
+    def mutated(
+        self, examiner: Examiner, texts: Int[Tensor, "batch pos"], generator: torch.Generator
+    ) -> Int[Tensor, "batch pos"]:
+        """Each text after one more swap, drawn by |score|; one that no swap is open to stays as it is."""
+        scores = self.scores(examiner, texts)
+        found = [
+            self.drawn(text[None], score[None], 1, generator)
+            for text, score in zip(texts, scores, strict=True)
+        ]
+        pairs = zip(found, texts, strict=True)
+        return torch.cat([new if len(new) else text[None] for new, text in pairs])
 
     def drawn(
         self,
@@ -105,16 +114,19 @@ class Swaps:
     ) -> Int[Tensor, "... pos"]:
         """The texts after `count` swaps drawn without replacement, one in each.
 
-        A swap is drawn with a chance in proportion to |what it is predicted to give|: the largest of
-        log |prediction| + Gumbel noise. With as many as there are, every swap is.
+        A swap is drawn with a chance in proportion to 1 / its rank by |prediction|, of which only the order
+        is to be trusted: the largest of -log rank + Gumbel noise. With as many as there are, every swap is.
 
         Source: Kool et al., "Stochastic beams", arXiv:1903.06059.
         """
-        weights = predicted.abs().double().cpu()
-        noise = -torch.log(-torch.log(torch.rand(weights.shape, generator=generator, dtype=torch.float64)))
-        keys = (weights + torch.finfo(weights.dtype).tiny).log() + noise
-        keys = torch.where(weights.isnan(), -torch.inf, keys).flatten()
-        best = keys.topk(min(count, int(keys.isfinite().sum()))).indices.to(texts.device)
+        sizes = predicted.abs().flatten().cpu()
+        closed = sizes.isnan()
+        order = sizes.masked_fill(closed, -1.0).argsort(descending=True, stable=True)
+        drawn = torch.rand(len(order), generator=generator, dtype=torch.float64)
+        keys = torch.empty_like(drawn)
+        keys[order] = -torch.arange(1, len(order) + 1, dtype=drawn.dtype).log()
+        keys = (keys - torch.log(-torch.log(drawn))).masked_fill(closed, -torch.inf)
+        best = keys.topk(min(count, int((~closed).sum()))).indices.to(texts.device)
         rows, places, tokens = torch.unravel_index(best, predicted.shape)
         swapped = texts[rows].clone()
         swapped[torch.arange(len(best), device=texts.device), places] = tokens
