@@ -21,6 +21,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import hookgraph as hg
+from hookgraph.algorithms import CausalBasis, TunedLens
+from hookgraph.algorithms.readouts.lenses import Translation
 from hookgraph.binding.loading import load_model, load_tokenizer
 from hookgraph.cli import app, main
 from hookgraph.demo.train import build_tokenizer
@@ -298,3 +300,31 @@ def test_profiles_of_every_head_are_told_and_drawn(tiny: str, tmp_path: Path):
     assert "attn.z[1]@head=3" in told
     assert "gradient range" in told
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+# --- basis ------------------------------------------------------------------------------------
+
+BASIS = ["--text", CLEAN, "--text", CORRUPT, "--at", "resid.post[0]", "--directions", "2"]
+
+
+def test_a_basis_is_told_kept_and_drawn(tiny: str, tmp_path: Path):
+    file, figure = tmp_path / "basis.safetensors", tmp_path / "energies.png"
+    told = succeed("basis", tiny, *BASIS, "--save", str(file), "--figure", str(figure))
+    found = CausalBasis.load(file)
+    assert found.basis.shape == (16, 2)
+    assert f"{float(found.energies[0]):.3f}" in told
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_basis_is_found_through_a_lens(tiny: str, tmp_path: Path):
+    lens = TunedLens({i: Translation(torch.zeros(16, 16), torch.zeros(16)) for i in range(2)})
+    lens.save(tmp_path / "lens")
+    first, second = (
+        succeed("basis", tiny, *BASIS, "--lens", name) for name in ("logit", str(tmp_path / "lens"))
+    )
+    assert first == second, "a translation that changes nothing"
+
+
+def test_what_a_basis_cannot_be_of_is_told(tiny: str):
+    assert "unknown ablation 'means'" in fail("basis", tiny, *BASIS, "--ablation", "means")
+    assert "resid.post" in fail("basis", tiny, "--text", CLEAN, "--at", "resid.pos[0]")

@@ -16,7 +16,10 @@ TABLE = (ROOT / "docs" / "reference" / "locations.md").read_text(encoding="utf-8
 
 DOCUMENTED_OTHERWISE = {
     "hookgraph.__main__": "the page of the command line",
-    "hookgraph.cli": "the page of the command line",
+    **dict.fromkeys(
+        (f"hookgraph.cli.{name}" for name in ("algorithms", "arguments", "attribution", "models", "telling")),
+        "the page of the command line",
+    ),
     "hookgraph.locations": "the constants of hookgraph.ontology",
     "hookgraph.weights": "the constants of hookgraph.ontology.weights",
 }

@@ -1,0 +1,21 @@
+"""The command line: `hookgraph demo`, `locations`, `check`, `attribute` and the other algorithms."""
+
+import typer
+
+from hookgraph.cli.algorithms import basis, contributions, profile
+from hookgraph.cli.attribution import attribute
+from hookgraph.cli.models import check, demo, locations
+
+app = typer.Typer(
+    help="Read, edit and attribute any tensor inside a HuggingFace transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _command in (demo, locations, check, attribute, contributions, profile, basis):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
