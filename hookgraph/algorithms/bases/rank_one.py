@@ -160,7 +160,8 @@ def _fitted(
     centred: bool,
 ) -> Ending | None:
     width = shaped.shape[-1]
-    pseudo = torch.linalg.pinv(table)
+    # Through the Gram matrix: the pseudo-inverse of the whole table would be most of the work of a basis.
+    gram = torch.linalg.pinv(table @ table.mT, hermitian=True)
     drawn = torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(table)
 
     def said(x: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def _fitted(
 
     base = said(torch.zeros_like(drawn))
     x = drawn - drawn.mean() if centred else drawn
-    large = (said(1e3 * drawn) - base) @ pseudo
+    large = gram @ (table @ (said(1e3 * drawn) - base))
     gain = large / x * x.square().mean().sqrt()
     scaled = table * gain[:, None]
     small = said(1e-3 * drawn) - base
