@@ -12,6 +12,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HOOKGRAPH_CACHE"] = "off"
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ torch.set_num_threads(1)
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def kept_bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what was proven of the models that many tests bind, where proofs are not their subject."""
+    return tmp_path_factory.mktemp("bindings")
 
 
 @pytest.fixture(autouse=True)

@@ -92,8 +92,15 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks])
-def test_page_runs(page: str, page_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_page_runs(
+    page: str,
+    page_module: ModuleType,
+    kept_bindings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOOKGRAPH_CACHE", str(kept_bindings))
     execute(str(ROOT / page), PAGES[page], page_module)
 
 

@@ -14,7 +14,18 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hookgraph.binding import Family, bind, cache, proving
 from hookgraph.binding.examples import example_inputs
-from hookgraph_tests.families import FAMILIES, Size, build, tokens
+from hookgraph_tests.families import FAMILIES, Size, tokens
+from hookgraph_tests.families import build as build_of
+
+SMALLEST = Size(layers=1)
+"""What is kept is the same whatever the size: the proof is short."""
+
+
+def build(
+    family: str, dtype: torch.dtype = torch.float32, size: Size = SMALLEST, seed: int = 0
+) -> PreTrainedModel:
+    """A model of one layer."""
+    return build_of(family, dtype, size, seed)
 
 
 @pytest.fixture(autouse=True)

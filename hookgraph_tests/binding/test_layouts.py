@@ -1,5 +1,7 @@
 """Streams with positions or features first, and layers that are called past their hooks."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,6 +121,7 @@ def made(kind: type[LoomForCausalLM]) -> LoomForCausalLM:
     return model.double().eval()
 
 
+@cache
 def proven(kind: type[LoomForCausalLM]) -> HookGraph:
     return bind(made(kind), cached=False)
 
