@@ -6,6 +6,7 @@ An algorithm is one row of `ALGORITHMS`; a mishap is one test over them.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import final
 
 import pytest
@@ -21,9 +22,16 @@ from hookgraph.algorithms import (
     activation_patching,
     causal_basis,
     causal_tracing,
+    cmd,
+    contributions,
     counterfactuals,
+    cpr,
     direct_logit_attribution,
+    discover_circuit,
+    edge_attribution,
+    edges,
     exact_effects,
+    faithfulness,
     lens_logits,
     logit_lens,
     mean_activations,
@@ -31,13 +39,16 @@ from hookgraph.algorithms import (
     optimal_constants,
     patching_effect,
     path_patching,
+    path_profile,
     remove_subspace,
     sample_activations,
     steering_vector,
     stimulus_response,
 )
+from hookgraph.algorithms.circuits.circuit import Circuit
+from hookgraph.algorithms.circuits.scores import EdgeScores
 from hookgraph.algorithms.metrics import logit_diff
-from hookgraph.errors import AlreadyAttachedError, MetricError
+from hookgraph.errors import AlreadyAttachedError, HookGraphError, MetricError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.locations import ATTN_OUT, ATTN_Z, LOGITS, MLP_OUT, RESID_POST
@@ -67,6 +78,16 @@ def _fitted(graph: HookGraph, metric: Metric) -> object:
 
 def _without_subspace(graph: HookGraph, metric: Metric) -> object:
     return remove_subspace(graph.run(CLEAN, save=[MLP_OUT[1]])[MLP_OUT[1]], torch.ones(32))
+
+
+@cache
+def _scores() -> EdgeScores:
+    return edge_attribution(graph_of(), [(CLEAN, CORRUPT)], MEASURE)
+
+
+@cache
+def _circuit() -> Circuit:
+    return discover_circuit(graph_of(), [(CLEAN, CORRUPT)], MEASURE, HERE, node_threshold=0.0)
 
 
 ALGORITHMS = {
@@ -140,21 +161,25 @@ ALGORITHMS = {
     "ablate_layer": Algorithm(
         lambda g, m: ablate_layer(g, MLP_OUT[1]).run(CLEAN, metric=m), refuses_nan=False
     ),
+    "edges": Algorithm(lambda g, m: edges(g, CLEAN, CORRUPT, m, HERE[:1], HERE[1:]), differentiates=True),
+    "discover_circuit": Algorithm(
+        lambda g, m: discover_circuit(g, [(CLEAN, CORRUPT)], m, HERE, steps=2), differentiates=True
+    ),
+    "faithfulness": Algorithm(lambda g, m: faithfulness(g, _circuit(), [(CLEAN, CORRUPT)], m)),
+    "edge_attribution": Algorithm(
+        lambda g, m: edge_attribution(g, [(CLEAN, CORRUPT)], m), differentiates=True
+    ),
+    "cpr": Algorithm(lambda g, m: cpr(g, _scores(), [(CLEAN, CORRUPT)], m, fractions=[0.1, 1.0])),
+    "cmd": Algorithm(lambda g, m: cmd(g, _scores(), [(CLEAN, CORRUPT)], m, fractions=[0.1, 1.0])),
+    "contributions": Algorithm(lambda g, m: contributions(g, CLEAN[:1]), measures=False),
+    "path_profile": Algorithm(
+        lambda g, m: path_profile(g, CLEAN, CORRUPT, m, HERE, steps=3), differentiates=True
+    ),
 }
 """Every public algorithm: a new one is one row."""
 
-ELSEWHERE = {
-    "contributions",
-    "cmd",
-    "cpr",
-    "discover_circuit",
-    "edge_attribution",
-    "edges",
-    "faithfulness",
-    "path_profile",
-    "random_circuit",
-}
-"""Public functions that have no row here yet."""
+RUN_NOTHING = {"random_circuit"}
+"""Public functions that run no model."""
 
 
 class MishapError(Exception):
@@ -211,7 +236,7 @@ def test_every_public_algorithm_has_a_row():
     functions = {
         name for name in algorithms.__all__ if name.islower() and callable(getattr(algorithms, name))
     }
-    assert functions - ELSEWHERE == {name.partition(",")[0] for name in ALGORITHMS}
+    assert functions - RUN_NOTHING == {name.partition(",")[0] for name in ALGORITHMS}
 
 
 @EACH
@@ -261,7 +286,7 @@ def test_a_graph_holds_the_model_already(algorithm: Algorithm):
 @those(lambda x: x.refuses_nan)
 def test_a_number_is_none(algorithm: Algorithm):
     broken = graph_of().hook(RESID_POST[0], lambda x: x * torch.nan)
-    with unharmed(graph_of()), pytest.raises(MetricError, match="finite"):
+    with unharmed(graph_of()), pytest.raises(HookGraphError, match="finite"):
         algorithm.call(broken, MEASURE)
 
 

@@ -16,6 +16,7 @@ from hookgraph.algorithms.circuits.results import Edges, Pair
 from hookgraph.algorithms.circuits.running import CircuitRunner
 from hookgraph.algorithms.circuits.scores import EdgeScores
 from hookgraph.algorithms.circuits.writing import Change, change_of, places_written
+from hookgraph.algorithms.copies import finite_metric
 from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weights
 from hookgraph.algorithms.effects.results import Convention
 from hookgraph.algorithms.pairs import prepare_pair
@@ -129,7 +130,9 @@ class _Attribution:
 
         def execute(hooked: HookGraph, save: Sequence[Location]) -> Run:
             with hooked.binding.frozen():
-                return hooked.run(first, save=save, metric=batch.metric, grad=True, logits=False)
+                run = hooked.run(first, save=save, metric=batch.metric, grad=True, logits=False)
+            finite_metric(run)
+            return run
 
         return self._integrate(changes, clean, corrupt, execute), count
 

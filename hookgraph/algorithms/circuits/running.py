@@ -62,6 +62,7 @@ class CircuitRunner:
 
         Raises:
             InputError: there are no corrupt inputs.
+            MetricError: the metric is not a finite number.
             HookGraphError: a norm follows the heads, so that what each adds cannot be exchanged alone.
         """
         first, second = prepare_pair(graph, batch.clean, batch.corrupt)
@@ -69,6 +70,7 @@ class CircuitRunner:
             raise InputError("what an edge leaves out is its corrupt value, and a batch has none such")
         places = places_written(writers)
         base = graph.run(first, save=places, metric=batch.metric, logits=False)
+        finite_metric(base)
         corrupt = graph.run(second, save=places)
         weights: dict[Writer, Tensor] = {}
         for writer in (w for w in writers if w.dims):

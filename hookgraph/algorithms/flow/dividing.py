@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TypeAlias, final
 
 import torch
@@ -124,6 +125,10 @@ def divided(
     places = [row.nonzero().flatten() for row in real.to(run[stage.whole].device)]
     rows = [_example(graph, run, stage, inside, norm, Row(i, kept)) for i, kept in enumerate(places)]
     sizes = [float((row.total - row.whole).norm() / row.whole.norm()) for row in rows]
+    if not all(map(isfinite, sizes)):
+        raise HookGraphError(
+            f"{stage.whole} is not finite: a hook, or an overflow in half precision, are usual reasons"
+        )
     gap = max(sizes, default=0.0)
     if not gap <= rounding(run[stage.whole].dtype):
         raise HookGraphError(
