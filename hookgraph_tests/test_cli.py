@@ -21,7 +21,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import hookgraph as hg
-from hookgraph.algorithms import CausalBasis, TunedLens
+from hookgraph.algorithms import CausalBasis, Counterfactuals, TunedLens
 from hookgraph.algorithms.readouts.lenses import Translation
 from hookgraph.binding.loading import load_model, load_tokenizer
 from hookgraph.cli import app, main
@@ -328,3 +328,24 @@ def test_a_basis_is_found_through_a_lens(tiny: str, tmp_path: Path):
 def test_what_a_basis_cannot_be_of_is_told(tiny: str):
     assert "unknown ablation 'means'" in fail("basis", tiny, *BASIS, "--ablation", "means")
     assert "resid.post" in fail("basis", tiny, "--text", CLEAN, "--at", "resid.pos[0]")
+
+
+# --- counterfactuals --------------------------------------------------------------------------
+
+SEARCH = ["--text", CLEAN, "--answer", "John", "--wrong", "Mary", "--tries", "12"]
+
+
+def test_counterfactuals_are_told_kept_and_drawn(tiny: str, tmp_path: Path):
+    file, figure = tmp_path / "pairs.safetensors", tmp_path / "pairs.png"
+    options = ["--at", "attn.z[1]@head=3", "--perplexity", "9", "--save", str(file), "--figure", str(figure)]
+    told = succeed("counterfactuals", tiny, *SEARCH, *options)
+    found = Counterfactuals.load(file)
+    assert len(found.seen) == 12
+    shown = found.to_frame()["swaps"].tolist() or ["no counterfactual among 12 texts"]
+    assert all(swaps.split(",")[0] in told for swaps in shown)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_how_counterfactuals_cannot_be_found_is_told(tiny: str):
+    assert "unknown method 'discreet'" in fail("counterfactuals", tiny, *SEARCH, "--method", "discreet")
+    assert "no counterfactual among 12" in succeed("counterfactuals", tiny, *SEARCH, "--perplexity", "1e-6")

@@ -2,7 +2,7 @@
 
 import typer
 
-from hookgraph.cli.algorithms import basis, contributions, profile
+from hookgraph.cli.algorithms import basis, contributions, counterfactuals, profile
 from hookgraph.cli.attribution import attribute
 from hookgraph.cli.models import check, demo, locations
 
@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, locations, check, attribute, contributions, profile, basis):
+for _command in (demo, locations, check, attribute, contributions, profile, basis, counterfactuals):
     app.command()(_command)
 
 

@@ -1,4 +1,4 @@
-"""Commands that run one algorithm each: contributions, path profiles, causal bases."""
+"""Commands that run one algorithm each: contributions, path profiles, causal bases, counterfactuals."""
 
 from pathlib import Path
 from typing import Annotated, get_args
@@ -12,6 +12,8 @@ from hookgraph.algorithms.flow.tracing import contributions as contributions_of
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.profiles.profiling import path_profile
 from hookgraph.algorithms.readouts.lenses import Lens, LogitLens, TunedLens
+from hookgraph.algorithms.search.searching import Method
+from hookgraph.algorithms.search.searching import counterfactuals as counterfactuals_of
 from hookgraph.binding import bind
 from hookgraph.binding.loading import load_model, load_tokenizer
 from hookgraph.cli.arguments import (
@@ -101,6 +103,49 @@ def basis(
         graph = bind(load_model(place(model)), load_tokenizer(place(model)))
         found = causal_basis(graph, text, Location.parse(at), k, removal, decoder)
         terminal().print(tables.frame_table(found.to_frame(), "direction"))
+        if save is not None:
+            found.save(save)
+            terminal().print(Text(f"\n{save}"))
+        if figure is not None:
+            found.plot().savefig(figure)
+            terminal().print(Text(f"\n{figure}"))
+
+
+def counterfactuals(
+    model: Model,
+    text: Annotated[str, typer.Option(help="The prompt that is edited.", show_default=False)],
+    answer: Annotated[str, typer.Option(help="What follows it, one token.", show_default=False)],
+    wrong: Annotated[str, typer.Option(help="What might have followed, one token.", show_default=False)],
+    at: Annotated[str, typer.Option(help="The nodes that are to tell, such as attn.z[0]@head=1.")] = "embed",
+    method: Annotated[
+        str, typer.Option(help=f"How texts are found: {', '.join(get_args(Method))}.")
+    ] = "discrete",
+    edits: Annotated[int, typer.Option(help="How many tokens may differ.")] = 2,
+    perplexity: Annotated[float, typer.Option(help="At most so many times the prompt's.")] = 1.5,
+    tries: Annotated[int, typer.Option(help="How many texts are measured, at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="Write what was found to this file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw every text into this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Texts a few tokens away that the model answers otherwise, as the nodes tell."""
+    with told(debug):
+        chosen = one_of("method", method, get_args(Method))
+        tokenizer = load_tokenizer(place(model))
+        metric = logit_diff(*(answer_token(tokenizer, word, text) for word in (answer, wrong)))
+        graph = bind(load_model(place(model)), tokenizer)
+        found = counterfactuals_of(
+            graph,
+            text,
+            metric,
+            chosen_locations(graph, at),
+            chosen,
+            edits=edits,
+            max_perplexity=perplexity,
+            tries=tries,
+            seed=seed,
+        )
+        terminal().print(tables.frame_table(found.to_frame(), "pair") if len(found) else Text(repr(found)))
         if save is not None:
             found.save(save)
             terminal().print(Text(f"\n{save}"))
