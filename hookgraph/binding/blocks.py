@@ -8,7 +8,7 @@ computed: attention if its computation contains a softmax over positions, otherw
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import final
 
 from torch import nn
@@ -73,6 +73,8 @@ class Block:
     grid: Grid = field(default_factory=lambda: Grid(0, 0))
     ends: tuple[Call, Call] | None = None
     """Of a layer that is no module: its first part, which is given the input, and its last one."""
+    stage: int = 0
+    """How often the width changed on the way to it."""
 
     @property
     def streams(self) -> int:
@@ -113,12 +115,30 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
     linked |= _braided({path: found for path, found in calls.items() if path not in linked})
     inner = {c for found in linked.values() for c in found}
     outermost = {path: f for path, f in linked.items() if not inner & set(f[0].parents)}
+    return _resolved(trace, outermost) or _chains_of_stages(trace, linked) or _chains_of_parts(trace)
+
+
+def _resolved(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, list[Block]]:
+    """The outermost lists of which every call is a layer."""
     chains: dict[str, list[Block]] = {}
-    for path, found in outermost.items():
-        blocks = [block for call in found if (block := _resolve(trace, call)) is not None]
+    taken: set[Call] = set()
+    for path, found in sorted(lists.items(), key=lambda pair: len(pair[1][0].parents)):
+        if taken & set(found[0].parents):
+            continue
+        resolved = (_resolve(trace, call, after) for call, after in zip_longest(found, found[1:]))
+        blocks = [block for block in resolved if block is not None]
         if len(blocks) == len(found):  # one left out would shift the numbers of those after it
             chains[path] = blocks
-    return chains or _chains_of_parts(trace)
+            taken |= set(found)
+    return chains
+
+
+def _chains_of_stages(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, list[Block]]:
+    """Lists inside the modules of other lists, where no stream leads through these: as stages that end with a
+    map to another width. A stream of pictures, which convolutions read, is none.
+    """
+    chains = _resolved(trace, lists)
+    return {path: blocks for path, blocks in chains.items() if blocks[0].entering.tensor.ndim < _STREAM_AXES}
 
 
 def _braided(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
@@ -147,21 +167,22 @@ def _chains_of_parts(trace: Trace) -> dict[str, list[Block]]:
 
 def _is_chain(calls: list[Call]) -> bool:
     """Whether the output of each call feeds the next."""
-    return all(
-        any(
-            alias_root(v, before.outputs.values()) in set(before.outputs.values())
-            for v in call.inputs.values()
-        )
-        for before, call in pairwise(calls)
-    )
+    return all(_handed_on(before, call) for before, call in pairwise(calls))
 
 
-def _resolve(trace: Trace, call: Call) -> Block | None:
-    """The residual path of one call of a layer, or None if no path leads through it."""
+def _handed_on(before: Call, call: Call) -> set[Value]:
+    """What a call returns that another is given."""
+    returned = set(before.outputs.values())
+    return returned & {alias_root(v, returned) for v in call.inputs.values()}
+
+
+def _resolve(trace: Trace, call: Call, after: Call | None = None) -> Block | None:
+    """The residual path of one call of a layer to what the call after it is given; None if there is none."""
+    handed_on = set(call.outputs.values()) if after is None else _handed_on(call, after)
     for entering in (v for v in call.inputs.values() if v.is_activation):
         grid = grid_of(trace, entering)
         finder = _PathFinder(trace, call, entering, grid)
-        for leaving in (v for v in call.outputs.values() if v.is_activation):
+        for leaving in (v for v in call.outputs.values() if v.is_activation and v in handed_on):
             steps = finder.path(leaving)
             if steps and any(s.kind == "add" for s in steps):
                 block = Block(call, entering, leaving, steps, grid=grid)

@@ -63,7 +63,7 @@ def check(
     clean, firing = _check_firing(graph, example, locations)
     proofs += firing
     locations = tuple(x for x in locations if x in clean)
-    shapes = _check_shapes(clean)
+    shapes = _check_shapes(graph, example, clean, binding.findings.stage)
     proofs += shapes
     locations = tuple(p.location for p in shapes if p.holds)
     clean = graph.run(example, save=locations)
@@ -106,17 +106,36 @@ def _sum(logits: Tensor) -> Tensor:
     return logits.flatten(1).sum(1)
 
 
-def _check_shapes(clean: Run) -> list[Proof]:
+def _check_shapes(
+    graph: HookGraph, example: Mapping[str, Any], clean: Run, stage: Callable[[Location], int]
+) -> list[Proof]:
     """As many axes as dimensions, the batch first, and one size per dimension as far as it is shared."""
     sizes: dict[tuple[object, ...], int] = {}
     proofs: list[Proof] = []
+    wrong = _unbatched(graph, _rows(graph, example, 2), list(clean))
     for location, value in clean.items():
-        note = _shape_note(location, value, sizes)
+        note = _shape_note(location, value, sizes, stage(location)) or wrong.get(location, "")
         proofs.append(Proof(location, "shape", not note, float(bool(note)), 0.0, note))
     return proofs
 
 
-def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...], int]) -> str:
+def _unbatched(
+    graph: HookGraph, two: Mapping[str, Any], locations: Sequence[Location]
+) -> dict[Location, str]:
+    """The locations that have no row for each of two examples, with what they have instead."""
+    try:
+        run = graph.run(two, save=locations, metric=_sum)
+    except Exception as error:
+        if len(locations) == 1:
+            return {locations[0]: f"two examples cannot be read: {type(error).__name__}: {error}"}
+        half = len(locations) // 2
+        parts = (locations[:half], locations[half:])
+        return {k: v for part in parts if part for k, v in _unbatched(graph, two, part).items()}
+    sizes = {x: value.shape[0] for x, value in run.items()}
+    return {x: f"the first axis has size {n}, but there are two examples" for x, n in sizes.items() if n != 2}
+
+
+def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...], int], stage: int) -> str:
     """What is wrong with a shape, given the sizes seen so far; they are added to."""
     dims = location.type.dims
     if value.ndim != len(dims):
@@ -134,6 +153,8 @@ def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...
             group = (location,) if alone else (location.type.name.split(".")[0], location.layer)
         elif dim in (Dimension.EXPERT, Dimension.CHOICE):
             group = (location.layer,)
+        elif dim is Dimension.D_MODEL:
+            group = (stage,)
         known = sizes.setdefault((location.type.stack, *group, dim), size)
         if known != size:
             return f"{dim} has size {size} here, {known} elsewhere"

@@ -13,7 +13,7 @@ from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
 from hookgraph.binding.resuming import resumptions
 from hookgraph.binding.roles import Role, assign_roles, is_ambiguous, values_from
-from hookgraph.binding.stacks import main_chain, name_stacks
+from hookgraph.binding.stacks import joined, main_chain, name_stacks
 from hookgraph.binding.tracing import Call, Trace, Value, alias_chain
 from hookgraph.binding.views import Scaled
 from hookgraph.errors import BindingError
@@ -27,7 +27,7 @@ def discover(trace: Trace) -> Findings:
     Raises:
         BindingError: the model has no chain of layers with a residual stream.
     """
-    chains = find_chains(trace)
+    chains = joined(find_chains(trace))
     if not chains:
         lists = [p for p, m in trace.root.module.named_modules() if type(m).__name__ == "ModuleList"]
         raise BindingError(
@@ -35,9 +35,9 @@ def discover(trace: Trace) -> Findings:
             "layers feeds one layer's output into the next along a residual stream "
             f"(lists of modules: {', '.join(lists) or 'none'})"
         )
-    main = main_chain(trace, list(chains.values()))
-    found = Findings(batch=main[0].grid.batch)
-    others = [blocks for blocks in chains.values() if blocks is not main]
+    main = main_chain(trace, chains)
+    found = Findings(batch=main[0].grid.batch, counted=trace.counted)
+    others = [blocks for blocks in chains if blocks is not main]
     sources = [blocks[-1].leaving for blocks in others]
     outside = values_from(trace, sources, main[0].call.first)
     crossed = any(_bind_stack(trace, found, DECODER, main, outside))
@@ -139,7 +139,17 @@ def _bind_block(
     stream = _stream(block, places, middles, point)
     shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
-        Layer(first.path, slot_in, slot_out, call.size, stream, shared, layout, view is not None)
+        Layer(
+            first.path,
+            slot_in,
+            slot_out,
+            call.size,
+            stream,
+            shared,
+            layout,
+            view is not None,
+            stage=block.stage,
+        )
     )
 
 

@@ -4,6 +4,7 @@ What a model is given is told by the names of its arguments; of what shape, by t
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any, Final, TypeAlias
@@ -20,6 +21,8 @@ _BATCH: Final = 2
 _FRAMES: Final = 4
 _SAMPLES: Final = 2000
 _PATCHES: Final = 4
+_GRID: Final = (4, 4)
+"""How many patches a picture has in height and width, where pictures lie one after another."""
 _BINS: Final = (
     "num_mel_bins",
     "feature_size",
@@ -64,14 +67,18 @@ def unrunnable(model: PreTrainedModel, error: Exception | None) -> BindingError:
 
 
 def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Examples to try, the simplest first: the main input alone, then what is required, then everything."""
+    """Examples to try, the simplest first: the main input alone, then what is required, then everything.
+
+    A table of pictures is made together with the pictures.
+    """
     parameters = inspect.signature(model.forward).parameters
     known = [name for name in _MAKERS if name in parameters]
     stated = model.main_input_name
     main = [n for n in ([stated] if isinstance(stated, str) else stated) if n in known]
     required = [n for n in known if parameters[n].default is inspect.Parameter.empty]
     tried: list[set[str]] = []
-    for names in (main or known[:1], [*main, *required], [*known[:1], *main, *required], known):
+    tables = [n for n in required if _MAKERS[n] is _packed]
+    for names in (tables, main or known[:1], [*main, *required], [*known[:1], *main, *required], known):
         if not names or set(names) in tried:
             continue
         tried.append(set(names))
@@ -118,6 +125,26 @@ def _pictures(model: PreTrainedModel) -> list[Arguments]:
     return [*({"pixel_values": _noise(model, *shape)} for shape in shapes), patches]
 
 
+def _packed(model: PreTrainedModel) -> list[Arguments]:
+    """The patches of pictures one after another, and how many there are of each in time, height and width."""
+    channels = _config(model, "num_channels", "in_channels", "in_chans", default=3)
+    patch = _config(model, "patch_size", default=16)
+    depth = _config(model, "temporal_patch_size", default=1)
+    sizes = torch.tensor([[1, *_GRID]] * _BATCH)
+    several = {
+        "grid_thw": sizes,
+        "image_grid_thw": sizes,
+        "merge_sizes": torch.full((_BATCH,), _GRID[0] // 2),
+    }
+    # How many frames a patch spans is not always stated.
+    shapes = [*((channels * d * patch**2,) for d in dict.fromkeys((depth, 1, 2))), (channels, patch, patch)]
+    made: list[Arguments] = []
+    for shape in shapes:
+        patches = _noise(model, math.prod(_GRID), *shape).flatten(0, 1)
+        made.append({"hidden_states": patches, "pixel_values": patches, **several})
+    return made
+
+
 def _films(model: PreTrainedModel) -> list[Arguments]:
     """Pictures, one after the other."""
     channels = _config(model, "num_channels", "in_channels", "in_chans", default=3)
@@ -145,6 +172,8 @@ def _sounds(model: PreTrainedModel) -> list[Arguments]:
 
 
 _MAKERS: Final[Mapping[str, Callable[[PreTrainedModel], list[Arguments]]]] = {
+    "grid_thw": _packed,
+    "image_grid_thw": _packed,
     "input_ids": _tokens,
     "pixel_values": _pictures,
     "pixel_values_videos": _films,

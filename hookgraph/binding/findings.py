@@ -1,7 +1,7 @@
 """What discovery found in a model: anchors, reasons for what is absent, layers, weights. All of it data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias, final
 
 from hookgraph.binding.anchors import Anchor
@@ -66,6 +66,8 @@ class Layer:
     """Whether several streams lie one after another on the last axis."""
     after: Resumption = FREE
     """What it takes to begin a pass after it."""
+    stage: int = 0
+    """How often the width of the stream changed on the way to it."""
 
 
 @final
@@ -108,6 +110,8 @@ class Findings:
     """By stack and layer."""
     batch: int = 0
     """How many examples the traced pass had."""
+    counted: str = ""
+    """The argument that has a row per example, where examples lie one after another on one axis."""
 
     def weigh(self, name: str, at: Location, source: WeightSource) -> None:
         """Keep where a weight lies, unless it is known, by the stack and the layer of a location."""
@@ -122,6 +126,11 @@ class Findings:
         for location in locations:
             place = location if isinstance(location, Location) else Location(location, layer)
             self.reasons.setdefault(place, reason)
+
+    def stage(self, location: Location) -> int:
+        """The stage of a location's layer, or of the last layer: layers of one stage have one width."""
+        layers = self.layers.get(location.type.stack)
+        return layers[-1 if location.layer is None else location.layer].stage if layers else 0
 
     def missing(self, kind: LocationType) -> str:
         """What no layer has, if that is why no location of a type exists; empty if another one of it does."""
@@ -138,6 +147,4 @@ class Findings:
     def without(self, failed: Mapping[Location, str]) -> "Findings":
         """The same without some locations, for these reasons."""
         anchors = {k: v for k, v in self.anchors.items() if k not in failed}
-        return Findings(
-            anchors, {**self.reasons, **failed}, self.layers, self.weights, self.experts, self.batch
-        )
+        return replace(self, anchors=anchors, reasons={**self.reasons, **failed})

@@ -114,6 +114,7 @@ class HuggingFaceBinding(AbstractBinding):
             vocabulary=vocabulary_size(self.model, self._embedding),
             device=self._device,
             copies=copies,
+            counted=self.findings.counted,
         )
 
     def token_texts(self, tokens: Sequence[int]) -> Mapping[int, str]:
@@ -157,7 +158,7 @@ class HuggingFaceBinding(AbstractBinding):
     def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
         """What to install, the last location first: each new hook goes before those on its module."""
         installers: list[Callable[[], Handle]] = []
-        state = PassState()
+        state = PassState(self.findings.counted)
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
         interiors: dict[tuple[Mechanism, str], dict[int, dict[Role, Tap]]] = {}
         eager: dict[str, str] = {}

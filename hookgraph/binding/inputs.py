@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hookgraph.binding.packing import repeated
 from hookgraph.binding.remembering import Remembered
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
@@ -64,6 +65,7 @@ def prepare(
     vocabulary: int,
     device: torch.device,
     copies: int,
+    counted: str = "",
 ) -> dict[str, Any]:
     """Keyword arguments of a model, on a device, the whole batch repeated `copies` times.
 
@@ -76,6 +78,7 @@ def prepare(
         vocabulary: how many tokens the model embeds.
         device: where the model is.
         copies: how often the batch is repeated.
+        counted: the argument that has a row per example, where examples lie one after another on one axis.
 
     Raises:
         InputError: the inputs cannot be run, with the reason.
@@ -93,7 +96,9 @@ def prepare(
         arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted.names:
         arguments.setdefault("use_cache", False)
-    return arguments if copies == 1 else _repeated(arguments, copies)
+    if copies == 1:
+        return arguments
+    return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Module | None:
@@ -157,11 +162,11 @@ def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     """The arguments for `copies` batches one after the other."""
     batch = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), 1)
 
-    def repeated(value: object) -> object:
+    def again(value: object) -> object:
         if isinstance(value, Remembered):
             return value.repeated(copies)
         if isinstance(value, Tensor) and value.shape[:1] == (batch,):
             return value.repeat(copies, *([1] * (value.ndim - 1)))
         return value
 
-    return {k: repeated(v) for k, v in arguments.items()}
+    return {k: again(v) for k, v in arguments.items()}

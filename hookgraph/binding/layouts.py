@@ -8,11 +8,12 @@ from torch import Tensor
 
 from hookgraph.binding.tracing import Trace, Value
 
-Layout: TypeAlias = Literal["", "flat", "positions first", "features first", "streams first"]
+Layout: TypeAlias = Literal["", "flat", "one row", "positions first", "features first", "streams first"]
 """How a tensor that a mechanism reaches lies:
 
 * empty: batch, positions, then the rest, as locations have it.
 * `flat`: one axis for batch and positions.
+* `one row`: the same, after an axis of size one.
 * `positions first`: positions, batch, then the rest.
 * `features first`: batch, features, positions, as convolutions take them.
 * `streams first`: residual streams side by side, batch, positions, features.
@@ -30,6 +31,8 @@ def arranged(layout: Layout, raw: Shaped[Tensor, "..."], batch: int) -> Shaped[T
     """A tensor with its axes as locations have them; a view."""
     if layout == "flat":
         return raw.unflatten(0, (batch, -1))
+    if layout == "one row":
+        return raw[0].unflatten(0, (batch, -1))
     return raw.movedim(*_MOVES[layout]) if layout in _MOVES else raw
 
 
@@ -37,6 +40,8 @@ def restored(layout: Layout, value: Shaped[Tensor, "batch pos ..."]) -> Shaped[T
     """A tensor with its axes as the model has them: what `arranged` undoes."""
     if layout == "flat":
         return value.flatten(0, 1)
+    if layout == "one row":
+        return value.flatten(0, 1)[None]
     return value.movedim(*reversed(_MOVES[layout])) if layout in _MOVES else value
 
 
@@ -54,6 +59,8 @@ class Grid:
         shape = tuple(value.tensor.shape)
         if len(shape) == 2:
             return "flat"
+        if self.layout == "flat":
+            return ""
         if self.layout == "" or shape[:2] == (self.batch, self.positions):
             return ""
         if shape[:2] == (self.positions, self.batch):
@@ -63,8 +70,13 @@ class Grid:
 
 def grid_of(trace: Trace, entering: Value) -> Grid:
     """The grid of a stack, given what enters its first layer."""
-    batch, tokens = _tokens(trace)
     shape = tuple(entering.tensor.shape)
+    examples = _examples(trace)
+    if len(shape) == 2:
+        return Grid(examples, shape[0] // examples, "flat")
+    if len(shape) == 3 and shape[0] == 1 < examples and shape[1] % examples == 0:
+        return Grid(examples, shape[1] // examples, "one row")
+    batch, tokens = _tokens(trace)
     if len(shape) == 4 and shape[1:3] == (batch, tokens) != shape[:2]:
         return Grid(batch, tokens, "streams first")
     if not batch or batch == tokens or shape[0] == batch:
@@ -74,6 +86,13 @@ def grid_of(trace: Trace, entering: Value) -> Grid:
     if len(shape) == 3 and shape[1] == batch:
         return Grid(batch, shape[0], "positions first")
     return Grid(shape[0], shape[1])
+
+
+def _examples(trace: Trace) -> int:
+    """How many examples a model was given: of its first argument, or of the table of what lies packed."""
+    first = next(iter(trace.root.inputs.values()), None)
+    given = trace.root.inputs.get(trace.counted, first)
+    return given.tensor.shape[0] if given is not None and given.tensor.ndim else 0
 
 
 def _tokens(trace: Trace) -> tuple[int, int]:

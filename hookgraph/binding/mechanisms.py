@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.layouts import arranged, restored
 from hookgraph.binding.norms import scale_of
+from hookgraph.binding.packing import examples_in
 from hookgraph.binding.tracing import Slot, tensors_in
 from hookgraph.binding.views import Columns
 from hookgraph.binding.weights import affine_map
@@ -22,22 +23,26 @@ from hookgraph.hooks.taps import Tap
 class PassState:
     """What hooks must know of the pass they are in. `enter` is the pre-hook of the whole model."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: str = "") -> None:
         self.number = 0
         self.batch = 0
+        self._counted = counted
         self.counts = False
         """Whether some module is called several times in a pass."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A new pass begins."""
         self.number += 1
+        if self._counted in kwargs:
+            self.batch = examples_in(kwargs, self._counted)
+            return
         first = next(tensors_in((args, kwargs)), None)
         self.batch = 0 if first is None else first.shape[0]
 
 
 def needs_state(anchor: Anchor) -> bool:
     """Whether an anchor's hook must know of the pass it is in."""
-    return anchor.layout == "flat" or anchor.calls > 1
+    return anchor.layout in ("flat", "one row") or anchor.calls > 1
 
 
 def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Handle:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hookgraph.binding.blocks import Block, Update
+from hookgraph.binding.layouts import arranged
 from hookgraph.binding.tracing import Slot, Trace, evaluating
 
 _POSITION = 1
@@ -27,7 +28,12 @@ def find_mixing(trace: Trace, blocks: Sequence[Block]) -> frozenset[Update]:
             continue
         for update in candidates:
             before, after = (_output_of(trace, block, update, moved=moved) for moved in (False, True))
-            if before is None or after is None or before.shape != after.shape or before.ndim < 3:
+            if before is None or after is None or before.shape != after.shape:
+                continue
+            before, after = (
+                arranged(block.grid.layout_of(update.value), x, block.grid.batch) for x in (before, after)
+            )
+            if before.ndim < 3:
                 continue
             changed = (before - after).abs().flatten(2).amax(-1)
             others = torch.cat([changed[:, :_POSITION], changed[:, _POSITION + 1 :]], dim=1)
@@ -41,7 +47,10 @@ def _output_of(trace: Trace, block: Block, update: Update, *, moved: bool) -> Te
     call = block.call
     entering = block.entering.tensor.clone()
     if moved:
-        entering[:, _POSITION] = entering[:, _POSITION] * 1.5 + 0.5
+        lying = arranged(block.grid.layout, entering, block.grid.batch)
+        if lying.shape[1] <= _POSITION:
+            return None  # one position: nothing else to move
+        lying[:, _POSITION] = lying[:, _POSITION] * 1.5 + 0.5
     seen: list[Tensor] = []
 
     def replaced(thing: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a pass of a model is measured by: one of the tensors that it returns."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +28,15 @@ def read_output(output: Any) -> Float[Tensor, "batch ..."]:
     raise BindingError(f"the model returns no tensor of activations, but {type(output).__name__}")
 
 
-def per_example(output: Float[Tensor, "batch ..."], shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
+def per_example(output: Float[Tensor, "rows ..."], shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
     """An output of several equal examples, of which one alone has `shape` behind the batch axis.
 
     A model that compares each text with each picture returns a square: what an example is to itself lies on
-    its diagonal.
+    its diagonal. One that lays its examples end to end returns them so.
     """
+    size = math.prod(shape)
+    if output.shape[0] == 1 and output.shape[1:] != shape and output.numel() % size == 0:
+        return output.reshape(-1, *shape)
     if output.ndim == 2 and output.shape[1:] != shape and output.shape[0] == output.shape[1]:
         return output.diagonal()[:, None]
     return output

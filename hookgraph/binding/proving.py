@@ -219,6 +219,7 @@ def _on_copy(
 ) -> tuple[Proof, ...]:
     """Prove on a copy in double precision, or in single where the model mixes precisions inside."""
     row = one_row(example, findings.batch)
+    failure: Exception | None = None
     for dtype in (torch.float64, torch.float32):
         twin, precise = make_twin(model, row, dtype)
         candidate = HuggingFaceBinding(twin, findings)
@@ -226,11 +227,13 @@ def _on_copy(
             if dtype != torch.float32 and not HookGraph(candidate).run(precise).logits.isfinite().all():
                 continue
             return conformance.check(candidate, precise, chosen).proofs
-        except RuntimeError:
-            if dtype == torch.float32:
-                raise
-            # The model cannot be run, or replayed, in double precision.
-    raise BindingError(f"{type(model).__name__} could not be proven")
+        except (RuntimeError, IndexError) as error:
+            # The model cannot be run, or replayed, in double precision; or an edit leads it elsewhere.
+            failure = error
+    raise BindingError(
+        f"{type(model).__name__} could not be proven: run with edits it fails with {type(failure).__name__}: "
+        f"{failure}"
+    ) from failure
 
 
 def _concluded(

@@ -36,6 +36,9 @@ def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:
     entering = blocks[0].entering
     found: list[Resumption] = []
     for i, block in enumerate(blocks):
+        if blocks[min(i + 1, len(blocks) - 1)].stage != block.stage:
+            found.append(Resumption(lost=i))  # what it returns is not what the next layer is given
+            continue
         handed = blocks[i + 1].entering if i + 1 < len(blocks) else block.leaving
         beside = _computed_in(blocks[: i + 1], output, handed)
         lost = [layer for layer, value in beside if entering in values_behind(value)]

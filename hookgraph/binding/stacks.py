@@ -1,8 +1,10 @@
 """Which chain of layers is which stack: told by what each reads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from hookgraph.binding.blocks import Block
+from hookgraph.binding.outputs import read_output
 from hookgraph.binding.tracing import Trace, Value
 from hookgraph.ontology.transformer import ENCODER, VISION, TransformerStack
 
@@ -10,10 +12,36 @@ _PICTURE_AXES = 4
 """Batch, channel, height, width; films have one more."""
 
 
+def joined(chains: Mapping[str, list[Block]]) -> list[list[Block]]:
+    """The chains, with the stages of one as one: lists at the same place in the members of some list, each
+    of which reads what the one before returns.
+    """
+    found: list[list[Block]] = []
+    last: dict[tuple[str, str], list[Block]] = {}
+    for path, blocks in sorted(chains.items(), key=lambda pair: pair[1][0].call.number):
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+        place = (
+            (".".join(parts[: numbers[-1]]), ".".join(parts[numbers[-1] + 1 :])) if numbers else (path, "")
+        )
+        before = last.get(place)
+        if before is None or before[-1].leaving not in values_behind(blocks[0].entering):
+            last[place] = blocks
+            found.append(blocks)
+            continue
+        stage = before[-1].stage + 1
+        before += [replace(block, stage=stage) for block in blocks]
+    return found
+
+
 def main_chain(trace: Trace, chains: Sequence[list[Block]]) -> list[Block]:
-    """The stack whose names need no prefix: the last one that reads tokens, if any does."""
-    reading = [blocks for blocks in chains if _tokens_behind(trace, blocks)]
-    return max(reading or chains, key=lambda blocks: blocks[-1].call.last)
+    """The stack whose names need no prefix: the last one that reads tokens, if any does, of those from which
+    what is read of the output was computed.
+    """
+    read = values_behind(trace.value_of(read_output(trace.output)))
+    leading = [blocks for blocks in chains if blocks[-1].leaving in read] or chains
+    reading = [blocks for blocks in leading if _tokens_behind(trace, blocks)]
+    return max(reading or leading, key=lambda blocks: blocks[-1].call.last)
 
 
 def name_stacks(

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from hookgraph.binding.packing import counted_by
+
 Slot = int | str | None
 """Which element of the arguments or outputs of a module: a position, a name, or the thing itself."""
 
@@ -52,6 +54,8 @@ class Value:
     """Whether the pass changes this tensor in place later on."""
     name: str = ""
     """For a parameter or a buffer: its name."""
+    axes: int = 3
+    """How many axes an activation of this pass has at least."""
 
     @property
     def is_source(self) -> bool:
@@ -60,8 +64,8 @@ class Value:
 
     @property
     def is_activation(self) -> bool:
-        """A floating-point tensor with at least a batch, a position and a feature axis."""
-        return self.tensor.is_floating_point() and self.tensor.ndim >= 3
+        """A floating-point tensor with at least an axis for batch, positions and features, or packed ones."""
+        return self.tensor.is_floating_point() and self.tensor.ndim >= self.axes
 
     def __repr__(self) -> str:
         return f"{self.number}:{self.op or 'input'}{tuple(self.tensor.shape)}"
@@ -154,6 +158,9 @@ class Trace:
         self._alive: list[Tensor] = []
         self._names = {id(p): name for name, p in (*model.named_parameters(), *model.named_buffers())}
         self._nth: dict[str, int] = {}
+        self.counted = counted_by(inputs)
+        """The argument that has a row per example, where batch and positions are one axis."""
+        self._axes = 2 if self.counted else 3
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             self._watch_modules(model, stack)
@@ -182,7 +189,7 @@ class Trace:
 
     def add(self, op: str, inputs: tuple[Value, ...], tensor: Tensor, **details: Any) -> Value:
         """Record that `op` computed `tensor`."""
-        value = Value(len(self.values), op, inputs, tensor, **details)
+        value = Value(len(self.values), op, inputs, tensor, axes=self._axes, **details)
         self.values.append(value)
         self._current[id(tensor)] = value
         self._alive.append(tensor)

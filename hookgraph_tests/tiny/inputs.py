@@ -197,7 +197,68 @@ def _mel(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _stacked_frames(config: PreTrainedConfig) -> dict[str, Any]:
+    config = getattr(config, "encoder_config", config)
     return {"input_features": _noise(_BATCH, 16, 4 * config.num_mel_bins)}
+
+
+def _rectified(config: PreTrainedConfig) -> dict[str, Any]:
+    """The patches of pictures side by side, and how many there are in height and width of each."""
+    patch = config.patch_size
+    return {
+        "pixel_values": _noise(1, 3, patch, patch * _BATCH * 16),
+        "target_sizes": torch.full((_BATCH, 2), 4),
+    }
+
+
+def _prompted(config: PreTrainedConfig) -> dict[str, Any]:
+    """A picture, and another with what is to be painted in it."""
+    count = (config.image_size // config.patch_size) ** 2
+    shown = torch.arange(2 * count).expand(_BATCH, -1) < count
+    prompts = {"prompt_pixel_values": 0.5 * _picture(), "prompt_masks": 2.0 * _picture()}
+    return {"pixel_values": _picture(), **prompts, "bool_masked_pos": shown}
+
+
+def _hidden(config: PreTrainedConfig) -> dict[str, Any]:
+    """A picture of which the same patches are hidden each time."""
+    count = (config.image_size // config.patch_size) ** 2
+    noise = torch.linspace(0, 1, count).flip(0).expand(_BATCH, count)
+    return {"pixel_values": _picture(), "noise": noise}
+
+
+def _waves(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"input_values": _noise(_BATCH, 2048)}
+
+
+def _even_frames(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"input_features": _noise(_BATCH, 32, 128), "input_features_mask": torch.ones(_BATCH, 32).bool()}
+
+
+def _two_by_two(config: PreTrainedConfig) -> dict[str, Any]:
+    """The pixels of pictures, four patches after four patches."""
+    width = 2 * config.patch_size
+    return {
+        "pixel_values": _noise(_BATCH * 16, width, width, 3),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * _BATCH),
+    }
+
+
+def _filmed(config: PreTrainedConfig) -> dict[str, Any]:
+    size = config.max_img_size
+    ids = _tokens()
+    film = _noise(_BATCH, config.num_frames, 3, size, size)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": film}
+
+
+def _known_values(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "past_values": _noise(_BATCH, 4 * config.patch_length),
+        "past_values_padding": torch.zeros(_BATCH, 4 * config.patch_length, dtype=torch.long),
+        "freq": torch.zeros(_BATCH, 1, dtype=torch.long),
+    }
+
+
+def _codes(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"input_ids": _tokens(_TOKENS * (config.num_codebooks + 1)).unflatten(1, (_TOKENS, -1))}
 
 
 def _array(config: PreTrainedConfig) -> dict[str, Any]:
@@ -218,18 +279,30 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "fun_asr_nano_encoder": _frames,
     "gemma3n_audio": _mel,
     "gemma4_vision": _placed_patches,
+    "granite_speech5_ctc": _stacked_frames,
     "granite_speech5_encoder": _stacked_frames,
     "informer": _forecast,
     "time_series_transformer": _forecast,
     "idefics": _several_pictures,
     "instructblip": _instructed,
     "instructblipvideo": _instructed_film,
+    "inkling2_vision": _two_by_two,
     "kosmos-2": _placed,
+    "kyutai_speech_to_text": _codes,
     "lxmert": _regions,
+    "minicpm_ocr_vision": _rectified,
+    "minicpmv4_7_vision": _rectified,
+    "muse_spark_audio": _waves,
+    "nemotron3_5_transcribe_audio": _even_frames,
     "patchtsmixer": _series,
     "patchtst": _series,
     "pix2struct": _flattened_patches,
+    "seggpt": _prompted,
     "speecht5": _embedded,
+    "timesfm": _known_values,
+    "timesfm2_5": _known_values,
+    "tvp": _filmed,
     "udop": _boxes_to_decode,
+    "vit_mae": _hidden,
 }
 """By `model_type`, or by the name of a class where others of that type need none."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -38,14 +39,22 @@ def swept(table: str) -> dict[str, str]:
     """The architectures of a table that the sweep tries: of the models without a head only the encoders.
 
     The others have a class with a head in another table, around the same layers: what generates text, and is
-    neither made to fill in masks nor to listen.
+    neither made to fill in masks nor to listen; and what such a model has inside for its text.
     """
     found = architectures(table)
     if table != "base":
         return found
     encoders = {name for mapping in _ENCODERS for name in getattr(modeling_auto, mapping)}
     generators = {name for other in _GENERATORS for name in architectures(other)}
-    return {name: cls for name, cls in found.items() if name in encoders or name not in generators}
+    bodies = {name for name in map(_text_of, sorted(generators)) if name}
+    return {n: cls for n, cls in found.items() if n in encoders or n not in generators | bodies}
+
+
+@cache
+def _text_of(architecture: str) -> str:
+    """The architecture that one has inside for its text; empty where it is that itself."""
+    inside = CONFIG_MAPPING[architecture].sub_configs.get("text_config")
+    return getattr(inside, "model_type", "")
 
 
 def build(table: str, architecture: str, *, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
