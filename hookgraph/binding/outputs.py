@@ -28,7 +28,7 @@ def read_output(output: Any) -> Float[Tensor, "batch ..."]:
     raise BindingError(f"the model returns no tensor of activations, but {type(output).__name__}")
 
 
-def per_example(output: Float[Tensor, "rows ..."], shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
+def per_example(output: Float[Tensor, "..."], shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
     """An output of several equal examples, of which one alone has `shape` behind the batch axis.
 
     A model that compares each text with each picture returns a square: what an example is to itself lies on

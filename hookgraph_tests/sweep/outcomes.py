@@ -96,10 +96,11 @@ def _runnable(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def is_convolutional(trace: Trace) -> bool:
-    """Whether a model convolves what it is given, looks no tokens up, and attends to no positions."""
-    operations = {value.op for value in trace.values}
+    """Whether a model convolves what it is given, which is no tokens, and attends to no positions."""
+    convolves = any(value.op == "convolution" for value in trace.values)
     attends = any(is_softmax_over_positions(value) for value in trace.values)
-    return "convolution" in operations and "embedding" not in operations and not attends
+    given = [value.tensor for value in trace.root.inputs.values()]
+    return convolves and not attends and all(x.is_floating_point() for x in given)
 
 
 def _bound(table: str, architecture: str, graph: HookGraph) -> Outcome:

@@ -25,8 +25,8 @@ _TITLES: Final = {
 
 _NOTES: Final = {
     "base": """\
-Those architectures of `AutoModel` that have a class for masks or for speech, or none in the tables above.
-What `AutoModel` makes of the others are the same layers without their head.
+Those architectures of `AutoModel` that have no class in the tables above, or one for speech. What `AutoModel`
+makes of the others, as of BERT and RoBERTa, are the same layers without their head.
 """,
 }
 """What is said of a table beside its title."""

@@ -210,14 +210,6 @@ def _rectified(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _prompted(config: PreTrainedConfig) -> dict[str, Any]:
-    """A picture, and another with what is to be painted in it."""
-    count = (config.image_size // config.patch_size) ** 2
-    shown = torch.arange(2 * count).expand(_BATCH, -1) < count
-    prompts = {"prompt_pixel_values": 0.5 * _picture(), "prompt_masks": 2.0 * _picture()}
-    return {"pixel_values": _picture(), **prompts, "bool_masked_pos": shown}
-
-
 def _hidden(config: PreTrainedConfig) -> dict[str, Any]:
     """A picture of which the same patches are hidden each time."""
     count = (config.image_size // config.patch_size) ** 2
@@ -242,23 +234,12 @@ def _two_by_two(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _filmed(config: PreTrainedConfig) -> dict[str, Any]:
-    size = config.max_img_size
-    ids = _tokens()
-    film = _noise(_BATCH, config.num_frames, 3, size, size)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": film}
-
-
 def _known_values(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "past_values": _noise(_BATCH, 4 * config.patch_length),
         "past_values_padding": torch.zeros(_BATCH, 4 * config.patch_length, dtype=torch.long),
         "freq": torch.zeros(_BATCH, 1, dtype=torch.long),
     }
-
-
-def _codes(config: PreTrainedConfig) -> dict[str, Any]:
-    return {"input_ids": _tokens(_TOKENS * (config.num_codebooks + 1)).unflatten(1, (_TOKENS, -1))}
 
 
 def _array(config: PreTrainedConfig) -> dict[str, Any]:
@@ -288,7 +269,6 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "instructblipvideo": _instructed_film,
     "inkling2_vision": _two_by_two,
     "kosmos-2": _placed,
-    "kyutai_speech_to_text": _codes,
     "lxmert": _regions,
     "minicpm_ocr_vision": _rectified,
     "minicpmv4_7_vision": _rectified,
@@ -297,11 +277,8 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "patchtsmixer": _series,
     "patchtst": _series,
     "pix2struct": _flattened_patches,
-    "seggpt": _prompted,
     "speecht5": _embedded,
     "timesfm": _known_values,
-    "timesfm2_5": _known_values,
-    "tvp": _filmed,
     "udop": _boxes_to_decode,
     "vit_mae": _hidden,
 }

@@ -23,8 +23,7 @@ TABLES: Final = {
 }
 """The mappings of transformers' automatic classes."""
 
-_ENCODERS: Final = ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES")
-_GENERATORS: Final = ("causal", "seq2seq", "image-text")
+_LISTENERS: Final = "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"
 
 _DECODERS: Final = ("LMHeadModel", "ModelWithLMHead", "ForCausalLM", "Decoder")
 
@@ -36,18 +35,18 @@ def architectures(table: str) -> dict[str, str]:
 
 
 def swept(table: str) -> dict[str, str]:
-    """The architectures of a table that the sweep tries: of the models without a head only the encoders.
+    """The architectures of a table that the sweep tries: of the models without a head only the new ones.
 
-    The others have a class with a head in another table, around the same layers: what generates text, and is
-    neither made to fill in masks nor to listen; and what such a model has inside for its text.
+    The others have a class with a head in another table, around the same layers, and no part beside it that
+    listens; or they are what such a model has inside for its text.
     """
     found = architectures(table)
     if table != "base":
         return found
-    encoders = {name for mapping in _ENCODERS for name in getattr(modeling_auto, mapping)}
-    generators = {name for other in _GENERATORS for name in architectures(other)}
-    bodies = {name for name in map(_text_of, sorted(generators)) if name}
-    return {n: cls for n, cls in found.items() if n in encoders or n not in generators | bodies}
+    listeners: set[str] = set(getattr(modeling_auto, _LISTENERS))
+    known = {name for other in TABLES if other != "base" for name in architectures(other)}
+    bodies = set(map(_text_of, sorted(known)))
+    return {name: cls for name, cls in found.items() if name in listeners or name not in known | bodies}
 
 
 @cache

@@ -211,8 +211,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "1/2",
     },
-    "granite_speech5_ctc": {"encoder_config": {"context_size": 4}},
-    "granite_speech5_encoder": {"context_size": 4},
+    "granite_speech5_encoder": {"context_size": 8},
     "bros": {"hidden_size": 2 * WIDTH},
     "levit": {
         "image_size": 64,
@@ -221,7 +220,6 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "num_attention_heads": [2, 2, 2],
         "depths": [1, 1, 1],
     },
-    "tvp": {"max_img_size": PICTURE, "visual_prompt_size": 4},
     "exaone4_5_vision": {"window_size": PICTURE},
     "qwen2_5_vl_vision": {"window_size": PICTURE},
     "informer": {"prediction_length": 4, "input_size": 1},
