@@ -5,13 +5,13 @@ features that are added much later. What depends on the stream is lost when the 
 not is there again if the layer runs, whatever it is given.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
 from hookgraph.binding.blocks import Block
 from hookgraph.binding.outputs import read_output
-from hookgraph.binding.stacks import values_behind
 from hookgraph.binding.tracing import Trace, Value, alias_chain, alias_root
 
 
@@ -33,7 +33,7 @@ FREE: Final = Resumption()
 def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:
     """For each layer of a stack, what it takes to begin a pass after it."""
     output = trace.value_of(read_output(trace.output))
-    entering = blocks[0].entering
+    moved = _made_of(blocks[0].entering, trace)
     found: list[Resumption] = []
     for i, block in enumerate(blocks):
         if blocks[min(i + 1, len(blocks) - 1)].stage != block.stage:
@@ -41,15 +41,25 @@ def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:
             continue
         handed = blocks[i + 1].entering if i + 1 < len(blocks) else block.leaving
         beside = _computed_in(blocks[: i + 1], output, handed)
-        lost = [layer for layer, value in beside if entering in values_behind(value)]
+        lost = [layer for layer, value in beside if value in moved]
         needed = tuple(sorted({layer for layer, _ in beside}))
         found.append(Resumption(lost=min(lost)) if lost else Resumption(needed))
+    return found
+
+
+def _made_of(source: Value, trace: Trace) -> set[Value]:
+    """Everything that was computed from a value, itself included: inputs come before what is made of them."""
+    found = {source}
+    for value in trace.values[source.number :]:
+        if not found.isdisjoint(value.inputs):
+            found.add(value)
     return found
 
 
 def _computed_in(blocks: Sequence[Block], output: Value, stream: Value) -> list[tuple[int, Value]]:
     """What the output reads of what these layers computed, beside the stream that the last one returns."""
     given = alias_chain(stream)
+    starts = [block.call.first for block in blocks]
     found: list[tuple[int, Value]] = []
     waiting, seen = [output], set[Value]()
     while waiting:
@@ -57,10 +67,9 @@ def _computed_in(blocks: Sequence[Block], output: Value, stream: Value) -> list[
         if here in seen or here.is_source or alias_root(here, given) in given:
             continue
         seen.add(here)
-        inside = (n for n, b in enumerate(blocks) if b.call.first <= here.number < b.call.last)
-        layer = next(inside, None)
-        if layer is None:
-            waiting.extend(here.inputs)
-        else:
+        layer = bisect(starts, here.number) - 1
+        if layer >= 0 and here.number < blocks[layer].call.last:
             found.append((layer, here))
+        else:
+            waiting.extend(here.inputs)
     return found
