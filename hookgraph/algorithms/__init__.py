@@ -15,6 +15,7 @@ from hookgraph.algorithms.circuits.eap import edge_attribution
 from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
 from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.circuits.scores import EdgeScores
+from hookgraph.algorithms.circuits.sizes import SizeCurve, size_curve
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.means import mean_patching_effect
 from hookgraph.algorithms.effects.patching import patching_effect
@@ -62,6 +63,7 @@ __all__ = [
     "PathProfile",
     "PredictionTrajectory",
     "Ranking",
+    "SizeCurve",
     "SteeringVector",
     "StimulusResponse",
     "TunedLens",
@@ -94,6 +96,7 @@ __all__ = [
     "random_circuit",
     "remove_subspace",
     "sample_activations",
+    "size_curve",
     "steering_vector",
     "stimulus_response",
 ]

@@ -1,6 +1,6 @@
 """What is attributed, prepared: places, the sites that they form, and their clean and corrupt values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -21,6 +21,8 @@ from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
 
 Values = Mapping[Location, Float[Tensor, "..."]]
+Instead = Callable[[Location, Tensor], Tensor]
+"""What stands in for a value at a location."""
 
 
 def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
@@ -45,7 +47,7 @@ def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
 @final
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """A clean and a corrupt run, seen at some places. Without corrupt inputs, zero stands in.
+    """A clean and a corrupt run, seen at some places. Without corrupt inputs, zero or a mean stands in.
 
     Args:
         graph: the hooked model.
@@ -83,6 +85,7 @@ class Contrast:
         replays: bool = False,
         wholes: bool = False,
         totals: bool = True,
+        instead: Instead | None = None,
     ) -> "Contrast":
         """Run both inputs.
 
@@ -96,6 +99,7 @@ class Contrast:
             replays: whether it keeps the boundary before each.
             wholes: whether to see the whole locations of parts, too.
             totals: whether to measure the corrupt run.
+            instead: what stands in for a clean value, without corrupt inputs; by default zero.
 
         Raises:
             ShapeMismatchError: clean and corrupt differ in shape or mask.
@@ -109,7 +113,8 @@ class Contrast:
         base = graph.run(first, save=wanted, metric=metric, logits=False)
         measured = finite_metric(base)
         if second is None:
-            corrupted: Values = {place: torch.zeros_like(base[place]) for place in seen}
+            stand_in = instead or (lambda _, value: torch.zeros_like(value))
+            corrupted: Values = {place: stand_in(place, base[place]) for place in seen}
             total = None
         else:
             run = graph.run(second, save=seen, metric=metric if totals else None, logits=False)

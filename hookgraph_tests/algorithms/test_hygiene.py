@@ -42,6 +42,7 @@ from hookgraph.algorithms import (
     path_profile,
     remove_subspace,
     sample_activations,
+    size_curve,
     steering_vector,
     stimulus_response,
 )
@@ -166,6 +167,7 @@ ALGORITHMS = {
         lambda g, m: discover_circuit(g, [(CLEAN, CORRUPT)], m, HERE, steps=2), differentiates=True
     ),
     "faithfulness": Algorithm(lambda g, m: faithfulness(g, _circuit(), [(CLEAN, CORRUPT)], m)),
+    "size_curve": Algorithm(lambda g, m: size_curve(g, _circuit(), [(CLEAN, CORRUPT)], m)),
     "edge_attribution": Algorithm(
         lambda g, m: edge_attribution(g, [(CLEAN, CORRUPT)], m), differentiates=True
     ),

@@ -52,6 +52,10 @@ class Circuit:
         """The circuit of the nodes with |effect| and the edges with |weight| above thresholds."""
         return self.within(node for node, effect in self.nodes.items() if abs(effect) > nodes).cut(edges)
 
+    def largest(self, k: int) -> "Circuit":
+        """The circuit of the k nodes with the largest |effect|."""
+        return self.within(node.location for node in self.top(k))
+
     def within(self, nodes: Iterable[Location]) -> "Circuit":
         """The circuit of some of the nodes, with the edges between them.
 

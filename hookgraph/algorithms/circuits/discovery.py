@@ -1,12 +1,14 @@
 """`discover_circuit`: the nodes that matter and the edges between them, over a stream of pairs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import final
 
 import torch
 
 from hookgraph.algorithms.batches import Batch, PairBatch, batches
+from hookgraph.algorithms.circuits.ablating import Ablation, StandIn, means_of
 from hookgraph.algorithms.circuits.blocks import Block
 from hookgraph.algorithms.circuits.circuit import Circuit, only
 from hookgraph.algorithms.circuits.direct import DirectEdges, EdgeMethod, check_options
@@ -16,6 +18,7 @@ from hookgraph.algorithms.circuits.routes import blocks
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.effects.quadrature import Quadrature
 from hookgraph.algorithms.effects.results import PatchingEffect
+from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.progress import Progress
 from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.hook_graph import HookGraph
@@ -37,13 +40,17 @@ def discover_circuit(
     steps: int = 10,
     quadrature: Quadrature = "gauss-legendre",
     joint: Sequence[str] = (),
+    ablation: Ablation = "corrupt",
+    statistics: AblationStatistics | None = None,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> Circuit:
     """The nodes whose effect exceeds a threshold, and the direct effects between them.
 
     For each batch of pairs: the effect of every node; the edges between those of |effect| > node_threshold
     in their own example, as `edges` states them; the edges to the metric. Then both are aggregated, and what
-    exceeds the thresholds is kept. Batches stream through: what is kept does not grow with them.
+    exceeds the thresholds is kept. Batches stream through, except where means are to be taken of them first:
+    what is kept does not grow with them.
 
     Args:
         graph: the hooked model, with the subgraphs whose nodes are meant.
@@ -51,16 +58,20 @@ def discover_circuit(
         metric: logits -> one number per example.
         at: subgraphs and locations; nodes of raw locations are their coordinates, less the joint axes.
         node_threshold: of |effect|.
-        edge_threshold: of |weight|, after aggregation.
+        edge_threshold: of |weight|, after aggregation; `math.inf` for nodes alone, which saves the time.
         aggregation: `sum` adds up the positions, `none` keeps them; both are means over examples.
         method: how gradients are taken.
         steps: points of the path integral.
         quadrature: its rule.
         joint: axes along which values are one node, such as `d_head`.
+        ablation: what a node's value is compared to: `corrupt`, its value in the corrupt input, or zero where
+            there is none; `mean`, `zero` and `resample` as `faithfulness` has them.
+        statistics: means to use, from `mean_activations` of the places.
+        seed: of the permutation of `resample`.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        HookGraphError: an unknown option, or no nodes to look at.
+        HookGraphError: an unknown option, no nodes to look at, or one example to resample.
         InputError: there are no pairs.
         SubgraphError: a subgraph does not tell how its nodes change with its site.
         MetricError: nothing is measured, or not one finite number per example.
@@ -71,10 +82,25 @@ def discover_circuit(
     if aggregation == "examples":
         raise HookGraphError("a circuit is that of many examples: aggregation='sum' or 'none'")
     places = places_of(graph, at)
-    settings = _Settings(graph, places, node_threshold, aggregation, method, steps, quadrature, tuple(joint))
+    stream: Iterable[PairBatch] = batches(pairs, metric)
+    if ablation == "mean" and statistics is None:
+        stream = every = list(stream)
+        statistics = means_of(graph, [batch.clean for batch in every], places)
+    settings = _Settings(
+        graph,
+        places,
+        node_threshold,
+        edge_threshold,
+        aggregation,
+        method,
+        steps,
+        quadrature,
+        tuple(joint),
+        StandIn.of(graph, [], places, ablation, statistics, seed),
+    )
     parts: list[_Part] = []
     with Progress("circuit", None, shown=progress) as bar:
-        for batch in batches(pairs, metric):
+        for batch in stream:
             part = settings.part(batch)
             parts = [_Part.merged([*parts, part])]
             bar.advance()
@@ -109,11 +135,13 @@ class _Settings:
     graph: HookGraph
     places: Sequence[Location]
     threshold: float
+    least: float
     aggregation: Aggregation
     method: EdgeMethod
     steps: int
     quadrature: Quadrature
     joint: tuple[str, ...]
+    stand_in: StandIn
     sites: frozenset[Location] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,21 +151,33 @@ class _Settings:
         """Nodes and edges of one batch."""
         effect = self._effect(self.graph, batch, self.places, self.method)
         examples = len(next(iter(effect.effects.values())))
-        work = DirectEdges.of(
-            self.graph, batch.clean, effect, self.places, set(self.sites), self.joint, self.threshold
-        )
-        found = work.between(self.places, self.places, progress=False)
-        found.update(self._to_metric(batch, effect))
+        found: dict[Pair, Block] = {}
+        if self.least != inf:
+            work = DirectEdges.of(
+                self.graph, batch.clean, effect, self.places, set(self.sites), self.joint, self.threshold
+            )
+            found = {
+                **work.between(self.places, self.places, progress=False),
+                **self._to_metric(batch, effect),
+            }
         kept = {k: aggregated(v, self.aggregation, examples) for k, v in found.items()}
-        edges = Edges(kept, self.aggregation, examples, effect.convention, self.graph.binding.metadata)
+        how = effect.convention
+        if self.stand_in.ablation == "resample":
+            how = replace(how, ablation="resample")
+        edges = Edges(kept, self.aggregation, examples, how, self.graph.binding.metadata)
         return _Part(self._nodes(effect, examples), edges)
 
     def _effect(
         self, graph: HookGraph, batch: PairBatch, places: Sequence[Location], method: EdgeMethod
     ) -> PatchingEffect:
+        other = self.stand_in
+        # Without corrupt inputs, zero stands in.
+        corrupt = (
+            None if other.ablation == "corrupt" and batch.corrupt is None else other.inputs(graph, batch)
+        )
         return patching_effect(
-            graph, batch.clean, batch.corrupt, batch.metric, places, method,
-            steps=self.steps, quadrature=self.quadrature, progress=False,
+            graph, batch.clean, corrupt, batch.metric, places, method,
+            steps=self.steps, quadrature=self.quadrature, statistics=other.statistics, progress=False,
         )  # fmt: skip
 
     def _nodes(self, effect: PatchingEffect, examples: int) -> dict[Location, float]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hookgraph.algorithms.copies import per_copy, run_copies, tile
 from hookgraph.algorithms.effects.tails import by_start, length_of, same, shifted, tail
+from hookgraph.algorithms.interventions.replacements import means_instead
+from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
@@ -39,6 +41,7 @@ def exact_effects(
     metric: Metric,
     nodes: Sequence[Location],
     *,
+    statistics: AblationStatistics | None = None,
     columns: Collection[Location] = (),
     batch_size: int = 256,
     progress: bool | None = None,
@@ -48,9 +51,10 @@ def exact_effects(
     Args:
         graph: the hooked model.
         clean: what is run.
-        corrupt: where the nodes' values come from; None sets them to zero.
+        corrupt: where the nodes' values come from; None sets them to zero, or to their means.
         metric: logits -> one number per example.
         nodes: parts of locations, such as one head at one position.
+        statistics: means of the whole locations, from `mean_activations`, where `corrupt` is None.
         columns: those of the nodes whose positions count columns of the batch, padding included; those of
             the others count the tokens of each row, as everywhere.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
@@ -62,7 +66,8 @@ def exact_effects(
         MetricError: the metric of the clean run is not a finite number.
     """
     wholes = list(dict.fromkeys(node.whole for node in nodes))
-    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False)
+    instead = means_instead(corrupt, statistics)
+    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False, instead=instead)
     return effects_of(contrast, nodes, batch_size, progress, columns)
 
 

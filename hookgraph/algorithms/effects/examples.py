@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
@@ -55,8 +56,8 @@ def batch_of(inputs: Prepared) -> int:
     return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 
-def rows_of(inputs: Prepared, chosen: slice, count: int) -> Prepared:
-    """Some of the examples."""
+def rows_of(inputs: Prepared, chosen: slice | Int[Tensor, " batch"], count: int) -> Prepared:
+    """Some of the examples, in an order."""
     return {
         name: v[chosen] if isinstance(v, Tensor) and v.ndim and len(v) == count else v
         for name, v in inputs.items()

@@ -22,6 +22,8 @@ from hookgraph.algorithms.effects.gradients import (
 )
 from hookgraph.algorithms.effects.quadrature import Quadrature
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
+from hookgraph.algorithms.interventions.replacements import means_instead
+from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.sites import Contrast, chosen_places
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs
@@ -46,6 +48,7 @@ def patching_effect(
     quadrature: Quadrature = "gauss-legendre",
     tolerance: float | None = None,
     joint: Sequence[str] = (),
+    statistics: AblationStatistics | None = None,
     batch_size: int = 256,
     max_memory: int | None = None,
     progress: bool | None = None,
@@ -69,7 +72,7 @@ def patching_effect(
     Args:
         graph: the hooked model.
         clean: what is run.
-        corrupt: as many tokens with the same mask; None stands for zero in every node.
+        corrupt: as many tokens with the same mask; None stands for zero in every node, or for its mean.
         metric: logits -> one number per example.
         at: locations or parts of locations, latents and errors too, mixed freely.
         method: see above.
@@ -79,6 +82,7 @@ def patching_effect(
             its site changes. `.incomplete` names the locations where 64 do not suffice.
         joint: axes whose coordinates are one node, such as `d_head`: their effects are added up, or, by
             `exact`, patched together. An error's coordinates always are.
+        statistics: means from `mean_activations`, to stand in where `corrupt` is None.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
         max_memory: how many bytes a pass may take, at most: one pass over `clean` is measured, and as many
             rows are run at once as fit, up to `batch_size`.
@@ -88,6 +92,7 @@ def patching_effect(
         Effects over the axes of each location, (batch, pos, ...), to be reduced by name.
 
     Raises:
+        HookGraphError: an unknown method, means beside corrupt inputs, or means for `ig_inputs`.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
         MetricError: the metric is not one finite number per example, or does not depend on a location.
@@ -98,10 +103,16 @@ def patching_effect(
     """
     if method not in get_args(Method):
         raise HookGraphError(f"unknown method {method!r}: {nearest(method, get_args(Method))}")
+    instead = means_instead(corrupt, statistics)
+    if instead is not None and method == "ig_inputs":
+        raise HookGraphError(
+            "ig_inputs moves the embeddings to those of corrupt inputs: means of nodes are none"
+        )
     places = chosen_places(graph, at)
     if max_memory is not None:
         batch_size = rows_that_fit(graph, clean, metric, places, max_memory, batch_size)
     path = Path(quadrature, steps, tolerance, batch_size)
+    ablation = "mean" if instead is not None else "zero" if corrupt is None else "corrupt"
 
     def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
         contrast = Contrast.of(
@@ -113,17 +124,20 @@ def patching_effect(
             gradients=method == "attrib",
             replays=method in ("ig", "exact"),
             wholes=method == "exact",
+            instead=instead,
         )
         estimate = _estimate(method, contrast, path, joint, progress)
-        return _result(contrast, estimate, _convention(method, path, corrupt))
+        return _result(contrast, estimate, _convention(method, path, ablation))
 
     found = by_examples(graph, clean, corrupt, metric, batch_size, measure)
     reduced = [dim for dim in joint if any(dim in found.dims(x) for x in found.effects)]
     found = found.sum(*reduced) if reduced else found
 
     def remeasure(nodes: Sequence[Location]) -> Float[Tensor, "... batch"]:
-        kept = {"columns": counted(nodes, places), "batch_size": batch_size, "progress": progress}
-        return exact_effects(graph, clean, corrupt, metric, nodes, **kept)
+        return exact_effects(
+            graph, clean, corrupt, metric, nodes,
+            statistics=statistics, columns=counted(nodes, places), batch_size=batch_size, progress=progress,
+        )  # fmt: skip
 
     return replace(found, _remeasure=remeasure)
 
@@ -146,11 +160,11 @@ def _estimate(
             return rules.relp(contrast)
 
 
-def _convention(method: Method, path: Path, corrupt: Inputs | None) -> Convention:
+def _convention(method: Method, path: Path, ablation: str) -> Convention:
     integral = method in _INTEGRALS
     return Convention(
         method,
-        ablation="zero" if corrupt is None else "corrupt",
+        ablation=ablation,
         quadrature=path.quadrature if integral else "",
         steps=path.steps if integral else 0,
         tolerance=path.tolerance if method == "ig" else None,

@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hookgraph.algorithms.interventions.statistics import AblationStatistics
+from hookgraph.algorithms.sites import Instead
 from hookgraph.errors import HookGraphError, ShapeMismatchError
+from hookgraph.graph.abstract import Inputs
 from hookgraph.ontology.locations import Location
 
 
@@ -67,6 +70,19 @@ class Constant:
                 f"{self.location} has shape {tuple(value.shape)}, its constant {tuple(found.shape)}: "
                 "use means over all positions, or inputs no longer than those that they were taken of"
             ) from error
+
+
+def means_instead(corrupt: Inputs | None, statistics: AblationStatistics | None) -> Instead | None:
+    """Means in the place of corrupt values; none where none are given.
+
+    Raises:
+        HookGraphError: both are given.
+    """
+    if statistics is None:
+        return None
+    if corrupt is not None:
+        raise HookGraphError("corrupt inputs and statistics are both given: one of them stands in for a node")
+    return lambda place, value: Constant(place, statistics.of(place, "mean"))(value)
 
 
 @final

@@ -1,6 +1,8 @@
 """Circuits: discovered over a stream, drawn, stored, and evaluated against runs made by hand."""
 
+from dataclasses import replace
 from functools import cache
+from math import inf
 from typing import Any, get_args
 
 import networkx as nx
@@ -8,16 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookgraph.algorithms.circuits.ablating import Ablation, Errors
 from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.circuits.direct import edges
 from hookgraph.algorithms.circuits.discovery import discover_circuit
-from hookgraph.algorithms.circuits.evaluation import (
-    Ablation,
-    Errors,
-    Faithfulness,
-    faithfulness,
-    random_circuit,
-)
+from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
+from hookgraph.algorithms.circuits.sizes import SizeCurve, size_curve
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.interventions.statistics import mean_activations
@@ -158,7 +156,7 @@ def by_hand(circuit: Circuit, ablation: str, errors: str, part: str) -> Tensor:
     bare = HookGraph(graph.binding)
     values = graph.run(CLEAN, save=[x for s in saes for x in (s.latents, s.error)])
     other = graph.run(CORRUPT, save=list(values))
-    means = mean_activations(graph, [CLEAN], list(values))
+    means = mean_activations(graph, [CLEAN], list(values), per_position=True)
     order = moved(4, 0)
 
     def stand_in(place: Location) -> Tensor:
@@ -251,6 +249,82 @@ def test_random_circuits_have_the_same_size(tmp_path: Any):
     result.save(tmp_path / "f.safetensors")
     assert repr(Faithfulness.load(tmp_path / "f.safetensors")) == repr(result)
     assert len(result.to_frame()) == 4
+
+
+@pytest.mark.parametrize("ablation", ["mean", "resample", "zero"])
+def test_nodes_are_chosen_against_what_stands_in_for_them(ablation: Ablation):
+    """The effects of all nodes of a site add up to what putting the stand-ins there changes."""
+    graph, saes = spliced()
+    circuit = discover_circuit(
+        graph, [(CLEAN, CORRUPT)], METRIC, saes[2], node_threshold=0.0, edge_threshold=inf, steps=32,
+        ablation=ablation,
+    )  # fmt: skip
+    assert not circuit.edges.blocks
+    result = faithfulness(graph, circuit, [(CLEAN, CORRUPT)], METRIC)
+    assert result.ablation == ablation
+    assert sum(circuit.nodes.values()) == pytest.approx(
+        float((result.nothing - result.model).mean()), abs=1e-6
+    )
+    assert result.faithfulness == pytest.approx(1)
+
+
+def test_means_are_of_all_positions_where_rows_begin_with_padding():
+    graph, saes = spliced()
+    mask = torch.ones_like(CLEAN)
+    mask[0, 0] = 0
+    padded = {"input_ids": CLEAN, "attention_mask": mask}
+    means = mean_activations(graph, [padded], [saes[2].latents, saes[2].error])
+    ours, theirs = (
+        faithfulness(graph, found().within([]), [(padded, None)], METRIC, ablation="mean", statistics=x)
+        for x in (None, mean_activations(graph, [padded], found().places))
+    )
+    assert torch.equal(ours.nothing, theirs.nothing)
+    with pytest.raises(HookGraphError, match="one of them stands in"):
+        patching_effect(graph, padded, padded, METRIC, list(means.means), statistics=means)
+    with pytest.raises(HookGraphError, match="ig_inputs moves the embeddings"):
+        patching_effect(graph, padded, None, METRIC, list(means.means), "ig_inputs", statistics=means)
+
+
+def test_exact_effects_against_means_are_those_of_setting_the_mean():
+    graph = bound("gpt2", torch.float64)
+    means = mean_activations(graph, [CLEAN], [ATTN_Z[1]], per_position=True)
+    effect = patching_effect(
+        graph, CLEAN, None, METRIC, [ATTN_Z[1]], "exact", joint=["d_head"], statistics=means
+    )
+    assert effect.convention.ablation == "mean"
+    value = means.of(ATTN_Z[1], "mean")[2, 3]
+    hooked = graph.hook(ATTN_Z[1].at(pos=2, head=3), lambda _: value.expand(4, -1))
+    expected = METRIC(hooked.run(CLEAN).logits) - METRIC(graph.run(CLEAN).logits)
+    assert torch.allclose(effect.effects[ATTN_Z[1]][:, 2, 3].flatten(), expected, atol=1e-12)
+    again = effect.sum("pos").check(1)[0]
+    assert again.exact is not None
+
+
+def test_the_curve_over_sizes_is_that_of_the_largest_nodes_beside_random_ones(tmp_path: Any):
+    graph, saes = spliced()
+    pairs = [(CLEAN, CORRUPT)]
+    circuit = discover_circuit(graph, pairs, METRIC, saes, node_threshold=0.0, edge_threshold=inf, steps=2)
+    total = len(circuit.nodes)
+    curve = size_curve(graph, circuit, pairs, METRIC, sizes=(2, 9, total), random=2)
+    nine = faithfulness(graph, circuit.largest(9), pairs, METRIC)
+    assert curve.to_frame().loc[9, "faithfulness"] == pytest.approx(nine.faithfulness)
+    assert curve.to_frame().loc[9, "completeness"] == pytest.approx(nine.completeness)
+    drawn = random_circuit(circuit.largest(9), list(circuit.nodes), seed=1)
+    assert float(curve.random[1, 1]) == pytest.approx(faithfulness(graph, drawn, pairs, METRIC).faithfulness)
+    assert curve.faithfulness[-1] == pytest.approx(1)
+    dipping = replace(curve, sizes=(1, 2, 3, 4), faithfulness=torch.tensor([0.9, 0.3, 0.85, 1.0]))
+    assert dipping.smallest(0.8) == 3, "from there on, all are"
+    with pytest.raises(HookGraphError, match=r"has a faithfulness of 1\.5"):
+        dipping.smallest(1.5)
+    with pytest.raises(HookGraphError, match=f"give numbers from 1 to {total}"):
+        size_curve(graph, circuit, pairs, METRIC, sizes=(0,))
+    curve.save(tmp_path / "curve.safetensors")
+    assert repr(SizeCurve.load(tmp_path / "curve.safetensors")) == repr(curve)
+    assert [x.get_label() for x in curve.plot().axes[0].get_lines()][-4:-2] == [
+        "the largest nodes",
+        "all others",
+    ]
+    assert len(size_curve(graph, circuit, pairs, METRIC, random=0).sizes) > 3
 
 
 def test_what_cannot_be_evaluated_is_refused():
