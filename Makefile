@@ -51,7 +51,7 @@ docs: $(DEV)
 
 # Large tensors stay on the heap: mapping and unmapping them at each use would be most of the time.
 bench: $(DEV)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MALLOC_MMAP_THRESHOLD_=1073741824 \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 MALLOC_MMAP_THRESHOLD_=1073741824 \
 	MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864 $(BIN)/python -m benchmarks $(ARGS)
 
 # Every architecture of transformers, built tiny and bound: writes docs/reference/architectures.md.

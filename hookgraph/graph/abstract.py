@@ -173,6 +173,11 @@ class Frame:
         tap = self.taps.get(location)
         return tap is not None and tap.edits
 
+    def is_given(self, location: Location) -> bool:
+        """Whether the value at this location is the same whatever is handed over: it need not be computed."""
+        tap = self.taps.get(location)
+        return tap is not None and tap.given is not None
+
     def asked(self, location: Location, dim: Dimension) -> tuple[int, ...] | None:
         """The indices along one axis of which anything is asked; None where that may be all of them.
 
@@ -191,7 +196,10 @@ class Frame:
         tap = self.taps.get(location.whole)
         if tap is None:
             return value
-        apart = value.clone() if tap.edits else value.view_as(value) if value.is_floating_point() else value
+        if tap.edits and tap.given is None:
+            apart = value.clone()
+        else:
+            apart = value.view_as(value) if value.is_floating_point() else value
         new = tap(apart, location if location.index else None)
         return value if new is apart and not new.requires_grad else new
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
-from hookgraph.hooks.editing import Hook, hook_apart
+from hookgraph.hooks.editing import Hook, SetTo, hook_apart
 from hookgraph.hooks.positions import Place, Placed, PlacedGradient, is_placed
 from hookgraph.hooks.taps import Observer, Splice, Tap, Taps
 from hookgraph.ontology.locations import Location
@@ -40,7 +40,7 @@ def compile_taps(
     placed: list[Registration] = []
     for location, hook in registrations:
         whole, backward = location.whole, location.pass_type is PassType.BACKWARD
-        if held is not None and observers and not backward:
+        if held is not None and observers and not backward and not isinstance(hook, SetTo):
             hook = hook_apart(hook, held)
         if place is None or not is_placed(location):
             (gradient_hooks if backward else hooks).setdefault(whole, []).append((location, hook))

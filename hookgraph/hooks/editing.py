@@ -1,7 +1,8 @@
 """Call a user's hook on the part of an activation that it was registered for."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -12,6 +13,22 @@ from hookgraph.ontology.locations import Location
 
 Hook = Callable[[Tensor], Tensor | None]
 """What a user registers: gets the tensor, returns a replacement, or None to leave it."""
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class SetTo:
+    """A hook: a location has this value, whatever it is given.
+
+    What stands there otherwise need not be computed: a dictionary whose latents and error are set encodes
+    nothing.
+    """
+
+    value: Shaped[Tensor, "..."]
+
+    def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """The value, as a tensor of its own: gradients may be asked for there."""
+        return self.value.view_as(self.value)
 
 
 def apply_hook(

@@ -14,7 +14,7 @@ from typing import final
 from jaxtyping import Shaped
 from torch import Tensor
 
-from hookgraph.hooks.editing import Hook, apply_hook
+from hookgraph.hooks.editing import Hook, SetTo, apply_hook
 from hookgraph.hooks.gradients import differentiable, hook_gradient
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
@@ -68,8 +68,13 @@ class Tap:
     """Whether the value may be replaced."""
     tracks_gradient: bool = field(init=False)
     """Whether the model must go on with the very tensor that was handed in."""
+    given: Shaped[Tensor, "..."] | None = field(init=False)
+    """What the first hook puts there whatever it is handed; None where that matters."""
 
     def __post_init__(self) -> None:
+        part, first = self.hooks[0] if self.hooks else (self.location, None)
+        given = first.value if isinstance(first, SetTo) and not part.index else None
+        object.__setattr__(self, "given", given)
         object.__setattr__(self, "edits", bool(self.hooks or self.splices))
         tracks = bool(self.gradient_hooks) or self.needs_gradient
         object.__setattr__(self, "tracks_gradient", tracks)

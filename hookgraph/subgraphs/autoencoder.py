@@ -114,7 +114,8 @@ class AutoencoderGraph(AbstractSubgraph):
         needed = self.splice.error == "dropped" or frame.wanted(self.reconstruction, self.error)
         if not needed and not self.splice.acts:
             places = part_asked(frame, places, x.device)
-        code = encode(*places, self.splice.input_of(x), frame)
+        apart = self.splice.error == "dropped" or frame.is_given(self.error)
+        code = encode(*places, self.splice.input_of(x), frame, apart=apart)
         decoded = decode(places[0], code, self.splice.past(x), needed=needed)
         return self.splice.write(x, decoded, frame, reconstruction=self.reconstruction, error=self.error)
 

@@ -39,11 +39,15 @@ reconstruction)."""
 @final
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Latents at a site: as the encoder made them, and as hooks left them."""
+    """Latents at a site: as the encoder made them, and as hooks left them.
+
+    Those that hooks put in place of any others, where nobody needs the others, stand `alone`, as both.
+    """
 
     unedited: Float[Tensor, "..."]
     latents: Float[Tensor, "..."]
     changed: bool
+    alone: bool = False
 
     @property
     def tracked(self) -> bool:
@@ -65,6 +69,11 @@ class Decoded:
     edited: Float[Tensor, "..."] | None = None
     unedited: Float[Tensor, "..."] | None = None
     change: Float[Tensor, "..."] | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether x̂' is all that is known: of x̂, and so of x, nothing goes on."""
+        return self.edited is not None and self.unedited is None and self.change is None
 
 
 @final
@@ -121,12 +130,14 @@ class Splice:
             hat = frame.tap(reconstruction, made)
             change = _added(change, hat, made) if frame.edited(reconstruction) else change
         rest = None
-        if decoded.unedited is not None and self.error != "dropped" and frame.wanted(error):
+        if decoded.alone and self.error != "dropped":
+            rest = frame.tap(error, _unread(value, value.shape))
+        elif decoded.unedited is not None and self.error != "dropped" and frame.wanted(error):
             missing = (value - decoded.unedited).detach().to(value.dtype)
             rest = frame.tap(error, missing)
             change = _added(change, rest, missing) if frame.edited(error) else change
-        if self.error == "dropped" and hat is not None:
-            base, change = hat.detach().to(value.dtype), None
+        if hat is not None and (self.error == "dropped" or decoded.alone):
+            base, change = hat.detach().to(value.dtype), None if rest is None else rest.detach()
         else:
             base = value.detach()
         return self._with_gradient(value, base, change, hat, rest)
@@ -149,9 +160,18 @@ class Splice:
 
 
 def encode(
-    coder: Autoencoder | Opaque, pre: Location, latents: Location, x: Float[Tensor, "..."], frame: Frame
+    coder: Autoencoder | Opaque,
+    pre: Location,
+    latents: Location,
+    x: Float[Tensor, "..."],
+    frame: Frame,
+    *,
+    apart: bool = False,
 ) -> Code:
     """The latents of x, after everything that is asked for at `latents_pre` and `latents`.
+
+    `apart` says that what goes on does not depend on the latents as they were made: where hooks put others in
+    their place, they are not made.
 
     Raises:
         SubgraphError: the dictionary reads earlier positions, and this pass does not hold them.
@@ -162,6 +182,9 @@ def encode(
             f"pass holds none of the {past} that are in the cache: run without one, as in "
             "generate(..., use_cache=False)"
         )
+    if apart and isinstance(coder, Autoencoder) and frame.is_given(latents) and not frame.wanted(pre):
+        new = frame.tap(latents, _unread(coder.W_enc, (*x.shape[:-1], coder.n_latents)))
+        return Code(new.detach(), new, changed=True, alone=True)
     if isinstance(coder, Autoencoder) and coder.has_pre and frame.wanted(pre.whole):
         before = coder.encode_pre(x)
         after = frame.tap(pre, before)
@@ -179,6 +202,8 @@ def decode(coder: Autoencoder | Opaque, code: Code, x: Float[Tensor, "..."], *, 
 
     A change is computed from the latents that changed, where the decoder is known to be linear.
     """
+    if code.alone:
+        return Decoded(coder.decode(code.latents, x))
     if not code.changed:
         if not (needed or code.tracked):
             return Decoded()
@@ -240,6 +265,11 @@ def part_asked(frame: Frame, places: Places, device: torch.device) -> Places:
         found.update(some)
     part = coder.part(torch.tensor(sorted(found), device=device)) if found else None
     return places if part is None else (part, pre.at(latent=sorted(found)), latents.at(latent=sorted(found)))
+
+
+def _unread(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape that nobody reads: one number."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(*shape)
 
 
 def through(value: Float[Tensor, "..."], *sources: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

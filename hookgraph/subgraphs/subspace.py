@@ -13,6 +13,7 @@ from hookgraph.errors import ShapeMismatchError, SubgraphError
 from hookgraph.graph.abstract import AbstractSubgraph, Frame, Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.subgraphs.autoencoder import site_of
@@ -141,7 +142,7 @@ def align(
     optimizer = torch.optim.Adam(rotation.parameters(), lr=learning_rate)
     for _ in trange(steps, desc="alignment search", disable=not progress):
         swapped = injected.run(source, save=[here], grad=True)[here]
-        found = injected.hook(here, lambda _, c=swapped: c).run(base, metric=objective, grad=True).metric
+        found = injected.hook(here, SetTo(swapped)).run(base, metric=objective, grad=True).metric
         if found is None:
             raise ValueError("a metric was given")
         weights = list(rotation.parameters())

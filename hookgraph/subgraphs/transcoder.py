@@ -108,7 +108,9 @@ class TranscoderGraph(AbstractSubgraph):
         places: Places = self._coder, self.latents_pre, self.latents
         if not self._needed(frame) and not self.splice.acts:
             places = part_asked(frame, places, x.device)
-        frame.memory[_CODE] = places[0], encode(*places, self.splice.input_of(x), frame)
+        apart = self.splice.error == "dropped" or frame.is_given(self.error)
+        code = encode(*places, self.splice.input_of(x), frame, apart=apart)
+        frame.memory[_CODE] = places[0], code
         frame.memory[_READ] = x
 
     def _needed(self, frame: Frame) -> bool:

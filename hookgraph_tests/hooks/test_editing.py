@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hookgraph.errors import ShapeMismatchError
-from hookgraph.hooks.editing import apply_hook
+from hookgraph.hooks.editing import SetTo, apply_hook
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import ATTN_Z, RESID_POST
 
@@ -72,3 +72,19 @@ def test_an_error_of_the_hook_itself_comes_through():
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         apply_hook(ATTN_Z[0], hook, torch.zeros(1, 1, 1, 1))
+
+
+def test_a_location_is_set_to_a_value_that_stays_its_own():
+    value = stream()
+    new = apply_hook(WHOLE, SetTo(value), -stream())
+    assert torch.equal(new, stream())
+    new.requires_grad_()
+    assert not value.requires_grad
+    part = apply_hook(PART, SetTo(torch.zeros(2, 4)), stream())
+    assert torch.equal(part[:, -1], torch.zeros(2, 4))
+    assert torch.equal(part[:, :-1], stream()[:, :-1])
+
+
+def test_a_value_of_another_shape_is_not_set():
+    with pytest.raises(ShapeMismatchError, match="an edit keeps shape, dtype and device"):
+        apply_hook(WHOLE, SetTo(torch.zeros(2, 4)), stream())

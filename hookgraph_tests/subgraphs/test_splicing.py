@@ -9,6 +9,7 @@ from torch import Tensor
 from hookgraph.errors import MetricError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import MLP_OUT, RESID_POST, RESID_PRE
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
@@ -173,6 +174,43 @@ def test_what_a_hook_writes_is_differentiated():
     (gradient,) = torch.autograd.grad(found.sum(), strength)
     run = run_at(steered, sae.latents.at(latent=2).grad)
     torch.testing.assert_close(gradient, run[sae.latents.at(latent=2).grad].sum())
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_where_all_that_goes_on_is_set_nothing_is_encoded(
+    gradient: SpliceGradient, error: ErrorTerm, monkeypatch: pytest.MonkeyPatch
+):
+    sae, graph = spliced(gradient, error)
+    inside = [sae.latents] if error == "dropped" else [sae.latents, sae.error]
+    values = {place: direction_like(run_at(graph, place)[place]) for place in inside}
+    slow, fast = graph, graph
+    for place, value in values.items():
+        slow = slow.hook(place, lambda _, value=value: value.clone())
+        fast = fast.hook(place, SetTo(value))
+    constant = error == "detached" or gradient == "reconstruction"
+    wanted = [sae.latents.grad, BEHIND, BEHIND.grad, *inside, *([] if constant else [x.grad for x in inside])]
+    expected = run_at(slow, *wanted)
+    monkeypatch.setattr(Autoencoder, "encode_pre", None)
+    found = run_at(fast, *wanted)
+    for place in wanted:
+        torch.testing.assert_close(found[place], expected[place], rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[sae.latents], values[sae.latents])
+    assert not values[sae.latents].requires_grad
+
+
+def test_what_is_set_is_encoded_where_something_else_needs_it():
+    sae, graph = spliced("identity")
+    code = direction_like(run_at(graph, sae.latents)[sae.latents])
+    before = graph.hook(sae.latents, lambda f: None).hook(sae.latents, SetTo(code))
+    error = X - PLANTED.decode(PLANTED.encode(X))
+    for hooked in (graph.hook(sae.latents, SetTo(code)), before.hook(sae.error, SetTo(error))):
+        run = run_at(hooked, sae.latents_pre, BEHIND)
+        torch.testing.assert_close(run[sae.latents_pre], PLANTED.encode_pre(X))
+        onward = graph.hook(SITE, SetTo(PLANTED.decode(code) + error))
+        torch.testing.assert_close(
+            run[BEHIND], run_at(HookGraph(graph.binding, onward.registrations), BEHIND)[BEHIND]
+        )
 
 
 # --- in a real model --------------------------------------------------------------------------

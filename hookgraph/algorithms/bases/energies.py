@@ -13,6 +13,7 @@ from hookgraph.errors import ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.replay import can_start
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import LOGITS, RESID_POST, RESID_PRE
 
@@ -107,7 +108,7 @@ def model_after(graph: HookGraph, inputs: Mapping[str, object], at: Location) ->
         with graph.binding.frozen():
             if direct:
                 return graph.replay(run, place, value=value, save=[LOGITS], grad=True)[LOGITS]
-            hooked = graph.hook(place, lambda _: value)
+            hooked = graph.hook(place, SetTo(value))
             if entry is None:
                 return hooked.run(inputs, save=[LOGITS], grad=True)[LOGITS]
             return hooked.replay(run, entry, save=[LOGITS], grad=True)[LOGITS]

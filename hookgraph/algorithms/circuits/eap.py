@@ -25,6 +25,7 @@ from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.locations import Location
 
 EapMethod: TypeAlias = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "exact"]
@@ -150,7 +151,7 @@ class _Attribution:
             start = clean[place]
             end = torch.zeros_like(start) if corrupt is None else corrupt[place]
             for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-                graph = self.graph.hook(place, _Set(torch.lerp(start, end, node)))
+                graph = self.graph.hook(place, SetTo(torch.lerp(start, end, node)))
                 for pair, score in self._scores(graph, scored, execute, weight).items():
                     scores[pair] = scores[pair] + score if pair in scores else score
         return scores
@@ -166,14 +167,3 @@ class _Attribution:
                 if reader.is_reached_by(writer):
                     found[writer, reader] = weight * change.along(slopes, readings.run)
         return found
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Set:
-    """A hook: a location has this value."""
-
-    value: Float[Tensor, "..."]
-
-    def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return self.value

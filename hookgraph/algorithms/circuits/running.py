@@ -23,6 +23,7 @@ from hookgraph.errors import HookGraphError, InputError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.transformer import RESID_PRE
 
 Kept: TypeAlias = Mapping[tuple[Writer, Reader], Bool[Tensor, "..."]]
@@ -137,7 +138,7 @@ class CircuitRunner:
         elif own[0].stream == RESID_PRE[layer]:
             entering = entering + shifts[0][0]
         else:
-            graph = graph.hook(own[0].stream, _Set(stream.current() + shifts[0][0]))
+            graph = graph.hook(own[0].stream, SetTo(stream.current() + shifts[0][0]))
         run = graph.replay(self.base, RESID_PRE[layer], value=entering, save=places_written([writer]))
         stream.added.append(run[update])
         if writer.dims:
@@ -159,7 +160,7 @@ class CircuitRunner:
         graph = self.graph
         for reader, part in zip(readers, parts, strict=True):
             if reader.copies is not None:
-                graph = graph.hook(reader.copies, _Set(rearrange(part, "head b s d -> b s head d")))
+                graph = graph.hook(reader.copies, SetTo(rearrange(part, "head b s d -> b s head d")))
         return graph
 
     def _shift(self, reader: Reader, stream: "_Stream", kept: Kept) -> Float[Tensor, "..."]:
@@ -195,14 +196,3 @@ class _Stream:
     def current(self) -> Float[Tensor, "..."]:
         """The stream with what the layer added so far."""
         return torch.stack([self.value, *self.added]).sum(0)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Set:
-    """A hook: a location has this value."""
-
-    value: Float[Tensor, "..."]
-
-    def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return self.value

@@ -1,6 +1,6 @@
 """Effects from gradients: at the clean point, or averaged on the way from clean to corrupt."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -15,6 +15,7 @@ from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast, contracted
 from hookgraph.errors import HookGraphError
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import EMBED
@@ -117,7 +118,7 @@ def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None
             edited = per_copy(graph, batch)
             for place in embeddings:
                 end = torch.zeros_like(clean[place]) if corrupt is None else corrupt[place]
-                edited = edited.hook(place, _set(_between(clean[place], end, nodes[list(piece)])))
+                edited = edited.hook(place, SetTo(_between(clean[place], end, nodes[list(piece)])))
             save = [place.grad for place in contrast.places]
             return run_copies(edited, contrast.base, None, len(piece), metric=contrast.metric, save=save)
 
@@ -136,7 +137,7 @@ def _mean_gradients(contrast: Contrast, site: Sequence[Location], path: Path, st
         graph = per_copy(contrast.graph, batch)
         for place in site:
             moved = _between(contrast.clean[place], contrast.corrupt[place], nodes[list(piece)])
-            graph = graph.hook(place, _set(moved))
+            graph = graph.hook(place, SetTo(moved))
         save = [place.grad for place in site]
         return run_copies(graph, contrast.base, entry, len(piece), metric=contrast.metric, save=save)
 
@@ -161,15 +162,11 @@ def _between(
     return torch.lerp(clean[None], corrupt[None], alpha).flatten(0, 1)
 
 
-def _set(value: Float[Tensor, "..."]) -> Callable[[Tensor], Tensor]:
-    return lambda _: value
-
-
 def _endpoint(contrast: Contrast, site: Sequence[Location]) -> Float[Tensor, " batch"]:
     """m(clean | site := corrupt)."""
     graph = contrast.graph
     for place in site:
-        graph = graph.hook(place, _set(contrast.corrupt[place]))
+        graph = graph.hook(place, SetTo(contrast.corrupt[place]))
     run = run_copies(graph, contrast.base, contrast.entry(site), 1, metric=contrast.metric)
     if run.metric is None:
         raise ValueError("the run was measured")

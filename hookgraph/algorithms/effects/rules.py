@@ -12,6 +12,7 @@ from hookgraph.algorithms.sites import Contrast
 from hookgraph.algorithms.streams import RESIDUALS, updates_of_all_stacks
 from hookgraph.errors import HookGraphError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import TRANSFORMER_STACKS, AttentionTypes
@@ -159,7 +160,7 @@ def _pattern_change(contrast: Contrast, place: Location) -> Change:
         raise HookGraphError(f"atp_star at {place} needs scores and pattern: {error}") from error
     corrupt = contrast.corrupt[place]
     # One pass for all: a score depends on one query and one key.
-    moved = graph.hook(place, lambda _: corrupt).run(contrast.inputs, save=[scores])[scores]
+    moved = graph.hook(place, SetTo(corrupt)).run(contrast.inputs, save=[scores])[scores]
     # Many models compute the softmax in single precision, whatever their own.
     p, before, moved = (x.to(corrupt.dtype) for x in (clean[pattern], clean[scores], moved))
     if place.type == kind.q:

@@ -8,6 +8,7 @@ from hookgraph.graph.abstract import Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.replay import can_start
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import LOGITS
 
@@ -31,4 +32,4 @@ def decoded(
         if can_start(graph.binding, last):
             grad = value.requires_grad
             return bare.replay(Run({}, inputs=inputs), last, value=value, save=[at], grad=grad)[at]
-        return bare.hook(last, lambda _: value).run(inputs, save=[at], grad=value.requires_grad)[at]
+        return bare.hook(last, SetTo(value)).run(inputs, save=[at], grad=value.requires_grad)[at]

@@ -13,6 +13,7 @@ from hookgraph.errors import HookGraphError, UnknownLocationError
 from hookgraph.graph.abstract import Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.autoencoder import ERROR, LATENTS
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import ATTN_OUT, ATTN_Z, MLP_OUT, MLP_POST
@@ -88,7 +89,7 @@ def by_writers(frozen: Frozen, kinds: Sequence[str]) -> Split:
         return {}
     graph = frozen.graph
     for update in pairs:
-        graph = graph.hook(update.grad, lambda _: frozen.direction)
+        graph = graph.hook(update.grad, SetTo(frozen.direction))
     inner = [x for x, _ in pairs.values()]
     run = graph.run(frozen.inputs, save=[*inner, *(x.grad for x in inner)], metric=everything)
     split: Split = {}
@@ -151,7 +152,7 @@ def by_latents(frozen: Frozen) -> Split:
         raise HookGraphError("no dictionary is injected at an update: inject one at attn.out or mlp.out")
     for update in sites:
         graph = graph.hook(update.grad, torch.zeros_like)
-    graph = graph.hook(last_residual(graph).grad, lambda _: frozen.direction)
+    graph = graph.hook(last_residual(graph).grad, SetTo(frozen.direction))
     run = graph.run(frozen.inputs, save=[*inside, *(x.grad for x in inside)], metric=everything)
     split: Split = {}
     for site in dict.fromkeys(x.site for x in inside if x.site is not None):

@@ -21,6 +21,7 @@ from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, Tiled, take
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import EMBED
 from hookgraph.ontology.weights import W_E
@@ -186,7 +187,7 @@ class Examiner:
         """x's run, once for each text, with the nodes of the text; measured, with the gradient there."""
         graph, copies = per_copy(self.graph, 1), len(values[0])
         for place, value in zip(self.target, values, strict=True):
-            graph = graph.hook(place, lambda _, value=value: value)
+            graph = graph.hook(place, SetTo(value))
         wanted = [place.grad for place in self.target]
         return run_copies(graph, self.base, self.entry, copies, metric=self.metric, save=wanted)
 
