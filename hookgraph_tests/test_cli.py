@@ -21,12 +21,17 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import hookgraph as hg
-from hookgraph.algorithms import CausalBasis, Counterfactuals, TunedLens
+from hookgraph.algorithms import CausalBasis, Circuit, Counterfactuals, TunedLens
 from hookgraph.algorithms.readouts.lenses import Translation
 from hookgraph.binding.loading import load_model, load_tokenizer
 from hookgraph.cli import app, main
+from hookgraph.cli.circuits import dictionaries, spliced
+from hookgraph.cli.pairs import chosen_pairs
+from hookgraph.demo import dictionaries_path
 from hookgraph.demo.train import build_tokenizer
 from hookgraph.errors import LoadError
+from hookgraph.locations import ATTN_Z, MLP_OUT
+from hookgraph.subgraphs import AutoencoderGraph
 
 CLEAN = "After John and Mary went to the store, Mary gave a book of maps to"
 CORRUPT = CLEAN.replace(", Mary", ", John")
@@ -274,6 +279,77 @@ def test_main_runs_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         main()
     assert exited.value.code == 0
     assert "attribute" in capsys.readouterr().out
+
+
+# --- circuit and edges ------------------------------------------------------------------------
+
+
+def test_a_circuit_of_heads_is_told_kept_and_drawn(tiny: str, tmp_path: Path):
+    file, figure, curve = (tmp_path / "new" / x for x in ("circuit.safetensors", "circuit.png", "curve.png"))
+    files = ["--save", str(file), "--figure", str(figure), "--curve", str(curve)]
+    told = succeed("circuit", tiny, *PAIR, "--method", "attrib", "--random", "1", *files)
+    found = Circuit.load(file)
+    assert f"Circuit of {len(found.nodes)} of 10 nodes that have an effect, {found.edges.count} edges" in told
+    assert str(found.top(1)[0].location) in told
+    for drawn in (figure, curve):
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        assert str(drawn) in told.replace("\n", "")
+
+
+def test_the_demo_has_pairs_and_dictionaries_of_its_own(tiny: str):
+    pairs = chosen_pairs("demo", None, 3, ("", "", "", ""))
+    assert len(pairs) == 3
+    assert all(pair.clean != pair.corrupt for pair in pairs)
+    coders = dictionaries("demo", [])
+    assert len(coders) == 8
+    folder = str(dictionaries_path() / "mlp.out.3")
+    assert list(dictionaries(tiny, [folder, f"mlp.out[1]={folder}"])) == [MLP_OUT[3], MLP_OUT[1]]
+    graph = hg.bind(load_model(tiny), check=False)
+    _, (first, second) = spliced(graph, {MLP_OUT[1]: coders[MLP_OUT[3]]}, "mlp.out")
+    assert first == MLP_OUT[0]
+    assert isinstance(second, AutoencoderGraph)
+    assert spliced(graph, {}, "")[1][0] == ATTN_Z[0]
+
+
+def test_edges_between_pairs_of_several_lengths_are_told_and_kept(tiny: str, tmp_path: Path):
+    first = {"clean": CLEAN, "corrupt": CORRUPT, "answer": "John", "wrong": "Mary"}
+    second = {**first, "clean": f"Then, {CLEAN}", "corrupt": f"Then, {CORRUPT}"}
+    pairs, file = tmp_path / "pairs.jsonl", tmp_path / "circuit.safetensors"
+    pairs.write_text(f"{json.dumps(first)}\n\n{json.dumps(second)}\n")
+    options = ["--method", "eap", "--edges", "12", "--no-curves", "--save", str(file)]
+    told = succeed("edges", tiny, "--pairs", str(pairs), *options)
+    found = Circuit.load(file)
+    assert found.edges.examples == 2
+    assert f"of {found.edges.count} edges that lead to the logits" in told
+    assert 0 < found.edges.count <= 12
+    assert "CPR" not in told
+
+
+def test_curves_of_edges_are_told_and_drawn(tiny: str, tmp_path: Path):
+    figures = tmp_path / "circuit.png", tmp_path / "curve.png"
+    files = ["--figure", str(figures[0]), "--curve", str(figures[1])]
+    told = succeed("edges", tiny, *PAIR, "--method", "eap", *files)
+    assert "CPR" in told
+    assert all(x.read_bytes().startswith(b"\x89PNG") for x in figures)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to compare: give --pairs FILE"),
+        ([*PAIR, "--select", "best"], "unknown way to select 'best'"),
+        (["--pairs", "lines"], "lines, line 1 is no pair"),
+        (["--pairs", "empty"], "empty is empty"),
+        ([*PAIR, "--corrupt", CORRUPT + " John"], "17 tokens, the corrupt one 18"),
+    ],
+)
+def test_what_no_edges_are_of_is_told(
+    tiny: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("lines").write_text('{"clean": "After"}\n')
+    Path("empty").write_text("\n")
+    assert message in fail("edges", tiny, *options)
 
 
 # --- contributions ----------------------------------------------------------------------------

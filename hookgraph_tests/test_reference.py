@@ -14,10 +14,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md")]
 TABLE = (ROOT / "docs" / "reference" / "locations.md").read_text(encoding="utf-8")
 
+CLI = ("algorithms", "arguments", "attribution", "circuits", "models", "pairs", "telling")
 DOCUMENTED_OTHERWISE = {
     "hookgraph.__main__": "the page of the command line",
     **dict.fromkeys(
-        (f"hookgraph.cli.{name}" for name in ("algorithms", "arguments", "attribution", "models", "telling")),
+        (
+            f"hookgraph.cli.{name}"
+            for name in ("algorithms", "arguments", "attribution", "circuits", "models", "pairs", "telling")
+        ),
         "the page of the command line",
     ),
     "hookgraph.locations": "the constants of hookgraph.ontology",

@@ -4,6 +4,7 @@ import typer
 
 from hookgraph.cli.algorithms import basis, contributions, counterfactuals, profile
 from hookgraph.cli.attribution import attribute
+from hookgraph.cli.circuits import circuit, edges
 from hookgraph.cli.models import check, demo, locations
 
 app = typer.Typer(
@@ -12,7 +13,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, locations, check, attribute, contributions, profile, basis, counterfactuals):
+_COMMANDS = (
+    demo, locations, check, attribute, circuit, edges, contributions, profile, basis, counterfactuals
+)  # fmt: skip
+for _command in _COMMANDS:
     app.command()(_command)
 
 

@@ -29,7 +29,7 @@ from hookgraph.cli.arguments import (
     place,
     token_texts,
 )
-from hookgraph.cli.telling import terminal, told
+from hookgraph.cli.telling import drawing, terminal, told, write
 from hookgraph.ontology.locations import Location
 from hookgraph.report import tables
 
@@ -51,9 +51,7 @@ def contributions(
         console.print(tables.frame_table(found.summary(), "stream"))
         console.print()
         console.print(tables.flows_table(paths, token_texts(tokenizer, text)))
-        if figure is not None:
-            found.plot(token, threshold).savefig(figure)
-            console.print(Text(f"\n{figure}"))
+        write((figure, drawing(lambda: found.plot(token, threshold))))
 
 
 def profile(
@@ -76,9 +74,7 @@ def profile(
         axes = [name for name in over.split(",") if name]
         found = path_profile(graph, clean, corrupt, metric, chosen_locations(graph, at), steps, over=axes)
         terminal().print(tables.frame_table(found.to_frame(), "node"))
-        if figure is not None:
-            found.plot().savefig(figure)
-            terminal().print(Text(f"\n{figure}"))
+        write((figure, drawing(found.plot)))
 
 
 def basis(
@@ -103,12 +99,7 @@ def basis(
         graph = bind(load_model(place(model)), load_tokenizer(place(model)))
         found = causal_basis(graph, text, Location.parse(at), k, removal, decoder)
         terminal().print(tables.frame_table(found.to_frame(), "direction"))
-        if save is not None:
-            found.save(save)
-            terminal().print(Text(f"\n{save}"))
-        if figure is not None:
-            found.plot().savefig(figure)
-            terminal().print(Text(f"\n{figure}"))
+        write((save, found.save), (figure, drawing(found.plot)))
 
 
 def counterfactuals(
@@ -146,9 +137,4 @@ def counterfactuals(
             seed=seed,
         )
         terminal().print(tables.frame_table(found.to_frame(), "pair") if len(found) else Text(repr(found)))
-        if save is not None:
-            found.save(save)
-            terminal().print(Text(f"\n{save}"))
-        if figure is not None:
-            found.plot().savefig(figure)
-            terminal().print(Text(f"\n{figure}"))
+        write((save, found.save), (figure, drawing(found.plot)))

@@ -27,8 +27,8 @@ from hookgraph.cli.arguments import (
     token_text,
     token_texts,
 )
+from hookgraph.cli.pairs import unequal
 from hookgraph.cli.telling import terminal, told
-from hookgraph.errors import InputError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.report import breakdown, tables
 from hookgraph.report.attribution import Attribution, attribution_page
@@ -84,10 +84,7 @@ def _pair(
     """
     first, second = token_texts(tokenizer, clean), token_texts(tokenizer, corrupt)
     if len(first) != len(second):
-        raise InputError(
-            f"the clean prompt has {len(first)} tokens, the corrupt one {len(second)}; positions are "
-            f"compared one by one: {' | '.join(first)} and {' | '.join(second)}"
-        )
+        raise unequal(first, second)
     return PromptPair(
         Prompt.read(clean, first, graph.run(clean).logits[0], *answers),
         Prompt.read(corrupt, second, graph.run(corrupt).logits[0], *answers),

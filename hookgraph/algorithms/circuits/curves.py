@@ -81,10 +81,10 @@ def cpr(
     fractions: Sequence[float] = FRACTIONS,
     progress: bool | None = None,
 ) -> Curve:
-    """The integrated circuit performance ratio: ∫ f dk, of circuits of the edges with the largest scores.
+    """The integrated circuit performance ratio: ∫ f dk, of circuits of the edges to which m owes most.
 
     C_k is the model in which each reader sees the current values of the writers whose edges are among the
-    share k of largest scores, and the corrupt values of the others.
+    share k without which m falls most, by their signed scores, and the corrupt values of the others.
 
     Raises:
         HookGraphError: the scores are those of another model, or heads cannot be patched alone in it.
@@ -130,7 +130,8 @@ def _measured(
     signed: bool,
 ) -> Float[Tensor, "..."]:
     """f at each share of edges: a ratio of means over all examples."""
-    values = scores.values() if signed else scores.values().abs()
+    # A score is what m changes by where the edge is cut: what m owes to it is the opposite.
+    values = -scores.values() if signed else scores.values().abs()
     order = values.argsort(descending=True, stable=True)
     writers, readers = writers_of(graph), readers_of(graph)
     sums = torch.zeros(len(fractions) + 2, dtype=torch.float64)

@@ -10,6 +10,8 @@ from hookgraph.errors import HookGraphError
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
+_CROWDED = 100
+
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
@@ -63,9 +65,14 @@ def dot_of(nodes: Mapping[Location, float], edges: Sequence[Edge]) -> str:
 def figure_of(nodes: Mapping[Location, float], edges: Sequence[Edge]) -> "matplotlib.figure.Figure":
     """A figure: a row per location that nodes are at, in causal order from bottom to top.
 
+    Of very many nodes those are drawn that edges join.
+
     Raises:
         HookGraphError: matplotlib is not installed, or there is nothing to draw.
     """
+    if len(nodes) > _CROWDED and edges:
+        joined = {end for edge in edges for end in (edge.source, edge.target)}
+        nodes = {node: effect for node, effect in nodes.items() if node in joined}
     ranks = _ranks(nodes, edges)
     if not ranks:
         raise HookGraphError("there is nothing to draw: this circuit has no nodes")

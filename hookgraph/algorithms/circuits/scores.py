@@ -80,7 +80,7 @@ class EdgeScores:
     def circuit(self, top: int, how: Selection = "top", *, signed: bool = False) -> Circuit:
         """The circuit of the edges with the largest scores, less those that do not lead to the logits.
 
-        * `top`: the `top` edges with the largest |score|, or score.
+        * `top`: the `top` edges with the largest |score|; signed, those without which m falls most.
         * `greedy`: from the logits backwards, each time the largest of the edges into what is there already,
           until there are `top`: all of them lead to the logits.
 
@@ -205,7 +205,7 @@ def _greedy(edges: list[Edge], top: int, signed: bool, heads: Mapping[Location, 
 
 
 def _size(edge: Edge, signed: bool) -> float:
-    return edge.weight if signed else abs(edge.weight)
+    return -edge.weight if signed else abs(edge.weight)
 
 
 def readers_of_writer(writer: Location, heads: Mapping[Location, int]) -> Iterator[Location]:

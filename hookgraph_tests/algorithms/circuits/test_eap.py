@@ -38,6 +38,7 @@ from hookgraph.locations import (
     RESID_POST,
     RESID_PRE,
 )
+from hookgraph.ontology.locations import Location
 from hookgraph_tests.families import FAMILIES, LAYERS, bound, layers_of, model_of, tokens
 from hookgraph_tests.planted_circuits import EDGES, PLANTED
 from hookgraph_tests.unchecked import unchecked
@@ -238,6 +239,28 @@ def test_curves_start_at_few_edges_and_end_at_the_model():
     assert distance.area == pytest.approx(0.5)
     assert "CMD 0.5" in repr(distance)
     assert curve.plot().axes[0].get_xlabel() == "share of edges"
+
+
+def test_the_performance_ratio_begins_with_the_edge_without_which_the_metric_falls_most():
+    graph, pairs = bound("gpt2", torch.float64), [(CLEAN, CORRUPT)]
+    scores = edge_attribution(graph, pairs, METRIC)
+    first = min(scores.edges.each(), key=lambda edge: edge.weight)
+    runner = CircuitRunner.of(graph, PairBatch(CLEAN, CORRUPT, METRIC), writers_of(graph), readers_of(graph))
+    masks = {pair: torch.zeros_like(mask) for pair, mask in runner.everything().items()}
+    for (writer, reader), mask in masks.items():
+        if (writer.place, reader.place) == (first.source.whole, first.target.whole):
+            mask[tuple(_head(end) for end in (first.source, first.target))] = True
+    nothing, model = runner.run({}).mean(), runner.measured.mean()
+    expected = (runner.run(masks).mean() - nothing) / (model - nothing)
+    curve = cpr(graph, scores, pairs, METRIC, fractions=(1 / len(scores),))
+    assert float(curve.faithfulness) == pytest.approx(float(expected))
+    (one,) = scores.circuit(1, "greedy", signed=True).edges.each()
+    assert one.weight == min(e.weight for e in scores.edges.each() if e.target == LOGITS)
+
+
+def _head(end: Location) -> int:
+    found = [i for _, i in end.index if isinstance(i, int)]
+    return found[0] if found else 0
 
 
 def test_what_does_not_reach_the_logits_is_pruned():
