@@ -23,11 +23,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder to write the page and the map to.")] = Path(
         "hookgraph-demo"
     ),
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every algorithm, with a figure each; under two minutes.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Attribute, check, steer and report on a small model that ships with hookgraph."""
     with told(debug):
-        tell(terminal(), out)
+        tell(terminal(), out, everything=everything)
 
 
 def locations(

@@ -16,6 +16,7 @@ from hookgraph.binding import bind
 from hookgraph.demo import load, model_path, story
 from hookgraph.demo.card import stated_figures
 from hookgraph.demo.story import Speaker, Steering
+from hookgraph.demo.tour import Guide, tour
 from hookgraph.ontology.transformer import ATTN_Z
 from hookgraph.report import page, tables
 from hookgraph.report.attribution import Attribution, attribution_page
@@ -41,8 +42,13 @@ class Findings:
     steering: Steering
 
 
-def tell(console: Console, out: Path) -> None:
+def tell(console: Console, out: Path, *, everything: bool = False) -> None:
     """Run the demo on the embedded model, print it, and write a page and a map to the folder `out`.
+
+    Args:
+        console: where it is told.
+        out: the folder.
+        everything: run every other algorithm as well, and write a figure for each and a page of all.
 
     Raises:
         HookGraphError: matplotlib is not installed.
@@ -59,6 +65,8 @@ def tell(console: Console, out: Path) -> None:
     steering = _tell_steering(console, speaker, pair)
     found = Findings(pair, nodes, ranking, positions, positions.check(TOP), steering)
     _write(console, speaker, card, found, out)
+    if everything:
+        tour(console, Guide(speaker), out, card)
 
 
 def card_line(model: PreTrainedModel) -> str:

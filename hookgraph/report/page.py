@@ -96,6 +96,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
     return Html(f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>")
 
 
+def verbatim(text: str) -> Html:
+    """A text as it is, its columns aligned."""
+    return Html(f"<div class=wide><pre>{escape(text)}</pre></div>")
+
+
 def folded(summary: str, piece: Html) -> Html:
     """Something that is shown on demand."""
     return Html(f"<details><summary>{escape(summary)}</summary>{piece}</details>")

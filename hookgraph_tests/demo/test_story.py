@@ -1,19 +1,23 @@
 """The demo tells what is so: the pair is answered, heads carry the answer, a vector changes it."""
 
+import inspect
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
+from rich.console import Console
 from typer.testing import CliRunner
 
-from hookgraph import demo
+from hookgraph import algorithms, demo
 from hookgraph.binding import bind
 from hookgraph.cli import app
 from hookgraph.demo import story
 from hookgraph.demo.grammar import NAMES
 from hookgraph.demo.story import Speaker
 from hookgraph.demo.telling import card_line
+from hookgraph.demo.tour import STOPS, Guide, tour
 from hookgraph.ontology.transformer import RESID_POST
 from hookgraph.report.breakdown import places, units
 
@@ -148,3 +152,40 @@ def test_the_embedded_model_has_a_name_on_the_command_line():
     result = CliRunner().invoke(app, ["locations", "demo", "--layers", "3"])
     assert result.exit_code == 0
     assert RESID_POST.name in result.output
+
+
+# --- every algorithm --------------------------------------------------------------------------
+
+SHOWN_BY_OTHERS = {
+    "ablate": "means",
+    "ablate_layer": "basis",
+    "ablate_subspace": "basis",
+    "edges": "circuit",
+    "exact_effects": "attribution",
+    "lens_logits": "lens",
+    "mean_patching_effect": "attribution",
+    "optimal_constants": "means",
+    "random_circuit": "sizes",
+    "remove_subspace": "basis",
+    "sample_activations": "means",
+    "steering_vector": "the demo itself",
+}
+
+
+def test_every_algorithm_has_a_stop():
+    functions = {name for name in algorithms.__all__ if inspect.isfunction(getattr(algorithms, name))}
+    shown = [name for stop in STOPS for name in stop.shows]
+    assert len({stop.name for stop in STOPS}) == len(STOPS)
+    assert functions - {*shown} == set(SHOWN_BY_OTHERS)
+
+
+def test_every_stop_answers_and_draws(speaker: Speaker, tmp_path: Path):
+    file = StringIO()
+    console = Console(file=file, width=200)
+    path = tour(console, Guide(speaker, count=3, effort=0.05), tmp_path, "a small model")
+    page = path.read_text(encoding="utf-8")
+    assert page.count("<figure>") == len(STOPS)
+    for stop in STOPS:
+        assert (tmp_path / f"{stop.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert stop.question in page
+        assert stop.shows[0] in file.getvalue()
