@@ -255,7 +255,9 @@ def _additive_mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
 ) -> Float[Tensor, "batch one pos key_pos"] | None:
     """The mask as eager attention adds it: fused kernels are given none for causal, or a boolean one."""
-    lowest = torch.finfo(query.dtype).min
+    # Some softmaxes are in single precision: there a lower number is minus infinity, and a row of padding,
+    # masked altogether, not a number.
+    lowest = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal

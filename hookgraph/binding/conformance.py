@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hookgraph.binding.attention import masked_cells
+from hookgraph.binding.circumstances import Subject, check_circumstances
 from hookgraph.binding.comparison import check_comparison
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
@@ -20,7 +21,7 @@ from hookgraph.binding.mixtures import mixture_identities, rerouted
 from hookgraph.binding.outputs import per_example
 from hookgraph.binding.state import model_state
 from hookgraph.errors import MetricError
-from hookgraph.graph.conformance import ConformanceReport, Proof
+from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
@@ -44,7 +45,10 @@ Values = Mapping[Location, Float[Tensor, "..."]]
 
 
 def check(
-    binding: HuggingFaceBinding, example: Mapping[str, Any], chosen: Sequence[Location] | None = None
+    binding: HuggingFaceBinding,
+    example: Mapping[str, Any],
+    chosen: Sequence[Location] | None = None,
+    single: Callable[[], Subject] | None = None,
 ) -> ConformanceReport:
     """Check every invariant of the chosen locations (by default all) on one example.
 
@@ -52,6 +56,7 @@ def check(
         binding: the binding to prove; its model is left as it was.
         example: keyword arguments of the model, a batch of one.
         chosen: locations to check.
+        single: makes the same in single precision, for what the model itself cannot do in double.
     """
     graph = HookGraph(binding)
     locations = tuple(binding.locations if chosen is None else chosen)
@@ -74,12 +79,23 @@ def check(
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
     proofs += [Proof(x, "removed", not note, float(bool(note)), 0.0, note) for x in locations]
+    other = check_circumstances(Subject(binding, example), locations, single)
+    proofs += other.proofs
     return ConformanceReport(
         tuple(proofs),
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         binding.metadata,
+        gaps=(*other.gaps, *_unequal(proofs, clean)),
     )
+
+
+def _unequal(proofs: Sequence[Proof], clean: Run) -> list[Gap]:
+    """The locations that no equation is about, and those that have no gradient."""
+    equal = {p.location for p in proofs if p.invariant == "conserved"}
+    gaps = [Gap(x, "conserved", "no equation is known that it stands in") for x in clean if x not in equal]
+    integers = [x for x in clean if not clean[x].is_floating_point()]
+    return gaps + [Gap(x, "edit = gradient", "integers have no gradient") for x in integers]
 
 
 def _check_firing(

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hookgraph.binding import conformance
 from hookgraph.binding.cache_use import see_cache
+from hookgraph.binding.circumstances import Subject
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, example_inputs, one_row
 from hookgraph.binding.family import Family, apply, refuse_wrong
@@ -26,7 +28,7 @@ from hookgraph.binding.peers import (
 from hookgraph.binding.tracing import Trace, evaluating
 from hookgraph.binding.twins import in_precision, make_excerpt, make_twin, tiny_twins
 from hookgraph.errors import BindingError
-from hookgraph.graph.conformance import ConformanceReport, Proof
+from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
 
@@ -59,6 +61,7 @@ class _Proven:
         default_factory=dict[Location, tuple[Location, ...]]
     )
     text: str = ""
+    gaps: tuple[Gap, ...] = ()
 
 
 def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
@@ -73,7 +76,8 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
         BindingError: what a family record says does not hold.
     """
     if _is_small(binding.model):
-        return conclude(binding, _on_copy(binding.model, binding.findings, binding.example), family)
+        part = _on_copy(binding.model, binding.findings, binding.example)
+        return _concluded(binding, binding.findings, [part], family)
     findings, parts = binding.findings, list[_Proven]()
     twin = _best_twin(binding, family)
     rest = list(findings.anchors)
@@ -89,9 +93,7 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
 
 def conclude(binding: HuggingFaceBinding, proofs: Sequence[Proof], family: Family | None = None) -> Outcome:
     """What proofs of every location by itself lead to."""
-    return _concluded(
-        binding, binding.findings, [_Proven(tuple(proofs), {}, "the whole model, copied")], family
-    )
+    return _concluded(binding, binding.findings, [_Proven(tuple(proofs), {}, "the model itself")], family)
 
 
 def _is_small(model: PreTrainedModel) -> bool:
@@ -147,15 +149,15 @@ def _on_twin(
     first = first_of_each(model, found)
     stands = peers_among(list(found.anchors), first)
     chosen = list(found.anchors) if len(found.anchors) <= _FEW else sorted(set(stands.values()), key=_order)
-    proofs = _on_copy(model, found, example, chosen)
+    size = sum(p.numel() for p in model.parameters())
+    layers = ", ".join(f"{len(x)} layers" for x in found.layers.values())
+    part = _on_copy(model, found, example, chosen, f"a tiny twin ({layers}, {size:,} parameters)")
     known = set(chosen)
     peers = {
         x: tuple(dict.fromkeys(t if t in known else stands[t] for t in alike))
         for x, alike in agreed.peers.items()
     }
-    size = sum(p.numel() for p in model.parameters())
-    layers = ", ".join(f"{len(x)} layers" for x in found.layers.values())
-    return _Proven(tuple(proofs), peers, f"a tiny twin ({layers}, {size:,} parameters)")
+    return replace(part, peers=peers)
 
 
 def _order(location: Location) -> tuple[object, ...]:
@@ -187,19 +189,30 @@ def _on_layers(binding: HuggingFaceBinding, rest: Sequence[Location]) -> _Proven
     inside = {x: a for x, a in findings.anchors.items() if x.layer is None or place_of(x) in places}
     if not _can_be_copied(binding.model, findings, kept):
         with evaluating(binding.model):
-            proofs = conformance.check(binding, example, list(inside)).proofs
-        return _Proven(_about(proofs, chosen), peers, f"{len(kept)} layers of the model itself")
+            report = conformance.check(binding, example, list(inside))
+        return _about(chosen, report, peers, f"{len(kept)} layers of the model itself")
     excerpt = make_excerpt(binding.model, findings, kept, torch.float32)
     modules = dict(excerpt.named_modules())
     weights = {k: w for k, w in findings.weights.items() if w.module in modules}
     candidate = HuggingFaceBinding(excerpt, replace(findings, anchors=inside, weights=weights))
-    proofs = conformance.check(candidate, in_precision(example, torch.float32)).proofs
-    return _Proven(_about(proofs, chosen), peers, f"{len(kept)} layers of the model, copied")
+    report = conformance.check(candidate, in_precision(example, torch.float32))
+    return _about(chosen, report, peers, f"{len(kept)} layers of the model, copied, in float32")
 
 
-def _about(proofs: Sequence[Proof], locations: Sequence[Location]) -> tuple[Proof, ...]:
+def _about(
+    locations: Sequence[Location],
+    report: ConformanceReport,
+    peers: Mapping[Location, tuple[Location, ...]],
+    text: str,
+) -> _Proven:
+    """What a report says of some locations."""
     wanted = set(locations)
-    return tuple(p for p in proofs if p.location in wanted)
+    proofs = tuple(p for p in report.proofs if p.location in wanted)
+    return _Proven(proofs, peers, text, tuple(g for g in report.gaps if g.location in wanted))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _can_be_copied(model: PreTrainedModel, findings: Findings, kept: Collection[str]) -> bool:
@@ -216,17 +229,24 @@ def _on_copy(
     findings: Findings,
     example: Mapping[str, Any],
     chosen: Sequence[Location] | None = None,
-) -> tuple[Proof, ...]:
+    text: str = "the whole model, copied",
+) -> _Proven:
     """Prove on a copy in double precision, or in single where the model mixes precisions inside."""
     row = one_row(example, findings.batch)
+
+    def copied(dtype: torch.dtype) -> Subject:
+        twin, precise = make_twin(model, row, dtype)
+        return Subject(HuggingFaceBinding(twin, findings), precise)
+
     failure: Exception | None = None
     for dtype in (torch.float64, torch.float32):
-        twin, precise = make_twin(model, row, dtype)
-        candidate = HuggingFaceBinding(twin, findings)
+        candidate, precise = copied(dtype)
         try:
             if dtype != torch.float32 and not HookGraph(candidate).run(precise).logits.isfinite().all():
                 continue
-            return conformance.check(candidate, precise, chosen).proofs
+            single = partial(copied, torch.float32) if dtype != torch.float32 else None
+            report = conformance.check(candidate, precise, chosen, single)
+            return _Proven(report.proofs, {}, f"{text}, in {_name(dtype)}", report.gaps)
         except (RuntimeError, IndexError) as error:
             # The model cannot be run, or replayed, in double precision; or an edit leads it elsewhere.
             failure = error
@@ -261,5 +281,6 @@ def _concluded(
         dict(sorted(left.reasons.items(), key=lambda pair: pair[0].order)),
         {**binding.metadata, "proven on": "; ".join(part.text for part in parts)},
         {k: v for k, v in stands.items() if k in left.anchors},
+        tuple(g for part in parts for g in part.gaps),
     )
     return Outcome(left, report)

@@ -44,7 +44,7 @@ def tiny_twins(model: PreTrainedModel, depths: Mapping[int, int], limit: int) ->
         limit: how many parameters a twin may have.
     """
     for shrinking in shrinkings(model.config, depths):
-        with _quietly():
+        with quietly():
             try:
                 with torch.device("meta"):
                     size = sum(p.numel() for p in type(model)(shrinking.of(model.config)).parameters())
@@ -58,7 +58,7 @@ def tiny_twins(model: PreTrainedModel, depths: Mapping[int, int], limit: int) ->
 
 
 @contextmanager
-def _quietly() -> Generator[None]:
+def quietly() -> Generator[None]:
     """Within this context random numbers are drawn apart, and transformers does not comment."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(CRITICAL)

@@ -11,7 +11,17 @@ from hookgraph.ontology.locations import Location
 if TYPE_CHECKING:
     import pandas
 
-INVARIANTS = ("fires once", "shape", "transparent", "conserved", "edit = gradient", "removed")
+INVARIANTS = (
+    "fires once",
+    "shape",
+    "transparent",
+    "conserved",
+    "edit = gradient",
+    "removed",
+    "cached",
+    "padded",
+    "fused",
+)
 """What is checked of every location; see the explanation page on conformance."""
 
 
@@ -29,6 +39,16 @@ class Proof:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """One invariant that could not be checked at a location, and why."""
+
+    location: Location
+    invariant: str
+    reason: str
+
+
+@final
 @dataclass(frozen=True, eq=False, repr=False)
 class ConformanceReport:
     """Location x invariant, the mechanism that reaches each location, and reasons for what is absent."""
@@ -39,6 +59,8 @@ class ConformanceReport:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     peers: Mapping[Location, Location] = field(default_factory=dict[Location, Location])
     """For a location that was not checked itself: the one, reached alike, whose proofs stand for it."""
+    gaps: tuple[Gap, ...] = ()
+    """What could not be checked: every location has a proof or a gap for each invariant."""
 
     @property
     def ok(self) -> bool:

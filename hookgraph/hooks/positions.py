@@ -21,7 +21,7 @@ from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
 
 _ALONG = (Dimension.POS, Dimension.KEY_POS)
-_ELSEWHERE = frozenset(
+KEYS_ELSEWHERE = frozenset(
     kind
     for types in (DECODER.cross_attention, ENCODER.cross_attention, VISION.cross_attention)
     for kind in (types.k, types.v, types.scores, types.pattern)
@@ -211,7 +211,7 @@ def _shifts(location: Location, dim: Dimension, span: Span, size: int) -> tuple[
     Where a tensor holds fewer columns than the pass, these are the last ones: `generate()` asks for the
     logits of no others.
     """
-    if dim is Dimension.KEY_POS and location.type in _ELSEWHERE:
+    if dim is Dimension.KEY_POS and location.type in KEYS_ELSEWHERE:
         return (0,)
     if dim is Dimension.KEY_POS:
         gone = max(0, span.past + span.length - size)
