@@ -4,15 +4,17 @@ Each takes one or two passes, for all locations at once. Where the model itself,
 compute the same, nothing is claimed of its locations: the report gives the model's own reason.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hookgraph.binding.attention import masked_cells
 from hookgraph.binding.huggingface import HuggingFaceBinding
+from hookgraph.binding.inputs import embedding_of, vocabulary_size
 from hookgraph.binding.kernels import InapplicableError, other_kernel
 from hookgraph.binding.twins import quietly
 from hookgraph.graph.conformance import Gap, Proof
@@ -48,8 +50,8 @@ class Subject(NamedTuple):
     example: Mapping[str, Any]
 
 
-Compared: TypeAlias = Callable[[Subject, Sequence[Location]], Mapping[Location, Pair]]
-"""Two ways to run the model, and what each has at these locations."""
+Compared: TypeAlias = Callable[[Subject, Sequence[Location]], Mapping[Location, Sequence[Pair]]]
+"""Two ways to run the model, and what each has at these locations, pass by pass."""
 
 
 class Verdict(NamedTuple):
@@ -85,7 +87,7 @@ def _check(name: str, compared: Compared, subject: Subject, locations: Sequence[
     notes: dict[Location, str] = {}
     tolerance = _tolerance(subject)
     try:
-        errors |= {x: _error(x, *pair) for x, pair in compared(subject, locations).items()}
+        errors |= {x: _error(x, pairs) for x, pairs in compared(subject, locations).items()}
         fine = all(e <= tolerance for e in errors.values())
     except InapplicableError as reason:
         return _nothing(name, locations, str(reason))
@@ -120,13 +122,16 @@ def _own_reason(compared: Compared, subject: Subject) -> str:
     if LOGITS not in subject.binding.findings.anchors:
         return "there are no logits to tell whether the model itself is the same"
     try:
-        error = _error(LOGITS, *compared(subject, [LOGITS])[LOGITS])
+        error = _error(LOGITS, compared(subject, [LOGITS])[LOGITS])
     except InapplicableError as reason:
         return str(reason)
     except Exception as error:
-        return f"the model itself cannot be run like this: {_told(error)}"
-    same = error <= _OWN * _tolerance(subject)
-    return "" if same else f"the model's own logits differ by {error:.1g} of their size"
+        return f"it cannot be run like this: {_told(error)}"
+    if error <= _OWN * _tolerance(subject):
+        return ""
+    if not math.isfinite(error):
+        return "the model's own logits are no numbers there"
+    return f"the model's own logits differ by {error:.1g} of their size"
 
 
 def _one_by_one(
@@ -137,14 +142,20 @@ def _one_by_one(
     notes: dict[Location, str] = {}
     for location in locations:
         try:
-            errors |= {x: _error(x, *p) for x, p in compared(subject, [location]).items()}
+            errors |= {x: _error(x, pairs) for x, pairs in compared(subject, [location]).items()}
         except Exception as error:
             errors[location], notes[location] = float("inf"), _told(error)
     return errors, notes
 
 
+def _error(location: Location, pairs: Sequence[Pair]) -> float:
+    """By how much values differ at most; infinity where they are no numbers."""
+    errors = [_difference(location, *pair) for pair in pairs]
+    return max(e if math.isfinite(e) else math.inf for e in errors)
+
+
 @torch.no_grad()
-def _error(location: Location, expected: Tensor, found: Tensor) -> float:
+def _difference(location: Location, expected: Tensor, found: Tensor) -> float:
     """By how much two values differ, relative to their size; what is masked in both is left out."""
     if expected.shape != found.shape:
         return float("inf")
@@ -152,16 +163,24 @@ def _error(location: Location, expected: Tensor, found: Tensor) -> float:
         return float(not torch.equal(expected, found))
     expected, found = expected.double(), found.double()
     if location.type.name.endswith("scores"):
-        expected, found = (torch.where(masked_cells(x), 0.0, x) for x in (expected, found))
+        expected, found = _live(expected), _live(found)
     same = expected == found  # infinities among them
     gap = torch.where(same, 0.0, expected - found).norm()
     return float(gap / torch.where(same & expected.isinf(), 0.0, expected).norm().clamp_min(1e-6))
 
 
+def _live(scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Scores without what is masked, and without a number added to a row, which no softmax notices."""
+    masked = masked_cells(scores)
+    live = torch.where(masked, 0.0, scores)
+    mean = live.sum(-1, keepdim=True) / (~masked).sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(masked, 0.0, live - mean)
+
+
 # --- with a cache -----------------------------------------------------------------------------
 
 
-def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pair]:
+def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, list[Pair]]:
     """Generate a few tokens with a cache, then run over all of them at once."""
     binding, example = subject
     if not binding.model.can_generate():
@@ -172,6 +191,8 @@ def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, P
     graph = HookGraph(binding)
     options: dict[str, object] = {"use_cache": True, "do_sample": False, "num_beams": 1}
     options |= {"max_new_tokens": _NEW + 1, "min_new_tokens": _NEW + 1, "max_length": None}
+    if ids.startswith("decoder"):
+        options["decoder_start_token_id"] = int(example[ids][0, 0])  # which the example begins with
     with quietly():
         found = graph.generate(dict(example), save=locations, **options)
     past = [span.past for span in found.spans]
@@ -183,7 +204,7 @@ def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, P
     if mask in inputs:
         inputs[mask] = torch.ones_like(tokens)
     whole = graph.run(inputs, save=locations)
-    pairs: dict[Location, Pair] = {}
+    pairs: dict[Location, list[Pair]] = {}
     for location in locations:
         parts = [
             _part_of_pass(location, whole[location], run[location], span, tokens.shape[1])
@@ -191,14 +212,8 @@ def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, P
             if location in run
         ]
         if parts:
-            left, right = zip(*parts, strict=True)
-            pairs[location] = _flat(left), _flat(right)
+            pairs[location] = parts
     return pairs
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    """Several passes as one; a shape that does not fit is found out before."""
-    return torch.cat([x.flatten() for x in parts])
 
 
 def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, tokens: int) -> Pair:
@@ -223,7 +238,7 @@ def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, 
 # --- with padding -----------------------------------------------------------------------------
 
 
-def _padded(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pair]:
+def _padded(subject: Subject, locations: Sequence[Location]) -> dict[Location, list[Pair]]:
     """Put padding on the left, then run over both."""
     binding, example = subject
     ids, mask = example.get("input_ids"), example.get("attention_mask")
@@ -235,11 +250,19 @@ def _padded(subject: Subject, locations: Sequence[Location]) -> dict[Location, P
     graph = HookGraph(binding)
     longer = {
         **example,
-        "input_ids": torch.cat([ids[:, :1].expand(-1, _PADDING), ids], dim=1),
-        "attention_mask": torch.cat([torch.zeros_like(mask[:, :1]).expand(-1, _PADDING), mask], dim=1),
+        "input_ids": torch.cat([torch.full_like(ids[:, :_PADDING], _padding_token(binding)), ids], dim=1),
+        "attention_mask": torch.cat([torch.zeros_like(mask[:, :_PADDING]), mask], dim=1),
     }
     plain, found = graph.run(example, save=locations), graph.run(longer, save=locations)
-    return {x: (plain[x], _unpadded(x, plain[x], found[x])) for x in locations}
+    return {x: [(plain[x], _unpadded(x, plain[x], found[x]))] for x in locations}
+
+
+def _padding_token(binding: HuggingFaceBinding) -> int:
+    """What the configuration says; any token if it says nothing, as padding is not to be read."""
+    token: object = getattr(binding.model.config, "pad_token_id", None)
+    if not isinstance(token, int):
+        return 0
+    return token if 0 <= token < vocabulary_size(binding.model, embedding_of(binding.model)) else 0
 
 
 def _unpadded(location: Location, plain: Tensor, found: Tensor) -> Tensor:
@@ -254,7 +277,7 @@ def _unpadded(location: Location, plain: Tensor, found: Tensor) -> Tensor:
 # --- by another kernel --------------------------------------------------------------------------
 
 
-def _fused(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pair]:
+def _fused(subject: Subject, locations: Sequence[Location]) -> dict[Location, list[Pair]]:
     """Run with the attention function that the model was not given: eager instead of fused, or the reverse.
 
     Where scores or the pattern are asked for, attention is eager anyhow: those are asked for apart.
@@ -263,13 +286,13 @@ def _fused(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pa
     graph = HookGraph(binding)
     outside = [x for x in locations if not _in_softmax(x)]
     inside = [x for x in locations if _in_softmax(x)]
-    pairs: dict[Location, Pair] = {}
+    pairs: dict[Location, list[Pair]] = {}
     for group in (outside, inside):
         if group:
             plain = graph.run(example, save=group)
             with other_kernel(binding.model):
                 found = graph.run(example, save=group)
-            pairs |= {x: (plain[x], found[x]) for x in group}
+            pairs |= {x: [(plain[x], found[x])] for x in group}
     return pairs
 
 

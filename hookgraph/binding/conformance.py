@@ -9,37 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.binding.attention import masked_cells
 from hookgraph.binding.circumstances import Subject, check_circumstances
 from hookgraph.binding.comparison import check_comparison
+from hookgraph.binding.edits import inside_kernel, live, replace_rows, rows_of, unmasked
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
 from hookgraph.binding.mixtures import mixture_identities, rerouted
-from hookgraph.binding.outputs import per_example
+from hookgraph.binding.slopes import check_gradients
 from hookgraph.binding.state import model_state
-from hookgraph.errors import MetricError
 from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
-_STEPS = (1e-5, 1e-3, 1e-2, 4e-2)
-"""Sizes of the finite differences, relative to the value: small ones for models that compute in double
-precision throughout, larger ones for those that go through single precision inside."""
-
-_TOLERANCE = {torch.float64: (1e-5, 2e-3), torch.float32: (1e-3, 5e-2)}
-"""By dtype: of identities, and of finite differences. Coarser dtypes are checked like single precision."""
-
-_SINGLE = 1.2e-6
-"""Relative error of a pass through single precision, where most models go somewhere inside: ten roundings."""
-
-_RULED_OUT = 1e30
-"""Logits of this size are no measurements."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Of identities, by dtype. Coarser dtypes are checked like single precision."""
 
 Values = Mapping[Location, Float[Tensor, "..."]]
 
@@ -75,7 +63,7 @@ def check(
     if locations:
         proofs += _check_transparent(graph, example, locations)
         proofs += _check_conserved(binding, graph, example, clean)
-        proofs += _check_gradients(graph, example, clean)
+        proofs += check_gradients(graph, example, clean)
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
     proofs += [Proof(x, "removed", not note, float(bool(note)), 0.0, note) for x in locations]
@@ -85,7 +73,7 @@ def check(
         tuple(proofs),
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
-        binding.metadata,
+        {**binding.metadata, "proven on": f"the model itself, in {binding.metadata['dtype']}"},
         gaps=(*other.gaps, *_unequal(proofs, clean)),
     )
 
@@ -185,8 +173,8 @@ def _check_transparent(
     """
     plain = graph.run(example).logits
     proofs: list[Proof] = []
-    outside = [x for x in locations if not _inside_kernel(x)]
-    inside = [x for x in locations if _inside_kernel(x)]
+    outside = [x for x in locations if not inside_kernel(x)]
+    inside = [x for x in locations if inside_kernel(x)]
     for group, tolerance in ((outside, 0.0), (inside, 1e-5)):
         error = _change(graph, example, group, plain)
         if error <= tolerance:
@@ -198,23 +186,14 @@ def _check_transparent(
     return proofs
 
 
-def _inside_kernel(location: Location) -> bool:
-    return location.type.name.split(".")[-1] in ("scores", "pattern", "expert_post", "expert_out")
-
-
 def _change(
     graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], plain: Tensor
 ) -> float:
     """By how much identity hooks change the logits, relative to their size."""
     for location in locations:
         graph = graph.hook(location, lambda x: x.clone())
-    gap = (_unmasked(graph.run(example).logits) - _unmasked(plain)).abs().max()
-    return float(gap / _unmasked(plain).abs().max().clamp_min(1e-9))
-
-
-def _unmasked(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The logits with 0 for tokens that a model rules out by infinity, or by the lowest number there is."""
-    return torch.where(logits.abs() < _RULED_OUT, logits, 0.0)
+    gap = (unmasked(graph.run(example).logits) - unmasked(plain)).abs().max()
+    return float(gap / unmasked(plain).abs().max().clamp_min(1e-9))
 
 
 def _check_conserved(
@@ -226,12 +205,12 @@ def _check_conserved(
     hooked = graph
     for row, location in enumerate(locations):
         moved = _moved(location, clean[location], generator)
-        hooked = hooked.hook(location, _replace_rows({row: moved}))
+        hooked = hooked.hook(location, replace_rows({row: moved}))
     with watching(binding) as plain:
         graph.run(example)
     with watching(binding) as seen, torch.no_grad():
-        edited = hooked.run(_rows(graph, example, len(locations)), save=locations, metric=_sum)
-    tolerance = _tolerances(clean)[0]
+        edited = hooked.run(rows_of(graph, example, len(locations)), save=locations, metric=_sum)
+    tolerance = _TOLERANCE.get(clean.logits.dtype, _TOLERANCE[torch.float32])
     proofs: list[Proof] = []
     row_of = {location: row for row, location in enumerate(locations)}
     algebra = (*identities(binding, clean, plain, seen), *mixture_identities(binding, clean, seen))
@@ -254,111 +233,9 @@ def _errors(identity: Identity, values: Values) -> list[float]:
     return ((expected - got).flatten(1).norm(dim=1) / size).tolist()
 
 
-def _check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> list[Proof]:
-    """Finite difference = gradient, along a direction that is half gradient, half random.
-
-    Integers have no gradient; what an edit of them does is told by the algebra.
-    """
-    locations = [x for x in clean if clean[x].is_floating_point()]
-    generator = torch.Generator().manual_seed(2)
-    shape = tuple(clean.logits.shape[1:])
-    weights = torch.randn(shape, generator=generator).to(clean.logits)
-
-    def metric(logits: Tensor) -> Tensor:
-        return (_unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
-
-    dead = _unread(graph, example, locations, metric)
-    proofs = [Proof(x, "edit = gradient", False, 1.0, 0.0, "the logits do not depend on it") for x in dead]
-    locations = [x for x in locations if x not in dead]
-    if not locations:
-        return proofs
-    gradients = graph.run(example, save=[x.grad for x in locations], metric=metric)
-    rows_of = 2 * len(_STEPS)
-    hooked = graph
-    slopes: dict[Location, float] = {}
-    sizes: dict[Location, float] = {}
-    for number, location in enumerate(locations):
-        gradient, value = gradients[location.grad], clean[location]
-        direction = _direction(location, gradient, value, generator)
-        slopes[location] = float((gradient.double() * direction.double()).sum())
-        sizes[location] = float(torch.where(_live(location, value), value, 0).double().norm().clamp_min(1e-3))
-        edits = {
-            number * rows_of + 2 * i + j: value + sign * step * sizes[location] * direction
-            for i, step in enumerate(_STEPS)
-            for j, sign in enumerate((1.0, -1.0))
-        }
-        hooked = hooked.hook(location, _replace_rows(edits))
-    rows = _rows(graph, example, len(locations) * rows_of)
-    measured = metric(hooked.run(rows).logits).double()
-    # The logits may have several rows per example, as one per codebook.
-    measured = measured.view(len(locations), len(_STEPS), 2, -1).sum(-1)
-    tolerance = _tolerances(clean)[1]
-    for number, location in enumerate(locations):
-        steps = torch.tensor(_STEPS, dtype=torch.float64) * sizes[location]
-        found = (measured[number, :, 0] - measured[number, :, 1]).cpu() / (2 * steps)
-        # The two largest steps as well, extrapolated to zero.
-        ratio = float(steps[-1] / steps[-2]) ** 2
-        found = torch.cat([found, ((ratio * found[-2] - found[-1]) / (ratio - 1))[None]])
-        slope = slopes[location]
-        # Slopes below this are lost in the rounding of models that go through single precision inside.
-        floor = _SINGLE * float(measured[number].abs().max()) / float(steps[-1]) / tolerance
-        error = float((found - slope).abs().min()) / max(abs(slope), floor, 1e-12)
-        note = "" if error <= tolerance else f"finite difference {float(found[-1]):.4g}, gradient {slope:.4g}"
-        proofs.append(Proof(location, "edit = gradient", error <= tolerance, error, tolerance, note))
-    return proofs
-
-
-def _unread(
-    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
-) -> list[Location]:
-    """The locations from which no path leads to the logits."""
-    try:
-        graph.run(example, save=[x.grad for x in locations], metric=metric)
-    except MetricError:
-        if len(locations) == 1:
-            return list(locations)
-        half = len(locations) // 2
-        parts = (locations[:half], locations[half:])
-        return [x for part in parts for x in _unread(graph, example, part, metric)]
-    return []
-
-
-def _direction(location: Location, gradient: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-    noise = torch.where(_live(location, value), noise, 0)
-    mixed = gradient / gradient.norm().clamp_min(1e-30) + noise / noise.norm().clamp_min(1e-30)
-    return (mixed / mixed.norm().clamp_min(1e-30)).to(value.dtype)
-
-
-def _live(location: Location, value: Tensor) -> Bool[Tensor, "..."]:
-    """Cells that are not masked: masked scores and ruled-out logits stay as they are."""
-    if location.type.name.endswith("scores"):
-        return ~masked_cells(value)
-    return value.abs() < _RULED_OUT
-
-
 def _moved(location: Location, value: Tensor, generator: torch.Generator) -> Tensor:
     """A value of similar size that is not the clean one; still positive where the clean one is."""
     if not value.is_floating_point():
         return rerouted(value)
     noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value)
-    return torch.where(_live(location, value), value * (0.5 + noise), value)
-
-
-def _replace_rows(rows: Mapping[int, Tensor]) -> Callable[[Tensor], Tensor]:
-    def edit(value: Tensor) -> Tensor:
-        value = value.clone()
-        for row, new in rows.items():
-            value[row] = new[0]
-        return value
-
-    return edit
-
-
-def _tolerances(clean: Run) -> tuple[float, float]:
-    return _TOLERANCE.get(clean.logits.dtype, _TOLERANCE[torch.float32])
-
-
-def _rows(graph: HookGraph, example: Mapping[str, Any], count: int) -> Mapping[str, Any]:
-    """The example as a batch of `count` equal rows."""
-    return graph.binding.prepare(dict(example), copies=count)
+    return torch.where(live(location, value), value * (0.5 + noise), value)

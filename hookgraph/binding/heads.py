@@ -204,8 +204,8 @@ def _bind_before_rotary(
         return
     first = inside.call.first
     for before in sorted(behind(value, first), key=lambda v: -v.number):
-        if before.tensor.ndim != 4 or before.tensor.numel() != value.tensor.numel():
-            continue
+        if before.tensor.ndim != 4 or sorted(before.tensor.shape) != sorted(value.tensor.shape):
+            continue  # latents from which keys and values are made may have as many numbers
         first_heads = before.tensor.shape[1] == value.tensor.shape[1]
         reached = as_output(trace, before, inside.call, heads_first=first_heads)
         if reached is not None and _has_heads(reached.view, before):

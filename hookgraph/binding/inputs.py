@@ -27,10 +27,12 @@ class Accepted:
     Args:
         names: those of its signature.
         more: whether it takes others as well, to hand them on.
+        first_position: the number of the first position.
     """
 
     names: frozenset[str]
     more: bool
+    first_position: int = 0
 
     @staticmethod
     def by(model: PreTrainedModel) -> "Accepted":
@@ -38,7 +40,7 @@ class Accepted:
         parameters = inspect.signature(model.forward).parameters.values()
         open_ended = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         names = frozenset(p.name for p in parameters) - frozenset(open_ended)
-        return Accepted(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
+        return Accepted(names, any(p.kind is p.VAR_KEYWORD for p in parameters), _first_position(model))
 
     def check(self, arguments: Iterable[str]) -> None:
         """Refuse what the model does not know, or, if it hands others on, what is nearly a name it knows.
@@ -93,12 +95,22 @@ def prepare(
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         mask = None
     if mask is not None and "position_ids" in accepted.names and "position_ids" not in arguments:
-        arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + accepted.first_position
     if "use_cache" in accepted.names:
         arguments.setdefault("use_cache", False)
     if copies == 1:
         return arguments
     return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Where positions are counted from: behind the one for padding, if their embedding has one."""
+    count = getattr(model.config, "max_position_embeddings", None)
+    words = embedding_of(model)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == count:
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Module | None:

@@ -12,6 +12,8 @@ from hookgraph.hooks.positions import Place, Span
 from hookgraph.ontology.locations import MAIN_STACK
 
 _DECODER = {"ids": "decoder_input_ids", "embeds": "decoder_inputs_embeds", "mask": "decoder_attention_mask"}
+_KEYS = "past_key_values"
+_STATES = ("cache_params", "state", _KEYS)
 _ALONE = {"ids": "input_ids", "embeds": "inputs_embeds", "mask": "attention_mask"}
 
 
@@ -28,7 +30,7 @@ class Following:
         self._place = place
         self._begun = False
         self._prompt: Tensor | None = None
-        self._length = 0
+        self._span = Span()
         self._handle: Handle = model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
 
     def remove(self) -> None:
@@ -38,18 +40,22 @@ class Following:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         spans = spans_of(arguments)
+        span = spans.get(MAIN_STACK, Span())
+        if self._begun and not span.past and _has_state(arguments):
+            padding = span.padding if arguments.get(_ALONE["mask"]) is not None else self._span.padding
+            span = Span(self._span.past + self._span.length, span.length, padding)
+            spans[MAIN_STACK] = span
         self._place.spans.clear()
         self._place.spans.update(spans)
-        span = spans.get(MAIN_STACK, Span())
         goes_on = self._begun and (span.past > 0 or self._continued(arguments, span.length))
         self._place.step = self._place.step + 1 if goes_on else 0
         if not goes_on:
             self._prompt = _tokens(arguments)
-        self._begun, self._length = True, span.length
+        self._begun, self._span = True, span
 
     def _continued(self, arguments: Mapping[str, Any], length: int) -> bool:
         """Whether a pass without a cache holds one position more than the last one, after the same prompt."""
-        if arguments.get("past_key_values") is not None or length != self._length + 1:
+        if arguments.get("past_key_values") is not None or length != self._span.length + 1:
             return False
         tokens, prompt = _tokens(arguments), self._prompt
         if tokens is None or prompt is None:
@@ -100,7 +106,22 @@ def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, po
 def cached_length(cache: Any) -> int:
     """How many columns a cache holds."""
     measure = getattr(cache, "get_seq_length", None)
-    return 0 if measure is None else int(measure())
+    try:
+        return 0 if measure is None else int(measure())
+    except ValueError:  # it keeps states, and no keys whose number would tell
+        return 0
+
+
+def _has_state(arguments: Mapping[str, Any]) -> bool:
+    """Whether a model without keys goes on from a state, which does not tell how long its past is."""
+    name = next((k for k in _STATES if arguments.get(k) is not None), None)
+    if name is None:
+        return False
+    told = getattr(arguments[name], "has_previous_state", None)
+    try:
+        return name != _KEYS if told is None else bool(told())
+    except ValueError:  # it keeps keys, and no states
+        return False
 
 
 def _tokens(arguments: Mapping[str, Any]) -> Tensor | None:

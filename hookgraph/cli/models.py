@@ -73,12 +73,16 @@ def check(
         else:
             console = terminal()
             console.print(tables.conformance_table(report))
-            if report.failures:
-                console.print()
-                console.print(tables.failures_table(report))
-            if report.absent:
-                console.print()
-                console.print(tables.absent_table(report))
+            console.print()
+            console.print(tables.mechanisms_table(report))
+            for some, table in (
+                (report.failures, tables.failures_table),
+                (report.gaps, tables.unchecked_table),
+                (report.absent, tables.absent_table),
+            ):
+                if some:
+                    console.print()
+                    console.print(table(report))
             console.print(Text(f"\n{breakdown.verdict(report)}"))
         if not report.ok:
             raise typer.Exit(1)

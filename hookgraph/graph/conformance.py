@@ -2,6 +2,8 @@
 """`ConformanceReport`: what was proven of each location of a bound model, and why others are absent."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
@@ -67,6 +69,14 @@ class ConformanceReport:
         """Whether everything that was checked holds."""
         return not self.failures
 
+    def why_unchecked(self, location: Location, invariant: str) -> str:
+        """Why there is no proof of an invariant at a location, or at the peer that stands for it; empty if
+        there is one, or a failure that came before it.
+        """
+        stand = self.peers.get(location, location)
+        reasons = (g.reason for g in self.gaps if (g.location, g.invariant) == (stand, invariant))
+        return next(reasons, "")
+
     @property
     def failures(self) -> tuple[Proof, ...]:
         """What does not hold."""
@@ -90,12 +100,16 @@ class ConformanceReport:
             "ok": self.ok,
             "locations": {str(k): v for k, v in self.mechanisms.items()},
             "absent": {str(k): v for k, v in self.absent.items()},
+            "peers": {str(k): str(v) for k, v in self.peers.items()},
+            "unchecked": [
+                {"location": str(g.location), "invariant": g.invariant, "reason": g.reason} for g in self.gaps
+            ],
             "proofs": [
                 {
                     "location": str(p.location),
                     "invariant": p.invariant,
                     "holds": p.holds,
-                    "error": p.error,
+                    "error": p.error if math.isfinite(p.error) else None,
                     "tolerance": p.tolerance,
                     "note": p.note,
                 }
@@ -110,6 +124,10 @@ class ConformanceReport:
         lines = [f"{name}: {len(self.mechanisms)} locations, {checked} invariants checked, "]
         lines[0] += "all hold" if self.ok else f"{len(self.failures)} fail"
         lines += [f"  {p.location}: {p.invariant} off by {p.error:.2g} {p.note}" for p in self.failures]
+        if "proven on" in self.metadata:
+            lines.append(f"  proven on {self.metadata['proven on']}")
+        unchecked = Counter((g.invariant, g.reason) for g in self.gaps)
+        lines += [f"  {name} not checked at {n}: {why}" for (name, why), n in unchecked.items()]
         lines += [f"  absent {location}: {reason}" for location, reason in self.absent.items()]
         return "\n".join(lines)
 

@@ -116,6 +116,8 @@ def _conformance(report: ConformanceReport) -> Section:
         known[proof.invariant] = max(other, proof, key=lambda p: (not p.holds, p.error))
     rows = [(str(x), "; ".join(map(_outcome, proofs.values()))) for x, proofs in worst.items()]
     rows += [(str(location), f"absent: {reason}") for location, reason in report.absent.items()]
+    unchecked = dict.fromkeys((g.invariant, g.reason) for g in report.gaps)
+    rows += [("some locations", f"{name} not checked: {reason}") for name, reason in unchecked]
     everything = page.folded("Each location", page.table(("location", "invariants"), rows))
     return Section("Conformance", (page.paragraph(f"{verdict(report)}."), everything))
 

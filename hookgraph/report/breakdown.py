@@ -63,7 +63,8 @@ def verdict(report: ConformanceReport) -> str:
     """What the checks of a report come to, in one sentence."""
     checked = len({(p.location, p.invariant) for p in report.proofs})
     outcome = "all hold" if report.ok else f"{len(report.failures)} fail"
-    return f"{len(report.mechanisms)} locations, {checked} invariants checked on values and edits: {outcome}"
+    where = f" on {report.metadata['proven on']}" if "proven on" in report.metadata else ""
+    return f"{len(report.mechanisms)} locations, {checked} invariants checked{where}: {outcome}"
 
 
 def reduced(effect: PatchingEffect, keep: Iterable[Dimension]) -> PatchingEffect:

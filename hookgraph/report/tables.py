@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 NEGATIVE: Final = "dodger_blue2"
 POSITIVE: Final = "dark_orange"
 _BAR: Final = 12
+_NAMED: Final = 4
+"""Up to this many kinds of locations are named in one cell."""
 _FREE: Final = (Dimension.BATCH, Dimension.POS, Dimension.KEY_POS)
 """Axes whose size the inputs decide."""
 
@@ -65,6 +67,32 @@ def failures_table(report: ConformanceReport) -> Table:
     for proof in report.failures:
         numbers = f"{proof.error:.1e}", f"{proof.tolerance:.0e}"
         table.add_row(str(proof.location), proof.invariant, *numbers, Text(proof.note))
+    return table
+
+
+def unchecked_table(report: ConformanceReport) -> Table:
+    """One row per invariant and reason for which it could not be checked: where."""
+    table = _table("not checked", "at", "why")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for gap in report.gaps:
+        reasons.setdefault((gap.invariant, gap.reason), []).append(_unlayered(gap.location))
+    for (invariant, reason), kinds in reasons.items():
+        names = list(dict.fromkeys(kinds))
+        where = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} kinds of locations"
+        table.add_row(invariant, Text(where), Text(reason))
+    return table
+
+
+def mechanisms_table(report: ConformanceReport) -> Table:
+    """One row per kind of location and way to reach it: the layers, and where, `*` for their numbers."""
+    table = _table("location", "layers", "reached as")
+    ways: dict[tuple[str, str], list[int]] = {}
+    for location, mechanism in report.mechanisms.items():
+        general = mechanism.replace(f".{location.layer}.", ".*.").replace(f".{location.layer}[", ".*[")
+        layers = ways.setdefault((_unlayered(location), general), [])
+        layers += [] if location.layer is None else [location.layer]
+    for (kind, mechanism), layers in ways.items():
+        table.add_row(kind, ranges(layers), Text(mechanism))
     return table
 
 
