@@ -47,7 +47,7 @@ class _Precision:
 class _Measured:
     """The slope at a location by finite differences, one for each step, and by autograd."""
 
-    found: Float[Tensor, " step"]
+    found: Float[Tensor, "..."]
     slope: float
     error: float
     chosen_anew: bool
@@ -154,8 +154,8 @@ def _measure(
 
 
 def _compared(
-    outcome: Float[Tensor, "step sign"], size: float, slope: float, precision: _Precision
-) -> tuple[Float[Tensor, " estimate"], float]:
+    outcome: Float[Tensor, "step 2"], size: float, slope: float, precision: _Precision
+) -> tuple[Float[Tensor, "..."], float]:
     """The slopes that were found, and by how much the best one is off."""
     steps = torch.tensor(_STEPS, dtype=torch.float64) * size
     found = (outcome[:, 0] - outcome[:, 1]) / (2 * steps)

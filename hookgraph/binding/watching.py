@@ -35,7 +35,7 @@ class Watch(TorchFunctionMode):
             self.narrowed += _is_narrower(result, args[0])
         return result
 
-    def changed(self, clean: "Watch", rows: int) -> Bool[Tensor, " row"]:
+    def changed(self, clean: "Watch", rows: int) -> Bool[Tensor, " batch"]:
         """In which of several rows something else was chosen than in a pass over one.
 
         What several positions choose is taken as a set for each row.

@@ -97,7 +97,9 @@ def test_without_a_twin_copies_of_layers_are_proven(
     assert graph.locations == bound(family, size=DEEP).locations
     assert graph.report.ok
     count = 2 if family == "gemma2" else 1
-    assert graph.report.metadata["proven on"] in (f"{n} layers of the model, copied, in float32" for n in (1, count))
+    assert graph.report.metadata["proven on"] in (
+        f"{n} layers of the model, copied, in float32" for n in (1, count)
+    )
     assert not before.difference(model_state(model))
 
 
