@@ -136,7 +136,7 @@ def slope_and_change(
     The direction is half gradient, half random.
     """
     generator = torch.Generator().manual_seed(len(str(location)))
-    live = value > torch.finfo(value.dtype).min / 2
+    live = value > torch.finfo(torch.float32).min / 2
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * live
     direction = gradient.double() / gradient.double().norm() + noise / noise.norm()
 
