@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -20,14 +20,13 @@ from hookgraph.binding.anchors import Role
 from hookgraph.binding.caching import Edited, NewStates
 from hookgraph.binding.mechanisms import PassState
 from hookgraph.errors import BindingError
+from hookgraph.hooks.masking import masked_cells, masked_score
 from hookgraph.hooks.taps import Tap
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 NAME: Final = "hookgraph"
 _INTERIOR: Final = "_hookgraph_interior"
-_NEGLIGIBLE: Final = 800.0
-"""exp(-800) is zero in double precision."""
 _SOFTMAX: Final = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
 
 
@@ -244,20 +243,11 @@ def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(masked_cells(before), before, after)
 
 
-def masked_cells(scores: Float[Tensor, "batch head pos key_pos"]) -> Bool[Tensor, "batch head pos key_pos"]:
-    """The cells to which the softmax gives exactly zero, however the model writes that down: models mask
-    with the lowest number of some precision, with minus infinity, or with a large negative number.
-    """
-    return scores < scores.amax(-1, keepdim=True) - _NEGLIGIBLE
-
-
 def _additive_mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
 ) -> Float[Tensor, "batch one pos key_pos"] | None:
     """The mask as eager attention adds it: fused kernels are given none for causal, or a boolean one."""
-    # Some softmaxes are in single precision: there a lower number is minus infinity, and a row of padding,
-    # masked altogether, not a number.
-    lowest = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
+    lowest = masked_score(query.dtype)
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.binding.attention import masked_cells
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.inputs import embedding_of, vocabulary_size
 from hookgraph.binding.kernels import InapplicableError, other_kernel
 from hookgraph.binding.twins import quietly
 from hookgraph.graph.conformance import Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.hooks.masking import masked_cells
 from hookgraph.hooks.positions import KEYS_ELSEWHERE, Span
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.binding.attention import masked_cells
 from hookgraph.graph.conformance import Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
+from hookgraph.hooks.masking import masked_cells
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
 

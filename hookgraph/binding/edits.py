@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hookgraph.binding.attention import masked_cells
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.hooks.masking import masked_cells
 from hookgraph.ontology.locations import Location
 
 _RULED_OUT: Final = 1e30

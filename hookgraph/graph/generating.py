@@ -13,6 +13,7 @@ from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError, Un
 from hookgraph.graph import storage
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import shares_memory
+from hookgraph.hooks.masking import masked_score
 from hookgraph.hooks.positions import Place, Span, read_at
 from hookgraph.hooks.taps import Observer
 from hookgraph.ontology.dimensions import Dimension
@@ -201,11 +202,10 @@ def _keys_aligned(location: Location, found: Sequence[tuple[Tensor, Span]]) -> l
             "generation.steps"
         )
     scores = location.type.name.endswith("scores")
+    blank = masked_score(values[0].dtype) if scores else 0.0
     padded: list[Tensor] = []
     for value in values:
         shape = list(value.shape)
         shape[axis] = widest - shape[axis]
-        padded.append(
-            torch.cat((value, value.new_full(shape, torch.finfo(value.dtype).min if scores else 0)), axis)
-        )
+        padded.append(torch.cat((value, value.new_full(shape, blank)), axis))
     return padded

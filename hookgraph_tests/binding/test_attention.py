@@ -66,7 +66,7 @@ def test_scores_pattern_values_and_z_fit_together(family: str, layer: int):
     torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, by_query_head(v)), z)
     raw = torch.einsum("bqhd,bkhd->bhqk", q, by_query_head(k)) / 8**0.5
     raw = 5 * torch.tanh(raw / 5) if family == "gemma2" else raw
-    seen = scores > torch.finfo(scores.dtype).min / 2
+    seen = scores > torch.finfo(torch.float32).min / 2
     torch.testing.assert_close(scores[seen], raw[seen], rtol=1e-5, atol=1e-5)
     sliding = family == "gemma2" and layer % 2 == 0
     distance = torch.arange(POS)[:, None] - torch.arange(POS)
@@ -213,7 +213,7 @@ def test_left_padding_does_not_reach_real_positions(family: str, kind: LocationT
     expected = graph.run(IDS, save=[kind[1]])[kind[1]]
     if kind in (ATTN_SCORES, ATTN_PATTERN):
         value = value[:, :, padding:, padding:]
-        seen = expected > torch.finfo(expected.dtype).min / 2
+        seen = expected > torch.finfo(torch.float32).min / 2
         torch.testing.assert_close(value[seen], expected[seen], rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(value[:, padding:], expected, rtol=1e-4, atol=1e-5)

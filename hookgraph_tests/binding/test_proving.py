@@ -145,11 +145,14 @@ def test_numbers_that_are_fitted_come_from_the_twin(monkeypatch: pytest.MonkeyPa
         rough = anchor.mechanism == "norm scale" and model.config.num_hidden_layers == 5
         return replace(anchor, epsilon=3e-3) if rough else anchor
 
-    changed(monkeypatch, mistaken)
-    graph = bind(build("llama", size=DEEP))
-    exact = bound("llama", size=DEEP)
     scale = FINAL_LN_SCALE
-    assert torch.equal(graph.run(IDS, save=[scale])[scale], exact.run(IDS, save=[scale])[scale])
+    exact = bound("llama", size=DEEP)  # found before discovery is mistaken
+    expected = exact.run(IDS, save=[scale])[scale]
+    changed(monkeypatch, mistaken)
+    unproven = bind(build("llama", size=DEEP), check=False)
+    assert not torch.equal(unproven.run(IDS, save=[scale])[scale], expected)
+    graph = bind(build("llama", size=DEEP))
+    assert torch.equal(graph.run(IDS, save=[scale])[scale], expected)
 
 
 def test_layers_of_each_kind_are_kept():
