@@ -58,8 +58,9 @@ def check(
     locations = tuple(x for x in locations if x in clean)
     shapes = _check_shapes(graph, example, clean, binding.findings.stage)
     proofs += shapes
-    locations = tuple(p.location for p in shapes if p.holds)
-    clean = graph.run(example, save=locations)
+    fitting = tuple(p.location for p in shapes if p.holds)
+    if fitting != locations:
+        locations, clean = fitting, graph.run(example, save=fitting)
     if locations:
         proofs += _check_transparent(graph, example, locations)
         proofs += _check_conserved(binding, graph, example, clean)
@@ -205,7 +206,7 @@ def _check_conserved(
     hooked = graph
     for row, location in enumerate(locations):
         moved = _moved(location, clean[location], generator)
-        hooked = hooked.hook(location, replace_rows({row: moved}))
+        hooked = hooked.hook(location, replace_rows(row, moved))
     with watching(binding) as plain:
         graph.run(example)
     with watching(binding) as seen, torch.no_grad():

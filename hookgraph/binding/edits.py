@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from hookgraph.graph.hook_graph import HookGraph
@@ -20,13 +20,12 @@ def rows_of(graph: HookGraph, example: Mapping[str, Any], count: int) -> Mapping
     return graph.binding.prepare(dict(example), copies=count)
 
 
-def replace_rows(rows: Mapping[int, Tensor]) -> Callable[[Tensor], Tensor]:
-    """A hook that puts these values, batches of one, in the place of rows."""
+def replace_rows(first: int, new: Shaped[Tensor, "batch ..."]) -> Callable[[Tensor], Tensor]:
+    """A hook that puts these values in the place of as many rows, from the first one on."""
 
     def edit(value: Tensor) -> Tensor:
         value = value.clone()
-        for row, new in rows.items():
-            value[row] = new[0]
+        value[first : first + new.shape[0]] = new
         return value
 
     return edit

@@ -22,6 +22,8 @@ _STEPS: Final = (1e-5, 1e-3, 1e-2, 4e-2)
 """Sizes of the finite differences, relative to the value: small ones for models that compute in double
 precision throughout, larger ones for those that go through single precision inside."""
 
+_DEAD: Final = "the logits do not depend on it"
+
 _POINTS: Final = 3
 """How many other points are tried where a choice, as of experts, changes within the smallest step."""
 
@@ -68,12 +70,17 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
     def metric(logits: Tensor) -> Tensor:
         return (unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
 
-    dead = _unread(graph, example, locations, metric)
-    proofs = [Proof(x, "edit = gradient", False, 1.0, 0.0, "the logits do not depend on it") for x in dead]
-    alive = [x for x in locations if x not in dead]
-    for group in ([x for x in alive if not inside_kernel(x)], [x for x in alive if inside_kernel(x)]):
-        if group:
-            proofs += _check_group(graph, example, {x: clean[x] for x in group}, metric, generator)
+    proofs: list[Proof] = []
+    for inside in (False, True):
+        group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
+        try:
+            found = _check_group(graph, example, group, metric, generator) if group else []
+        except MetricError:
+            dead = _unread(graph, example, list(group), metric)
+            proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, _DEAD) for x in dead]
+            alive = {x: value for x, value in group.items() if x not in dead}
+            found = _check_group(graph, example, alive, metric, generator) if alive else []
+        proofs += found
     return proofs
 
 
@@ -133,12 +140,9 @@ def _measure(
         direction = _direction(location, gradient, value, generator)
         slopes[location] = float((gradient.double() * direction.double()).sum())
         sizes[location] = float(torch.where(live(location, value), value, 0).double().norm().clamp_min(1e-3))
-        edits = {
-            number * per_location + 2 * i + j: value + sign * step * sizes[location] * direction
-            for i, step in enumerate(_STEPS)
-            for j, sign in enumerate((1.0, -1.0))
-        }
-        hooked = hooked.hook(location, replace_rows(edits))
+        steps = [sign * step * sizes[location] for step in _STEPS for sign in (1.0, -1.0)]
+        edits = torch.cat([value + step * direction for step in steps])
+        hooked = hooked.hook(location, replace_rows(number * per_location, edits))
     count = len(values) * per_location
     with Watch() as edited:
         outcome = metric(hooked.run(rows_of(graph, example, count)).logits).double()

@@ -32,7 +32,8 @@ class Watch(TorchFunctionMode):
             chosen = result[1] if isinstance(result, tuple) else result
             self.choices.append(chosen.detach().flatten())
         elif isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
-            self.narrowed += _is_narrower(result, args[0])
+            if result.dtype is not args[0].dtype:
+                self.narrowed += _is_narrower(result, args[0])
         return result
 
     def changed(self, clean: "Watch", rows: int) -> Bool[Tensor, " batch"]:
