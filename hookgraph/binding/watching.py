@@ -31,9 +31,8 @@ class Watch(TorchFunctionMode):
         if func in _CHOOSE:
             chosen = result[1] if isinstance(result, tuple) else result
             self.choices.append(chosen.detach().flatten())
-        elif isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
-            if result.dtype is not args[0].dtype:
-                self.narrowed += _is_narrower(result, args[0])
+        elif args and isinstance(result, Tensor) and isinstance(source := args[0], Tensor):
+            self.narrowed += result.dtype is not source.dtype and _is_narrower(result, source)
         return result
 
     def changed(self, clean: "Watch", rows: int) -> Bool[Tensor, " batch"]:
