@@ -117,7 +117,7 @@ def _check_shapes(
     """As many axes as dimensions, the batch first, and one size per dimension as far as it is shared."""
     sizes: dict[tuple[object, ...], int] = {}
     proofs: list[Proof] = []
-    wrong = _unbatched(graph, _rows(graph, example, 2), list(clean))
+    wrong = _unbatched(graph, rows_of(graph, example, 2), list(clean))
     for location, value in clean.items():
         note = _shape_note(location, value, sizes, stage(location)) or wrong.get(location, "")
         proofs.append(Proof(location, "shape", not note, float(bool(note)), 0.0, note))
