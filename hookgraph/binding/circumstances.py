@@ -98,7 +98,7 @@ def _check(name: str, compared: Compared, subject: Subject, locations: Sequence[
     if not fine and not errors:
         errors, notes = _one_by_one(compared, subject, locations)
     proofs = [Proof(x, name, e <= tolerance, e, tolerance, notes.get(x, "")) for x, e in errors.items()]
-    gaps = [Gap(x, name, "it has no value in the passes compared") for x in locations if x not in errors]
+    gaps = [Gap(x, name, "the passes compared have no values of it, or not in the same columns") for x in locations if x not in errors]
     return Verdict(tuple(proofs), tuple(gaps))
 
 
@@ -211,13 +211,17 @@ def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, l
             for run, span in zip(found.steps, found.spans, strict=True)
             if location in run
         ]
-        if parts:
-            pairs[location] = parts
+        comparable = [pair for pair in parts if pair is not None]
+        if comparable and len(comparable) == len(parts):
+            pairs[location] = comparable
     return pairs
 
 
-def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, tokens: int) -> Pair:
-    """What a pass over everything has in the columns that one pass held, and what that pass has there."""
+def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, tokens: int) -> Pair | None:
+    """What a pass over everything has in the columns that one pass held, and what that pass has there.
+
+    None where they have other columns: keys that stand for several positions are not there in every pass.
+    """
     if location.type.stack != MAIN_STACK:
         return whole, value
     end = span.past + span.length
@@ -226,10 +230,14 @@ def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, 
             break
         size = value.shape[axis]
         if dim is Dimension.POS:
+            if whole.shape[axis] > tokens:
+                return None
             whole = whole.narrow(axis, max(0, end - size), size)  # the last ones, as for logits
         elif dim is Dimension.KEY_POS and location.type not in KEYS_ELSEWHERE:
             # Sinks stand behind the keys; of those only the last are left in a window.
             sinks = max(0, whole.shape[axis] - tokens)
+            if size - sinks < span.length:
+                return None
             columns = [*range(max(0, end - size + sinks), end), *range(tokens, tokens + sinks)]
             whole = whole.index_select(axis, torch.tensor(columns, device=whole.device))
     return whole, value
