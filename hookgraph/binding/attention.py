@@ -245,16 +245,19 @@ def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
 
 def _additive_mask(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
-) -> Float[Tensor, "batch one pos key_pos"] | None:
-    """The mask as eager attention adds it: fused kernels are given none for causal, or a boolean one."""
+) -> Float[Tensor, "batch one pos key_pos"]:
+    """The mask as eager attention adds it: fused kernels are given none for causal, or a boolean one.
+
+    Not every eager function can do without, and none can do with a row of nothing but minus infinity.
+    """
     lowest = masked_score(query.dtype)
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if not causal or query.shape[2] == 1:
-            return None
         shape = (1, 1, query.shape[2], key.shape[2])
+        if not causal or query.shape[2] == 1:
+            return query.new_zeros(()).expand(shape)
         return torch.full(shape, lowest, dtype=query.dtype, device=query.device).triu(1)
     if mask.dtype != torch.bool:
-        return mask
+        return mask.clamp(min=lowest) if mask.is_floating_point() else mask
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)

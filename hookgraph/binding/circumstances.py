@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hookgraph.binding.huggingface import HuggingFaceBinding
-from hookgraph.binding.inputs import embedding_of, vocabulary_size
+from hookgraph.binding.inputs import Accepted, embedding_of, vocabulary_size
 from hookgraph.binding.kernels import InapplicableError, other_kernel
 from hookgraph.binding.twins import quietly
 from hookgraph.graph.conformance import Gap, Proof
@@ -36,8 +36,15 @@ _TOLERANCE: Final = {torch.float64: 1e-4, torch.float32: 1e-2}
 _KNOWN: Final = frozenset({"input_ids", "attention_mask", "decoder_input_ids"})
 """What is padded, or need not be."""
 
+_TURNED: Final = frozenset({"attn.q", "attn.k"})
+"""What rotary embedding turns by the number of the position."""
+
+_FROM_FIRST: Final = "the model takes no numbers of positions: it counts padding too, and turns heads by that"
+
 _OWN: Final = 0.1
 """The model's own logits must agree within this part of the tolerance."""
+
+_COLUMNS: Final = "its columns are not those of the tokens, so it is not known which would be the same"
 
 Pair: TypeAlias = tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]
 """What is expected at a location, and what was found."""
@@ -50,8 +57,11 @@ class Subject(NamedTuple):
     example: Mapping[str, Any]
 
 
-Compared: TypeAlias = Callable[[Subject, Sequence[Location]], Mapping[Location, Sequence[Pair]]]
-"""Two ways to run the model, and what each has at these locations, pass by pass."""
+Pairs: TypeAlias = Sequence[Pair] | str
+"""Pass by pass; or why the values cannot be compared."""
+
+Compared: TypeAlias = Callable[[Subject, Sequence[Location]], Mapping[Location, Pairs]]
+"""Two ways to run the model, and what each has at these locations."""
 
 
 class Verdict(NamedTuple):
@@ -83,11 +93,12 @@ def check_circumstances(
 
 def _check(name: str, compared: Compared, subject: Subject, locations: Sequence[Location]) -> Verdict | None:
     """The proofs of one circumstance; None where the model itself is not the same in it."""
-    errors: dict[Location, float] = {}
-    notes: dict[Location, str] = {}
+    errors, notes = dict[Location, float](), dict[Location, str]()
+    reasons = dict.fromkeys(locations, "it has no value in the passes compared")
     tolerance = _tolerance(subject)
     try:
-        errors |= {x: _error(x, pairs) for x, pairs in compared(subject, locations).items()}
+        errors, untold = _errors(compared(subject, locations))
+        reasons |= untold
         fine = all(e <= tolerance for e in errors.values())
     except InapplicableError as reason:
         return _nothing(name, locations, str(reason))
@@ -98,7 +109,7 @@ def _check(name: str, compared: Compared, subject: Subject, locations: Sequence[
     if not fine and not errors:
         errors, notes = _one_by_one(compared, subject, locations)
     proofs = [Proof(x, name, e <= tolerance, e, tolerance, notes.get(x, "")) for x, e in errors.items()]
-    gaps = [Gap(x, name, "the passes compared have no values of it, or not in the same columns") for x in locations if x not in errors]
+    gaps = [Gap(x, name, reasons[x]) for x in locations if x not in errors]
     return Verdict(tuple(proofs), tuple(gaps))
 
 
@@ -122,11 +133,14 @@ def _own_reason(compared: Compared, subject: Subject) -> str:
     if LOGITS not in subject.binding.findings.anchors:
         return "there are no logits to tell whether the model itself is the same"
     try:
-        error = _error(LOGITS, compared(subject, [LOGITS])[LOGITS])
+        errors, untold = _errors(compared(subject, [LOGITS]))
     except InapplicableError as reason:
         return str(reason)
     except Exception as error:
         return f"it cannot be run like this: {_told(error)}"
+    if LOGITS in untold:
+        return untold[LOGITS]
+    error = errors[LOGITS]
     if error <= _OWN * _tolerance(subject):
         return ""
     if not math.isfinite(error):
@@ -142,16 +156,20 @@ def _one_by_one(
     notes: dict[Location, str] = {}
     for location in locations:
         try:
-            errors |= {x: _error(x, pairs) for x, pairs in compared(subject, [location]).items()}
+            errors |= _errors(compared(subject, [location]))[0]
         except Exception as error:
             errors[location], notes[location] = float("inf"), _told(error)
     return errors, notes
 
 
-def _error(location: Location, pairs: Sequence[Pair]) -> float:
-    """By how much values differ at most; infinity where they are no numbers."""
-    errors = [_difference(location, *pair) for pair in pairs]
-    return max(e if math.isfinite(e) else math.inf for e in errors)
+def _errors(found: Mapping[Location, Pairs]) -> tuple[dict[Location, float], dict[Location, str]]:
+    """By how much values differ at most, infinity where they are no numbers; why others are not compared."""
+    errors: dict[Location, float] = {}
+    for location, pairs in found.items():
+        if not isinstance(pairs, str):
+            differences = [_difference(location, *pair) for pair in pairs]
+            errors[location] = max(x if math.isfinite(x) else math.inf for x in differences)
+    return errors, {x: reason for x, reason in found.items() if isinstance(reason, str)}
 
 
 @torch.no_grad()
@@ -180,7 +198,7 @@ def _live(scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 # --- with a cache -----------------------------------------------------------------------------
 
 
-def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, list[Pair]]:
+def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pairs]:
     """Generate a few tokens with a cache, then run over all of them at once."""
     binding, example = subject
     if not binding.model.can_generate():
@@ -204,7 +222,7 @@ def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, l
     if mask in inputs:
         inputs[mask] = torch.ones_like(tokens)
     whole = graph.run(inputs, save=locations)
-    pairs: dict[Location, list[Pair]] = {}
+    pairs: dict[Location, Pairs] = {}
     for location in locations:
         parts = [
             _part_of_pass(location, whole[location], run[location], span, tokens.shape[1])
@@ -212,8 +230,8 @@ def _cached(subject: Subject, locations: Sequence[Location]) -> dict[Location, l
             if location in run
         ]
         comparable = [pair for pair in parts if pair is not None]
-        if comparable and len(comparable) == len(parts):
-            pairs[location] = comparable
+        if parts:
+            pairs[location] = comparable if len(comparable) == len(parts) else _COLUMNS
     return pairs
 
 
@@ -225,6 +243,8 @@ def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, 
     if location.type.stack != MAIN_STACK:
         return whole, value
     end = span.past + span.length
+    if end > tokens:
+        return None
     for axis, dim in enumerate(location.type.dims):
         if axis >= value.ndim or whole.ndim != value.ndim:
             break
@@ -240,13 +260,15 @@ def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, 
                 return None
             columns = [*range(max(0, end - size + sinks), end), *range(tokens, tokens + sinks)]
             whole = whole.index_select(axis, torch.tensor(columns, device=whole.device))
+        elif dim is Dimension.KEY_POS and whole.shape[axis] != size:
+            return None  # own keys beside those of the other stack
     return whole, value
 
 
 # --- with padding -----------------------------------------------------------------------------
 
 
-def _padded(subject: Subject, locations: Sequence[Location]) -> dict[Location, list[Pair]]:
+def _padded(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pairs]:
     """Put padding on the left, then run over both."""
     binding, example = subject
     ids, mask = example.get("input_ids"), example.get("attention_mask")
@@ -262,7 +284,22 @@ def _padded(subject: Subject, locations: Sequence[Location]) -> dict[Location, l
         "attention_mask": torch.cat([torch.zeros_like(mask[:, :_PADDING]), mask], dim=1),
     }
     plain, found = graph.run(example, save=locations), graph.run(longer, save=locations)
-    return {x: [(plain[x], _unpadded(x, plain[x], found[x]))] for x in locations}
+    turned = "position_ids" not in Accepted.by(binding.model).names
+    pairs: dict[Location, Pairs] = {}
+    for x in locations:
+        pair = plain[x], _unpadded(x, plain[x], found[x])
+        same = _difference(x, *pair) <= _tolerance(subject)
+        if same or _has_columns(x, plain[x], ids.shape[1]):
+            pairs[x] = [pair] if same or not (turned and x.type.name in _TURNED) else _FROM_FIRST
+        else:
+            pairs[x] = _COLUMNS
+    return pairs
+
+
+def _has_columns(location: Location, value: Tensor, tokens: int) -> bool:
+    """Whether positions and keys are those of the tokens, and none stands in front of them, or behind."""
+    sizes = zip(location.type.dims, value.shape, strict=False)
+    return all(size == tokens for dim, size in sizes if dim in (Dimension.POS, Dimension.KEY_POS))
 
 
 def _padding_token(binding: HuggingFaceBinding) -> int:
@@ -285,7 +322,7 @@ def _unpadded(location: Location, plain: Tensor, found: Tensor) -> Tensor:
 # --- by another kernel --------------------------------------------------------------------------
 
 
-def _fused(subject: Subject, locations: Sequence[Location]) -> dict[Location, list[Pair]]:
+def _fused(subject: Subject, locations: Sequence[Location]) -> dict[Location, Pairs]:
     """Run with the attention function that the model was not given: eager instead of fused, or the reverse.
 
     Where scores or the pattern are asked for, attention is eager anyhow: those are asked for apart.
@@ -294,7 +331,7 @@ def _fused(subject: Subject, locations: Sequence[Location]) -> dict[Location, li
     graph = HookGraph(binding)
     outside = [x for x in locations if not _in_softmax(x)]
     inside = [x for x in locations if _in_softmax(x)]
-    pairs: dict[Location, list[Pair]] = {}
+    pairs: dict[Location, Pairs] = {}
     for group in (outside, inside):
         if group:
             plain = graph.run(example, save=group)

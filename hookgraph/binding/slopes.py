@@ -18,7 +18,7 @@ from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
 from hookgraph.ontology.locations import Location
 
-_STEPS: Final = (1e-5, 1e-3, 1e-2, 4e-2)
+_STEPS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 4e-2)
 """Sizes of the finite differences, relative to the value: small ones for models that compute in double
 precision throughout, larger ones for those that go through single precision inside."""
 
