@@ -1,6 +1,6 @@
 """Metrics: logits -> one number per example, and what a metric may say of the logits that it reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final, runtime_checkable
 
@@ -112,8 +112,9 @@ class Tiled:
         part = self.metric.of if isinstance(self.metric, ReadingMetric) else self.metric
         return torch.cat([part(logits) for logits in self._parts(logits)])
 
-    def _parts(self, logits: Float[Tensor, "batch pos vocab"]) -> list[Tensor]:
-        return [logits[i : i + self.batch] for i in range(0, len(logits), self.batch)]
+    def _parts(self, logits: Float[Tensor, "batch pos vocab"]) -> Sequence[Float[Tensor, "..."]]:
+        # Slices, one by one, would each have a gradient of the size of all logits.
+        return logits.split(self.batch)
 
     def rows(self, chosen: slice) -> "ReadingMetric":
         """Not meaningful: copies are not divided.
