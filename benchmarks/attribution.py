@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config
 
 import hookgraph as hg
-from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
+from benchmarks.harness import Comparison
 from benchmarks.overhead import Subject, registered, subject_of
+from benchmarks.running import run
 from benchmarks.splicing import Weights, dictionaries, injected
 from hookgraph import locations as at
 from hookgraph.algorithms.effects.exact import exact_effects
@@ -286,6 +287,19 @@ def latents(subject: Subject) -> Iterator[Comparison]:
     )
 
 
+def comparisons(only: str = "") -> Iterator[tuple[Subject, Comparison]]:
+    """W6 to W9: those whose name contains `only`."""
+    shapes = (
+        ("small 2x64", 64, (nodes,)),
+        ("small 1x17", 17, (lambda s: integral(s, 10, 0.55), lambda s: integral(s, 50, 0.45))),
+        ("small 1x15", 15, (exact,)),
+        ("small 2x32", 32, (latents,)),
+    )
+    for name, length, groups in shapes:
+        subject = subject_of(name, GPT2Config(), batch=2, length=length)
+        yield from ((subject, c) for group in groups for c in group(subject) if only in c.name)
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
@@ -293,27 +307,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only comparisons whose name contains this.")] = "",
 ) -> None:
     """Compare attribution with plain code and print a table."""
-    settle(threads)
-    print(", ".join(f"{k} {v}" for k, v in conditions().items()))
-    plans = (
-        (subject_of("small 2x64", GPT2Config(), batch=2, length=64), (nodes,)),
-        (
-            subject_of("small 1x17", GPT2Config(), batch=2, length=17),
-            (lambda s: integral(s, 10, 0.55), lambda s: integral(s, 50, 0.45)),
-        ),
-        (subject_of("small 1x15", GPT2Config(), batch=2, length=15), (exact,)),
-        (subject_of("small 2x32", GPT2Config(), batch=2, length=32), (latents,)),
-    )
-    found: list[Measurement] = []
-    for subject, groups in plans:
-        for comparison in (c for group in groups for c in group(subject) if only in c.name):
-            found.append(measure(subject.name, comparison, rounds))
-            print(f"  {subject.name}: {comparison.name}: {found[-1].ratio:.3f}", flush=True)
-    show(found)
-    if json is not None:
-        write(json, found)
-    if not all(m.holds for m in found):
-        raise typer.Exit(1)
+    run(comparisons, rounds=rounds, threads=threads, json=json, only=only)
 
 
 if __name__ == "__main__":

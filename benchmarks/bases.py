@@ -14,8 +14,9 @@ import typer
 from torch import Tensor, nn
 from transformers import GPT2Config
 
-from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
+from benchmarks.harness import Comparison
 from benchmarks.overhead import Subject, registered, subject_of
+from benchmarks.running import run
 from hookgraph.algorithms.bases.energies import DecodedEnergy, Loss, States, model_after
 from hookgraph.algorithms.bases.greedy import Energy, evaluated
 from hookgraph.algorithms.bases.rank_one import LensEnergy, ending
@@ -87,21 +88,20 @@ def energies(subject: Subject) -> Iterator[Comparison]:
         )
 
 
+def comparisons(only: str = "") -> Iterator[tuple[Subject, Comparison]]:
+    """W10: what has a name that contains `only`."""
+    subject = subject_of("small 1x64", GPT2Config(), batch=1, length=64)
+    yield from ((subject, comparison) for comparison in energies(subject) if only in comparison.name)
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 15,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    only: Annotated[str, typer.Option(help="Only comparisons whose name contains this.")] = "",
 ) -> None:
     """Compare energies with plain code and print a table."""
-    settle(threads)
-    print(", ".join(f"{k} {v}" for k, v in conditions().items()))
-    subject = subject_of("small 1x64", GPT2Config(), batch=1, length=64)
-    found: list[Measurement] = [measure(subject.name, x, rounds) for x in energies(subject)]
-    show(found)
-    if json is not None:
-        write(json, found)
-    if not all(m.holds for m in found):
-        raise typer.Exit(1)
+    run(comparisons, rounds=rounds, threads=threads, json=json, only=only)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config
 
 import hookgraph as hg
-from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
+from benchmarks.harness import Comparison
 from benchmarks.overhead import Subject, registered, subject_of
+from benchmarks.running import run
 from hookgraph.algorithms.proximity import get_attention_contributions, get_mlp_contributions
 
 Seen = dict[str, Tensor]
@@ -85,6 +86,15 @@ def whole(subject: Subject, limit: float) -> Iterator[Comparison]:
     yield Comparison("W11 contributions of all layers", plain, ours, limit=limit, exact=False, within=5e-4)
 
 
+def comparisons(only: str = "") -> Iterator[tuple[Subject, Comparison]]:
+    """Two lengths: those whose name contains `only`."""
+    for length, limit in ((64, 0.33), (256, 0.15)):
+        name = f"small 1x{length}"
+        if only in name:
+            subject = subject_of(name, GPT2Config(), batch=1, length=length)
+            yield from ((subject, comparison) for comparison in whole(subject, limit))
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
@@ -92,19 +102,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only sizes whose name contains this.")] = "",
 ) -> None:
     """Compare contributions with plain code and print a table."""
-    settle(threads)
-    print(", ".join(f"{k} {v}" for k, v in conditions().items()))
-    found: list[Measurement] = []
-    for length, limit in ((64, 0.33), (256, 0.15)):
-        name = f"small 1x{length}"
-        if only in name:
-            subject = subject_of(name, GPT2Config(), batch=1, length=length)
-            found += [measure(name, comparison, rounds) for comparison in whole(subject, limit)]
-    show(found)
-    if json is not None:
-        write(json, found)
-    if not all(m.holds for m in found):
-        raise typer.Exit(1)
+    run(comparisons, rounds=rounds, threads=threads, json=json, only=only)
 
 
 if __name__ == "__main__":

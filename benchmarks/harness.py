@@ -19,9 +19,12 @@ from pathlib import Path
 
 import torch
 import transformers
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from hookgraph.algorithms.effects.footprint import Footprint
 
 Work = Callable[[], Sequence[Tensor]]
 """One repetition of some work. Returns its answers."""
@@ -69,12 +72,29 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The most that tensors took at one time, in MiB: those that each side made, its answers included.
+
+    What the system counts would depend on the allocator, and on what else the machine is short of.
+    """
+
+    plain: float
+    ours: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether hookgraph takes no more."""
+        return self.ours <= self.plain
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What came out: processor times in milliseconds, ratios of hookgraph to plain.
 
     Args:
         ratio: the median of the paired ratios of processor time, `low` and `high` their quartiles.
         wall: the same median for time on the wall.
+        peak: memory.
     """
 
     model: str
@@ -87,6 +107,7 @@ class Measurement:
     wall: float
     limit: float | None
     rounds: int
+    peak: Peak
 
     @property
     def holds(self) -> bool:
@@ -117,6 +138,12 @@ def settle(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def begin(threads: int) -> None:
+    """Settle, and say under which conditions."""
+    settle(threads)
+    print(", ".join(f"{k} {v}" for k, v in conditions().items()), flush=True)
+
+
 def conditions() -> Mapping[str, str]:
     """What the figures depend on: versions, machine and settings."""
     return {
@@ -129,13 +156,16 @@ def conditions() -> Mapping[str, str]:
     }
 
 
-def check(comparison: Comparison) -> None:
-    """Compare the answers of both sides.
+def check(comparison: Comparison) -> Peak:
+    """Compare the answers of both sides, and count the memory that each takes.
 
     Raises:
         DifferentAnswersError: they differ, with the first place where they do.
     """
-    plain, ours = comparison.plain(), comparison.ours()
+    with Footprint() as by_hand:
+        plain = comparison.plain()
+    with Footprint() as through_graph:
+        ours = comparison.ours()
     if len(plain) != len(ours):
         raise DifferentAnswersError(f"{comparison.name}: {len(plain)} answers against {len(ours)}")
     for place, (a, b) in enumerate(zip(plain, ours, strict=True)):
@@ -144,6 +174,7 @@ def check(comparison: Comparison) -> None:
         )
         if not same:
             raise DifferentAnswersError(f"{comparison.name}: answer {place} differs: {_difference(a, b)}")
+    return Peak(by_hand.peak / 2**20, through_graph.peak / 2**20)
 
 
 def measure(model: str, comparison: Comparison, rounds: int) -> Measurement:
@@ -152,7 +183,7 @@ def measure(model: str, comparison: Comparison, rounds: int) -> Measurement:
     Raises:
         DifferentAnswersError: the answers differ.
     """
-    check(comparison)
+    peak = check(comparison)
     rounds = max(2, round(rounds * comparison.effort))
     for _ in range(rounds // _ROUNDS_PER_WARM_UP):
         comparison.plain()
@@ -174,7 +205,21 @@ def measure(model: str, comparison: Comparison, rounds: int) -> Measurement:
         wall=statistics.median(b.wall / a.wall for a, b in pairs),
         limit=comparison.limit,
         rounds=rounds,
+        peak=peak,
     )
+
+
+def finish(measurements: Sequence[Measurement], path: Path | None) -> None:
+    """Show the figures, write them if a file is named, and end the program.
+
+    Raises:
+        typer.Exit: a figure is over its limit.
+    """
+    show(measurements)
+    if path is not None:
+        write(path, measurements)
+    if not all(m.holds for m in measurements):
+        raise typer.Exit(1)
 
 
 def show(measurements: Iterable[Measurement]) -> None:
@@ -182,7 +227,17 @@ def show(measurements: Iterable[Measurement]) -> None:
     table = Table(title="hookgraph / plain")
     table.add_column("model")
     table.add_column("work", overflow="fold")
-    for name in ("plain ms", "ours ms", "ratio", "quartiles", "limit", "wall ratio", "rounds"):
+    for name in (
+        "plain ms",
+        "ours ms",
+        "ratio",
+        "quartiles",
+        "limit",
+        "wall ratio",
+        "rounds",
+        "plain MiB",
+        "ours MiB",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for found in measurements:
         table.add_row(
@@ -195,6 +250,8 @@ def show(measurements: Iterable[Measurement]) -> None:
             "" if found.limit is None else f"{found.limit:.3f}",
             f"{found.wall:.3f}",
             str(found.rounds),
+            f"{found.peak.plain:.0f}",
+            f"[{'green' if found.peak.holds else 'red'}]{found.peak.ours:.0f}[/]",
         )
     # Off a terminal a table would be folded to 80 columns.
     Console(width=None if sys.stdout.isatty() else 150).print(table)

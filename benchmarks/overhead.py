@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2 import modeling_gpt2
 
 import hookgraph as hg
-from benchmarks.harness import Comparison, Measurement, Work, conditions, measure, settle, show, write
+from benchmarks.harness import Comparison, Measurement, Work, begin, finish, measure
 from hookgraph import locations as at
 
 KEPT = (
@@ -457,8 +457,7 @@ def main(
         (Size.TINY, rounds * _TINY_ROUNDS, on_tiny),
         (Size.SMALL, rounds, on_small),
     )
-    settle(threads)
-    print(", ".join(f"{k} {v}" for k, v in conditions().items()))
+    begin(threads)
     for size, times, comparisons in plans:
         if model not in (size, Size.ALL):
             continue
@@ -466,11 +465,7 @@ def main(
             if only in comparison.name:
                 found.append(measure(subject.name, comparison, times))
                 print(f"  {subject.name}: {comparison.name}: {found[-1].ratio:.3f}", flush=True)
-    show(found)
-    if json is not None:
-        write(json, found)
-    if not all(m.holds for m in found):
-        raise typer.Exit(1)
+    finish(found, json)
 
 
 if __name__ == "__main__":

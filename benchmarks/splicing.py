@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config
 
 import hookgraph as hg
-from benchmarks.harness import Comparison, Measurement, conditions, measure, settle, show, write
+from benchmarks.harness import Comparison
 from benchmarks.overhead import Subject, registered, subject_of
+from benchmarks.running import run
 from hookgraph import locations as at
 from hookgraph.subgraphs import Autoencoder
 
@@ -161,6 +162,14 @@ def attribution(subject: Subject, coders: Sequence[Weights]) -> Iterator[Compari
     yield Comparison("W9 values and gradients of all latents and errors", by_hand, ours, exact=False)
 
 
+def comparisons(only: str = "") -> Iterator[tuple[Subject, Comparison]]:
+    """Everything that is measured: what has a name that contains `only`."""
+    subject = subject_of("small", GPT2Config(), batch=2, length=32)
+    coders = dictionaries(subject)
+    for group in (forward, one_latent, attribution):
+        yield from ((subject, c) for c in group(subject, coders) if only in c.name)
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 9,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
@@ -168,21 +177,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only comparisons whose name contains this.")] = "",
 ) -> None:
     """Compare spliced dictionaries with the same written by hand, and print a table."""
-    settle(threads)
-    print(", ".join(f"{k} {v}" for k, v in conditions().items()))
-    subject = subject_of("small", GPT2Config(), batch=2, length=32)
-    coders = dictionaries(subject)
-    found: list[Measurement] = []
-    for group in (forward, one_latent, attribution):
-        for comparison in group(subject, coders):
-            if only in comparison.name:
-                found.append(measure(subject.name, comparison, rounds))
-                print(f"  {comparison.name}: {found[-1].ratio:.3f}", flush=True)
-    show(found)
-    if json is not None:
-        write(json, found)
-    if not all(m.holds for m in found):
-        raise typer.Exit(1)
+    run(comparisons, rounds=rounds, threads=threads, json=json, only=only)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Logits of some positions, and of some tokens, only: what is not read is not computed."""
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -60,7 +62,15 @@ def _narrow(head: nn.Module, tokens: Int[Tensor, "..."]) -> Callable[[Tensor], T
     weight, bias = head.weight[chosen], None if head.bias is None else head.bias[chosen]
 
     def forward(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        whole = torch.zeros(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
-        return whole.index_copy_(-1, chosen, linear(x, weight, bias))
+        return _zeros(x, size).index_copy_(-1, chosen, linear(x, weight, bias))
 
     return forward
+
+
+def _zeros(like: Float[Tensor, "batch pos d_model"], size: int) -> Float[Tensor, "batch pos vocab"]:
+    """Zeros. On the CPU they take memory only where something is written: PyTorch would write all of them."""
+    shape = (*like.shape[:-1], size)
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    held = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
+    return torch.from_numpy(held).view(like.dtype).view(shape)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -49,6 +50,8 @@ class Remembered:
     def _layer(self, layer: Any) -> Any:
         own = copy.copy(layer)
         own.keys, own.values = (self._tiled(states) for states in (layer.keys, layer.values))
+        # Otherwise the states of all layers, for every copy of the batch, would live until the pass is over.
+        own.update = partial(_appended_to, copy.copy(own))
         return own
 
     def _tiled(self, states: Tensor) -> Tensor:
@@ -56,6 +59,11 @@ class Remembered:
         if len(states) == 1:  # nothing is copied before a layer of the model appends to it
             return states.expand(self.copies, *rest)
         return states.repeat(self.copies, *([1] * len(rest)))
+
+
+def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
+    """All states: those that a layer of a cache holds, and new ones. It goes on holding its own only."""
+    return copy.copy(layer).update(*states, **options)
 
 
 def remember(

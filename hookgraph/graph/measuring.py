@@ -114,7 +114,7 @@ class Tiled:
 
     def _parts(self, logits: Float[Tensor, "batch pos vocab"]) -> Sequence[Float[Tensor, "..."]]:
         # Slices, one by one, would each have a gradient of the size of all logits.
-        return logits.split(self.batch)
+        return torch.split(logits, self.batch)
 
     def rows(self, chosen: slice) -> "ReadingMetric":
         """Not meaningful: copies are not divided.
