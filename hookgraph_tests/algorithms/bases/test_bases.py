@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 import torch
@@ -208,20 +209,45 @@ def _alone(rank: int, port: int, folder: str) -> None:
             toy(), TOKENS[2 * rank : 2 * rank + 2], RESID_POST[0], k=2, ablation=ablation, tolerance=1e-14
         )
         torch.save((found.basis, found.energies), f"{folder}/{ablation}{rank}.pt")
+    lens = TunedLens.fit(toy(), [TOKENS[2 * rank : 2 * rank + 2]], **FIT)
+    torch.save(_weights(lens), f"{folder}/lens{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_find_the_basis_of_one(tmp_path: Path):
+FIT: Final[dict[str, Any]] = {"epochs": 3, "learning_rate": 1e-2, "progress": False}
+
+
+def _weights(lens: TunedLens) -> list[Tensor]:
+    return [x for t in lens.translators.values() for x in (t.weight, t.bias)]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found, each on half of the texts."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_alone, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_alone, args=(port, str(folder)), nprocs=2)
+    return folder
+
+
+def test_two_processes_find_the_basis_of_one(of_two: Path):
     for ablation in ("mean", "resample"):
         whole = causal_basis(toy(), TOKENS, RESID_POST[0], k=2, ablation=ablation, tolerance=1e-14)
-        (first, energies), (second, _) = (torch.load(tmp_path / f"{ablation}{rank}.pt") for rank in (0, 1))
+        (first, energies), (second, _) = (torch.load(of_two / f"{ablation}{rank}.pt") for rank in (0, 1))
         assert torch.equal(first, second)
         torch.testing.assert_close(first, whole.basis, rtol=0, atol=1e-6)
         torch.testing.assert_close(energies, whole.energies, rtol=1e-6, atol=1e-9)
+
+
+def test_two_processes_fit_the_lens_of_one(of_two: Path):
+    whole = _weights(TunedLens.fit(toy(), [TOKENS], **FIT))
+    first, second = (torch.load(of_two / f"lens{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(bool(x.abs().max() > 1e-3) for x in whole), "it was fitted"
+    for ours, theirs in zip(first, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_an_oblique_basis_is_removed_whole():
