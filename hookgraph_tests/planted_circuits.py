@@ -49,7 +49,8 @@ _UNREAD: Final = {(EMBED, ATTN_V[0].at(kv_head=1)): 1.0, (_head(0, 0), ATTN_V[1]
 """Heads that read and write, and that nothing reads."""
 
 
-def _direction(writer: Location) -> Float[Tensor, " d_model"]:
+def direction(writer: Location) -> Float[Tensor, " d_model"]:
+    """The unit vector along which a writer writes."""
     found = torch.zeros(D_MODEL, dtype=torch.float64)
     found[2 * DIRECTIONS[writer]], found[2 * DIRECTIONS[writer] + 1] = 1.0, -1.0
     return found / 2**0.5
@@ -64,13 +65,13 @@ def _constant() -> Float[Tensor, " d_model"]:
 def _read(reader: Location) -> Float[Tensor, " d_model"]:
     """What a reader computes of the normed stream, the scale of the norm undone."""
     size = _constant().square().mean().sqrt()
-    parts = [w * _direction(u) for (u, v), w in {**EDGES, **_UNREAD}.items() if v == reader]
+    parts = [w * direction(u) for (u, v), w in {**EDGES, **_UNREAD}.items() if v == reader]
     return size * torch.stack([*parts, torch.zeros(D_MODEL, dtype=torch.float64)]).sum(0)
 
 
 def _embedding() -> Float[Tensor, "vocab d_model"]:
     values = torch.linspace(-1.0, 1.5, _VOCABULARY, dtype=torch.float64)
-    return _constant() + values[:, None] * _direction(EMBED)
+    return _constant() + values[:, None] * direction(EMBED)
 
 
 def planted_gpt2() -> PreTrainedModel:
@@ -90,10 +91,10 @@ def planted_gpt2() -> PreTrainedModel:
                 for part, kind in enumerate((ATTN_Q, ATTN_K, ATTN_V)):
                     axis = "head" if kind == ATTN_Q else "kv_head"
                     layer.attn.c_attn.weight[:, part * D_MODEL + start] = _read(kind[i].at(**{axis: head}))
-                layer.attn.c_proj.weight[start] = _direction(_head(i, head))
+                layer.attn.c_proj.weight[start] = direction(_head(i, head))
             layer.mlp.c_fc.weight[:, 0] = _read(MLP_IN[i])
             layer.mlp.c_fc.bias[0] = 0.5
-            layer.mlp.c_proj.weight[0] = _direction(MLP_OUT[i])
+            layer.mlp.c_proj.weight[0] = direction(MLP_OUT[i])
         model.lm_head.weight[3] = _read(LOGITS)
     return model
 
@@ -118,10 +119,10 @@ def planted_llama() -> PreTrainedModel:
                 layer.self_attn.q_proj.weight[last] = _read(ATTN_Q[i].at(head=head))
                 layer.self_attn.k_proj.weight[last] = _read(ATTN_K[i].at(kv_head=head))
                 layer.self_attn.v_proj.weight[row] = _read(ATTN_V[i].at(kv_head=head))
-                layer.self_attn.o_proj.weight[:, row] = _direction(_head(i, head))
+                layer.self_attn.o_proj.weight[:, row] = direction(_head(i, head))
             layer.mlp.gate_proj.weight[0] = open_gate
             layer.mlp.up_proj.weight[0] = _read(MLP_IN[i])
-            layer.mlp.down_proj.weight[:, 0] = 0.3 * _direction(MLP_OUT[i])
+            layer.mlp.down_proj.weight[:, 0] = 0.3 * direction(MLP_OUT[i])
         model.lm_head.weight[3] = _read(LOGITS)
     return model
 

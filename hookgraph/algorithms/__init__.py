@@ -14,6 +14,7 @@ from hookgraph.algorithms.circuits.discovery import discover_circuit
 from hookgraph.algorithms.circuits.eap import edge_attribution
 from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
 from hookgraph.algorithms.circuits.results import Edges
+from hookgraph.algorithms.circuits.roc import EdgeRoc
 from hookgraph.algorithms.circuits.scores import EdgeScores
 from hookgraph.algorithms.circuits.sizes import SizeCurve, size_curve
 from hookgraph.algorithms.effects.exact import exact_effects
@@ -53,6 +54,7 @@ __all__ = [
     "Convention",
     "Counterfactuals",
     "Curve",
+    "EdgeRoc",
     "EdgeScores",
     "Edges",
     "Faithfulness",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.circuits.results import Edge, Edges, Pair
+from hookgraph.algorithms.circuits.roc import EdgeRoc
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph import storage
 from hookgraph.ontology.dimensions import Dimension
@@ -125,6 +126,14 @@ class EdgeScores:
         """How well |score| tells true edges from the others: 1 where every true one is larger, 0.5 by chance.
 
         Raises:
+            HookGraphError: as `roc`.
+        """
+        return self.roc(truth).area
+
+    def roc(self, truth: Iterable[tuple[Location, Location]]) -> EdgeRoc:
+        """The shares of true and of other edges that |score| finds, over its threshold.
+
+        Raises:
             HookGraphError: a true edge is none of these, or there are true ones only, or none.
         """
         true = set(truth)
@@ -136,9 +145,7 @@ class EdgeScores:
             raise HookGraphError(f"{lacking[0]} -> {lacking[1]} is no edge of these scores")
         if not marks.any() or bool(marks.all()):
             raise HookGraphError("there are no true edges, or no others: nothing to tell apart")
-        sizes = torch.tensor([abs(e.weight) for e in edges], dtype=torch.float64)
-        gaps = sizes[marks][:, None] - sizes[~marks][None]
-        return float(((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean())
+        return EdgeRoc.of(torch.tensor([abs(e.weight) for e in edges], dtype=torch.float64), marks)
 
     def to_frame(self) -> "pandas.DataFrame":
         """One row per edge: source, target and score."""

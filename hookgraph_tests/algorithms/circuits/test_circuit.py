@@ -20,12 +20,15 @@ from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.interventions.statistics import mean_activations
 from hookgraph.algorithms.metrics import logit_diff
+from hookgraph.binding import bind
 from hookgraph.errors import HookGraphError, InputError, MetricError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import ATTN_Z, LOGITS, MLP_OUT, RESID_POST
 from hookgraph.ontology.locations import Location
 from hookgraph.subgraphs import AutoencoderGraph
 from hookgraph_tests.families import bound, tokens
+from hookgraph_tests.planted_circuits import PLANTED
+from hookgraph_tests.planted_dictionaries import edges_between_writers, planted_dictionaries, writer_of
 from hookgraph_tests.subgraphs.planted import planted
 from hookgraph_tests.unchecked import unchecked
 
@@ -145,6 +148,23 @@ def test_it_draws_stores_and_tells(tmp_path: Any):
     assert all(abs(e.weight) > 0.01 and e.source in fewer.nodes for e in fewer.edges.each())
     with pytest.raises(HookGraphError, match="is not in this circuit of"):
         circuit.within([MLP_OUT[0]])
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_edges_between_latents_come_out_and_no_others(name: str):
+    graph, saes = bind(PLANTED[name](), check=False), planted_dictionaries()
+    pair = torch.tensor([[1, 9, 4], [7, 2, 1]]), torch.tensor([[6, 3, 11], [0, 8, 11]])
+    circuit = discover_circuit(
+        graph.inject(*saes), [pair], METRIC, saes, node_threshold=0.0, edge_threshold=0.0, steps=4
+    )
+    weights: dict[tuple[Any, Any], float] = {}
+    for edge in circuit.edges.each():
+        ends = writer_of(edge.source), writer_of(edge.target)
+        weights[ends] = weights.get(ends, 0.0) + abs(edge.weight)
+    true = edges_between_writers()
+    others = [weight for ends, weight in weights.items() if ends not in true]
+    assert true <= set(weights)
+    assert min(weights[ends] for ends in true) > 1000 * max(others)
 
 
 # --- faithfulness --------------------------------------------------------------------------------

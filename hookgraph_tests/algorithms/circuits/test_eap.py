@@ -14,6 +14,7 @@ from hookgraph.algorithms.circuits.components import readers_of, writers_of
 from hookgraph.algorithms.circuits.curves import cmd, cpr
 from hookgraph.algorithms.circuits.eap import EapMethod, edge_attribution
 from hookgraph.algorithms.circuits.reading import Readings
+from hookgraph.algorithms.circuits.roc import EdgeRoc
 from hookgraph.algorithms.circuits.running import CircuitRunner
 from hookgraph.algorithms.circuits.scores import EdgeScores
 from hookgraph.algorithms.effects.patching import patching_effect
@@ -189,6 +190,19 @@ def test_planted_edges_are_told_from_all_others(name: str, method: EapMethod):
     assert {(e.source, e.target) for e in circuit.edges.each()} == set(EDGES)
     greedy = scores.circuit(len(EDGES), "greedy")
     assert {(e.source, e.target) for e in greedy.edges.each()} == set(EDGES)
+
+
+def test_the_roc_counts_true_and_other_edges_above_each_score():
+    sizes = torch.tensor([3.0, 2.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    roc = EdgeRoc.of(sizes, torch.tensor([True, True, False, False, True]))
+    assert roc.thresholds.tolist() == [torch.inf, 3.0, 2.0, 1.0, 0.5]
+    assert roc.true_positives.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 2 / 3, 1])
+    assert roc.false_positives.tolist() == [0, 0, 0.5, 1, 1]
+    # Pairs (true, other) in order: 3 > 2 and 1, 2 = 2 counts half, 2 > 1; 0.5 is below both.
+    assert float(roc) == pytest.approx(3.5 / 6)
+    assert "AUROC 0.583" in repr(roc)
+    assert list(roc.to_frame()["true positives"]) == roc.true_positives.tolist()
+    assert roc.plot().axes[0].get_title(loc="left") == "AUROC 0.583"
 
 
 def runner(family: str) -> CircuitRunner:
