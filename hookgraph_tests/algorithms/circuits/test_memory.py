@@ -3,12 +3,11 @@
 import torch
 
 from hookgraph.algorithms.circuits.direct import edges
-from hookgraph.algorithms.circuits.results import Edges
+from hookgraph.algorithms.effects.footprint import Footprint
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.locations import MLP_OUT
 from hookgraph.subgraphs import Autoencoder, AutoencoderGraph, TopK
-from hookgraph_tests.allocated import Allocated, peak_of
 from hookgraph_tests.families import bound, tokens
 
 BATCH, POS, LATENTS, TARGETS = 32, 10, 32_768, 1000
@@ -28,32 +27,20 @@ def test_edges_of_a_thousand_nodes_of_a_wide_dictionary_take_less_than_a_gigabyt
     width = graph.run(CLEAN, save=MLP_OUT[0])[MLP_OUT[0]].shape[-1]
     early, late = (AutoencoderGraph(coder(width, seed), MLP_OUT[seed]) for seed in (0, 1))
     graph = graph.inject(early, late)
-    found: list[Edges] = []
-    with Allocated() as alone:
+    with Footprint() as alone:
         effect = patching_effect(graph, CLEAN, CORRUPT, METRIC, [late.latents]).effects[late.latents]
     threshold = float(effect.abs().flatten().topk(3 * TARGETS).values[-1])
     del effect
 
-    def work() -> None:
-        found.append(
-            edges(
-                graph, CLEAN, CORRUPT, METRIC, early, late, node_threshold=threshold, aggregation="examples"
-            )
+    with Footprint() as counted:
+        found = edges(
+            graph, CLEAN, CORRUPT, METRIC, early, late, node_threshold=threshold, aggregation="examples"
         )
-
-    peak = peak_of(work)
-    block = found[0][early.latents, late.latents]
+    block = found[early.latents, late.latents]
     assert len(block.target.unique(dim=0)) >= TARGETS
-    assert peak < 1_000_000_000
-    assert peak < alone.peak + 8 * 4 * BATCH * POS * LATENTS, "a few times the values of one dictionary"
+    assert counted.peak < 1_000_000_000
+    assert counted.peak < alone.peak + 8 * 4 * BATCH * POS * LATENTS, (
+        "a few times the values of one dictionary"
+    )
     stored = sum(x.numel() * x.element_size() for x in (block.source, block.target, block.values))
     assert stored <= (2 * 3 * 8 + 4) * len(block)
-
-
-def test_what_is_freed_does_not_count():
-    with Allocated() as counted:
-        for _ in range(3):
-            torch.zeros(1000).add(1)
-        kept = torch.zeros(500)
-    assert counted.peak == 8000
-    assert counted.now == kept.numel() * 4
