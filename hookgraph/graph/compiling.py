@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
 from hookgraph.hooks.editing import Hook, SetTo, hook_apart
-from hookgraph.hooks.positions import Place, Placed, PlacedGradient, is_placed
+from hookgraph.hooks.positions import ByPosition, Place, Placed, PlacedGradient, is_placed
 from hookgraph.hooks.taps import Observer, Splice, Tap, Taps
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
@@ -41,7 +41,10 @@ def compile_taps(
     for location, hook in registrations:
         whole, backward = location.whole, location.pass_type is PassType.BACKWARD
         if held is not None and observers and not backward and not isinstance(hook, SetTo):
-            hook = hook_apart(hook, held)
+            if isinstance(hook, ByPosition):
+                hook = ByPosition(hook_apart(hook.fn, held))
+            else:
+                hook = hook_apart(hook, held)
         if place is None or not is_placed(location):
             (gradient_hooks if backward else hooks).setdefault(whole, []).append((location, hook))
         elif not backward:

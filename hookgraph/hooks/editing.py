@@ -63,15 +63,15 @@ def apply_hook(
     return write(here, value, new)
 
 
-def hook_apart(hook: Hook, held: Callable[[Tensor], bool]) -> Hook:
+def hook_apart(hook: Callable[..., Any], held: Callable[[Tensor], bool]) -> Callable[..., Any]:
     """`hook`, given a copy of a tensor of which `held` says that its memory is not to change."""
 
-    def apart(value: Tensor) -> Any:  # what a user's hook returns is checked where it is written back
+    def apart(value: Tensor, *told: Any) -> Any:  # what a user's hook returns is checked where it is written
         if not held(value):
-            return hook(value)
+            return hook(value, *told)
         copy = value.clone()
         version = _version(copy)
-        new = hook(copy)
+        new = hook(copy, *told)
         unchanged = version is not None and _version(copy) == version
         return (None if unchanged else copy) if new is None or new is copy else new
 

@@ -4,6 +4,7 @@ While decoding, a pass holds only the newest positions; in a batch padded on the
 row stands in a column of its own. Locations name positions, tensors have columns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -84,6 +85,25 @@ def read_at(location: Location, value: Shaped[Tensor, "..."], place: Place) -> S
 
 
 @final
+@dataclass(frozen=True, eq=False, slots=True)
+class ByPosition:
+    """A hook that is also told which positions it is given: `fn(value, positions)`.
+
+    Register it at `.at(pos=slice(0, None))`, all positions that a pass holds.
+    """
+
+    fn: Callable[[Tensor, Int[Tensor, "batch pos"]], Tensor | None]
+    positions: Int[Tensor, "batch pos"] | None = None
+    """None where a pass begins at position 0 and has no padding."""
+
+    def __call__(self, value: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch pos ..."] | None:
+        """What `fn` returns."""
+        batch, size = value.shape[:2]
+        plain = torch.arange(size, device=value.device).expand(batch, size)
+        return self.fn(value, plain if self.positions is None else self.positions)
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A hook on a part, as a hook on the whole activation that finds the part in each pass.
@@ -99,7 +119,24 @@ class Placed:
     def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """`value` after the hook; `value` itself if unchanged."""
         part = _part(self.location, value, self.place)
-        return value if part is None else part.apply(self.hook, value)
+        if part is None:
+            return value
+        hook = self.hook
+        if isinstance(hook, ByPosition):
+            hook = ByPosition(hook.fn, self._positions(part, value))
+        return part.apply(hook, value)
+
+    def _positions(self, part: "_Part", value: Tensor) -> Int[Tensor, "batch pos"]:
+        """Which positions the columns of a part are."""
+        batch, size = value.shape[:2]
+        span = self.place.spans.get(self.location.root.type.stack, Span())
+        shifts = torch.tensor(_shifts(self.location, Dimension.POS, span, size), device=value.device)
+        found = torch.arange(size, device=value.device) - shifts[:, None]
+        found = found.expand(batch, size)
+        for _, rows in part.rows:
+            found = rows.take(found, 1)
+        columns = dict(part.location.index).get(Dimension.POS, slice(None))
+        return found[:, columns]
 
 
 @final

@@ -72,13 +72,17 @@ def _joined(parts: Sequence[PatchingEffect]) -> PatchingEffect:
     totals = [p.total_effect for p in parts if p.total_effect is not None]
     return replace(
         first,
-        effects=Attribution(_cat([p.effects for p in parts])),
-        deltas=Attribution(_cat([p.deltas for p in parts])),
-        grads=Attribution(_cat([p.grads for p in parts])),
+        effects=_joined_at([p.effects for p in parts]),
+        deltas=_joined_at([p.deltas for p in parts]),
+        grads=_joined_at([p.grads for p in parts]),
         total_effect=torch.cat(totals) if totals else None,
         residuals=_cat([p.residuals for p in parts]),
         incomplete=tuple(dict.fromkeys(x for p in parts for x in p.incomplete)),
     )
+
+
+def _joined_at(parts: Sequence[Attribution]) -> Attribution:
+    return Attribution(_cat(parts), parts[0].reduced)
 
 
 def _cat(parts: Sequence[Mapping[Location, Tensor]]) -> dict[Location, Tensor]:

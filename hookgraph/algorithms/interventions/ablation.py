@@ -12,6 +12,7 @@ from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.positions import ByPosition
 from hookgraph.ontology.locations import Location
 
 AblationMode: TypeAlias = Literal["zero", "mean", "resample", "optimal"]
@@ -55,7 +56,12 @@ def ablate(
     if mode not in get_args(AblationMode):
         raise HookGraphError(f"unknown ablation {mode!r}: {nearest(mode, get_args(AblationMode))}")
     for place in chosen_places(graph, at):
-        graph = graph.hook(place, _replacement(place, mode, statistics, seed))
+        hook = _replacement(place, mode, statistics, seed)
+        if isinstance(hook, Constant) and hook.per_position:
+            # A column of a pass is another position while decoding, and behind padding.
+            graph = graph.hook(place.at(pos=slice(0, None)), ByPosition(hook.at))
+        else:
+            graph = graph.hook(place, hook)
     return graph
 
 

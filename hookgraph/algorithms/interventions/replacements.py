@@ -11,6 +11,8 @@ from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.sites import Instead
 from hookgraph.errors import HookGraphError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs
+from hookgraph.hooks.positions import is_placed
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 
@@ -52,6 +54,28 @@ class Constant:
 
     location: Location
     constant: Float[Tensor, "..."]
+
+    @property
+    def per_position(self) -> bool:
+        """Whether it differs from position to position of the sequence."""
+        axes = self.location.dims[1:]
+        return axes[:1] == (Dimension.POS,) and not is_placed(self.location) and self.constant.shape[0] > 1
+
+    def at(
+        self, value: Float[Tensor, "batch pos ..."], positions: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos ..."]:
+        """The constant at some positions.
+
+        Raises:
+            ShapeMismatchError: there is none at one of them.
+        """
+        if positions.numel() and int(positions.max()) >= len(self.constant):
+            raise ShapeMismatchError(
+                f"{self.location} has position {int(positions.max())}, its constants end at "
+                f"{len(self.constant) - 1}: use means over all positions, or inputs no longer than those "
+                "that they were taken of"
+            )
+        return self.constant.to(value)[positions.clamp(min=0)].expand(value.shape).clone()
 
     def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The constant, as often as there are examples and positions.

@@ -217,3 +217,14 @@ def test_sweeps_reach_the_other_stack():
     values = graph.run(inputs("t5", 1), save=[place])[place]
     change = measured(graph, "t5", {place.at(pos=2): values[:, 2]}) - base
     assert torch.allclose(got[place][:, 2], change, rtol=1e-5, atol=1e-5)
+
+
+@EACH
+def test_the_top_nodes_are_measured_exactly(name: str):
+    graph = graph_of(name)
+    at = [place for place in PLACES[name] if "d_head" in place.dims]
+    found = patching_effect(graph, inputs(name, 0), inputs(name, 1), METRIC, at, joint=["d_head"])
+    before, values = measured(graph, name, {}), graph.run(inputs(name, 1), save=at)
+    for node in found.mean("batch").check(top=4):
+        after = measured(graph, name, {node.location: values[node.location]})
+        assert node.exact == pytest.approx(float((after - before).mean()), rel=1e-4, abs=ERROR[name])

@@ -85,3 +85,24 @@ def test_means_of_named_positions_are_those_of_each_row_of_a_padded_batch():
     value = graph.run(padded, save=[here])[here]
     found = mean_activations(graph, [padded], [here], per_position=True)
     assert torch.allclose(found.means[here], value.mean(0), atol=1e-12)
+
+
+def test_means_per_position_follow_the_sequence_while_decoding_and_behind_padding():
+    graph, ids = bound("gpt2", torch.float64), tokens(2, 5)
+    place, head = MLP_OUT[1], ATTN_Z[0].at(head=2)
+    found = mean_activations(graph, [tokens(4, 9, seed=3)], [place, head], per_position=True)
+    ablated = ablate(graph, [place, head], statistics=found)
+    cached = ablated.generate(ids, save=[place, head], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    afresh = ablated.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(cached.tokens, afresh.tokens)
+    for at in (place, head):
+        seen = cached[at]
+        assert torch.allclose(seen, found.means[at][None, : seen.shape[1]].expand_as(seen), atol=1e-12)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    padded = torch.stack([ids[0], torch.cat([torch.zeros_like(ids[1, :2]), ids[1, :3]])])
+    together = ablated.run({"input_ids": padded, "attention_mask": mask}).logits
+    assert torch.allclose(together[1, 2:], ablated.run(ids[1:, :3]).logits[0], atol=1e-10)
+    assert torch.allclose(together[0], ablated.run(ids[:1]).logits[0], atol=1e-10)
+    with pytest.raises(ShapeMismatchError, match="position 9, its constants end at 8: use means over all"):
+        ablated.run(tokens(1, 10))

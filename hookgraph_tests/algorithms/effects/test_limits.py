@@ -1,0 +1,78 @@
+"""What holds under short memory, in half precision, and where the top nodes are measured again."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookgraph.algorithms.effects.patching import Method, patching_effect
+from hookgraph.algorithms.metrics import logit_diff
+from hookgraph.binding import HuggingFaceBinding
+from hookgraph.graph.abstract import Prepared
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.locations import ATTN_Q, ATTN_Z, MLP_OUT
+from hookgraph.subgraphs.autoencoder import AutoencoderGraph
+from hookgraph_tests.families import bound, tokens
+from hookgraph_tests.subgraphs.planted import planted
+
+METHODS: tuple[Method, ...] = get_args(Method)
+CLEAN, CORRUPT = tokens(4), tokens(4, seed=1)
+MEASURE = logit_diff([3, 4, 6, 7], 5)
+JOINT = ["d_head", "d_model"]
+EACH = pytest.mark.parametrize("method", METHODS)
+
+
+@EACH
+def test_a_pass_that_runs_out_of_memory_midway_is_run_with_fewer_rows(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+):
+    graph, at = bound("gpt2", torch.float64), [ATTN_Z[1].at(head=0, pos=-1), MLP_OUT[0].at(pos=2)]
+    expected = patching_effect(
+        graph, CLEAN, CORRUPT, MEASURE, at, method, steps=3, joint=["d_head", "d_model"]
+    )
+    forward, rows = HuggingFaceBinding.forward, list[int]()
+
+    def scarce(binding: HuggingFaceBinding, inputs: Prepared) -> Tensor:
+        ids = inputs["input_ids"]
+        assert isinstance(ids, Tensor)
+        rows.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(binding, inputs)
+
+    monkeypatch.setattr(HuggingFaceBinding, "forward", scarce)
+    found = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at, method, steps=3, joint=JOINT)
+    assert max(rows) > 2
+    assert found.reduced == expected.reduced
+    for place in at:
+        assert torch.allclose(found.effects[place], expected.effects[place], rtol=1e-9, atol=1e-13)
+
+
+@EACH
+def test_in_half_precision_effects_are_those_of_single_precision_up_to_its_rounding(method: Method):
+    graphs = bound("llama", torch.bfloat16), bound("llama")
+    at = [ATTN_Q[1], ATTN_Z[1], MLP_OUT[0]] if method == "atp_star" else [ATTN_Z[1], MLP_OUT[0]]
+    several = [patching_effect(x, CLEAN, CORRUPT, MEASURE, at, method, joint=JOINT) for x in graphs]
+    a, b = (torch.cat([found.effects[x].flatten().float() for x in at]) for found in several)
+    assert several[0].effects[at[-1]].dtype == torch.bfloat16
+    assert bool(a.isfinite().all())
+    assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.98
+
+
+def test_the_top_nodes_among_latents_and_errors_are_measured_exactly():
+    sae = AutoencoderGraph(planted(32, 96), MLP_OUT[1])
+    graph: HookGraph = bound("gpt2", torch.float64).inject(sae)
+    found = patching_effect(graph, CLEAN, CORRUPT, MEASURE, [sae.latents, sae.error], "ig", steps=4)
+    ranking = found.mean("batch").check(top=12)
+    kinds = {node.location.type.name for node in ranking}
+    assert kinds == {"latents", "error"}
+    clean = graph.run(CLEAN, metric=MEASURE).metric
+    values = graph.run(CORRUPT, save=[sae.latents, sae.error])
+    for node in ranking:
+        patched = graph.hook(node.location, lambda _, new=values[node.location]: new)
+        after = patched.run(CLEAN, metric=MEASURE).metric
+        assert clean is not None
+        assert after is not None
+        assert node.exact == pytest.approx(float((after - clean).mean()), rel=1e-9, abs=1e-12)
+    assert ranking.spread == pytest.approx(max(abs(n.effect - (n.exact or 0)) for n in ranking))
