@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-EACH = ("overhead", "splicing", "attribution", "contributions", "bases", "bind")
+EACH = ("overhead", "splicing", "attribution", "edges", "contributions", "bases", "bind")
 
 
 def main(names: list[str]) -> int:

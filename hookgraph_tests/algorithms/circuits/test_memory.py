@@ -39,8 +39,6 @@ def test_edges_of_a_thousand_nodes_of_a_wide_dictionary_take_less_than_a_gigabyt
     block = found[early.latents, late.latents]
     assert len(block.target.unique(dim=0)) >= TARGETS
     assert counted.peak < 1_000_000_000
-    assert counted.peak < alone.peak + 8 * 4 * BATCH * POS * LATENTS, (
-        "a few times the values of one dictionary"
-    )
+    assert counted.peak < alone.peak + 8 * 4 * BATCH * POS * LATENTS, "a few times one dictionary's values"
     stored = sum(x.numel() * x.element_size() for x in (block.source, block.target, block.values))
     assert stored <= (2 * 3 * 8 + 4) * len(block)
