@@ -285,7 +285,35 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
             "vibevoice_acoustic_tokenizer_decoder",
         )
     },
-    "vits": {"upsample_initial_channel": 64},
+    "pvt": {
+        "hidden_sizes": [16, 16, 32, 32],
+        "num_attention_heads": [1, 2, 2, 4],
+        "depths": [1, 1, 1, 1],
+        "mlp_ratios": [2, 2, 2, 2],
+    },
+    "qwen3_asr_encoder": {"downsample_hidden_size": 8},
+    # Tokens sound shortly, and each time the same.
+    "vits": {
+        "hidden_size": 32,
+        "flow_size": 32,
+        "spectrogram_bins": 16,
+        "upsample_initial_channel": 16,
+        "upsample_rates": [4, 4],
+        "upsample_kernel_sizes": [8, 8],
+        "duration_predictor_filter_channels": 16,
+        "duration_predictor_num_flows": 2,
+        "prior_encoder_num_flows": 2,
+        "prior_encoder_num_wavenet_layers": 2,
+        "posterior_encoder_num_wavenet_layers": 2,
+        "use_stochastic_duration_prediction": False,
+        "speaking_rate": 100.0,
+        "noise_scale": 0.0,
+    },
+    "xclip": {
+        "projection_dim": WIDTH,
+        "vision_config": {"mit_hidden_size": WIDTH, "mit_intermediate_size": NEURONS, "num_frames": 2},
+    },
+    "univnet": {"model_hidden_channels": 4, "kernel_predictor_hidden_channels": 4, "model_in_channels": 4},
     "vjepa2": {"pred_hidden_size": WIDTH, "pred_num_attention_heads": HEADS, "pred_num_hidden_layers": 2},
     "step3p5": {"sliding_window": 4},
 }
