@@ -135,7 +135,8 @@ class Interior:
         value = self._tap_states("value", value, query)
         self._end()
         if "scores" in taps or "pattern" in taps:
-            additive = _additive_mask(module, query, key, attention_mask, kwargs)
+            fused = self._implementation != "eager"  # which reads the want of a mask as it stands
+            additive = _additive_mask(module, query, key, attention_mask, kwargs, fused=fused)
             with _SoftmaxTaps(taps.get("scores"), taps.get("pattern")) as softmax:
                 output = self._eager(module, query, key, value, additive, *args, **kwargs)
             softmax.check(module)
@@ -244,7 +245,13 @@ def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+    *,
+    fused: bool,
 ) -> Float[Tensor, "batch one pos key_pos"]:
     """The mask as eager attention adds it: fused kernels are given none for causal, or a boolean one.
 
@@ -255,7 +262,7 @@ def _additive_mask(
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         shape = (1, 1, query.shape[2], key.shape[2])
-        if not causal or query.shape[2] == 1:
+        if not fused or not causal or query.shape[2] == 1:
             return query.new_zeros(()).expand(shape)
         return torch.full(shape, lowest, dtype=query.dtype, device=query.device).triu(1)
     if mask.dtype != torch.bool:

@@ -1,6 +1,7 @@
 """Edits of many rows in one pass: row i of a batch of equal rows is what one edit makes of it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -22,13 +23,13 @@ def rows_of(graph: HookGraph, example: Mapping[str, Any], count: int) -> Mapping
 
 def replace_rows(first: int, new: Shaped[Tensor, "batch ..."]) -> Callable[[Tensor], Tensor]:
     """A hook that puts these values in the place of as many rows, from the first one on."""
+    return partial(_replaced, first, new)
 
-    def edit(value: Tensor) -> Tensor:
-        value = value.clone()
-        value[first : first + new.shape[0]] = new
-        return value
 
-    return edit
+def _replaced(first: int, new: Tensor, value: Tensor) -> Tensor:
+    value = value.clone()
+    value[first : first + new.shape[0]] = new
+    return value
 
 
 def live(location: Location, value: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:

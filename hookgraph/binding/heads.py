@@ -105,7 +105,7 @@ def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
     if softmax.op == "_safe_softmax":
         return _Inside(owner, None, None, None, None, True, "", None)
     product = _consuming_product(trace, softmax, owner)
-    scores = _producing_product(softmax)
+    scores = _producing_product(softmax, block)
     query, key = (None, None) if scores is None else (scores.inputs[-2], scores.inputs[-1])
     value = None if product is None else product.inputs[1]
     width = softmax.tensor.shape[1]
@@ -144,16 +144,10 @@ def _consuming_product(trace: Trace, softmax: Value, owner: Call) -> Value | Non
     return None
 
 
-def _producing_product(softmax: Value) -> Value | None:
-    """The matrix product of queries and keys that the scores were computed from."""
-    waiting = list(softmax.inputs[:1])
-    while waiting:
-        here = max(waiting, key=lambda v: v.number)
-        waiting.remove(here)
-        if here.op in _MATMULS:
-            return here
-        waiting.extend(v for v in here.inputs if not v.is_source)
-    return None
+def _producing_product(softmax: Value, block: Block) -> Value | None:
+    """The last matrix product, of queries and keys, that the scores were computed from."""
+    behind_it = behind(softmax, block.call.first)
+    return max((v for v in behind_it if v.op in _MATMULS), key=lambda v: v.number, default=None)
 
 
 def _bind_heads(

@@ -1,7 +1,11 @@
-"""Carry out anchors: install a tap on a module so that it reads and replaces the location's value."""
+"""Carry out anchors: install a tap on a module so that it reads and replaces the location's value.
+
+What hooks know is bound to functions by `partial`: nothing is defined anew for each hook of each pass.
+"""
 
 from collections.abc import Callable
-from typing import Any, final
+from functools import partial
+from typing import Any, TypeAlias, final
 
 import torch
 from einops import einsum
@@ -17,6 +21,8 @@ from hookgraph.binding.weights import affine_map
 from hookgraph.errors import ShapeMismatchError
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.taps import Tap
+
+_Change: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @final
@@ -60,17 +66,21 @@ def _hook(
 ) -> tuple[Callable[..., Any], str, bool]:
     """The hook, the side of the module it belongs to, and whether it takes keyword arguments."""
     if anchor.mechanism == "norm scale":
-        return _norm_scale_hook(anchor, tap, state), "output", True
+        return partial(_norm_scale, anchor, tap, state), "output", True
     if anchor.mechanism == "head result":
         return _head_result_hook(module, anchor, tap), "output", True
     if anchor.mechanism == "head input":
-        return _head_input_hook(module, anchor, tap), "output", True
-    change = _in_place(anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
+        return _head_input_hook(anchor, tap), "output", True
+    change = (
+        partial(_in_place, anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
+    )
+    if anchor.mechanism == "output" and anchor.slot is None:
+        return partial(_whole_output, change), "output", False
     if anchor.mechanism == "output":
-        return _output_hook(anchor.slot, change), "output", False
+        return partial(_part_of_output, anchor.slot, change), "output", False
     if isinstance(anchor.slot, str):
-        return _keyword_hook(anchor.slot, change), "input", True
-    return _positional_hook(anchor.slot or 0, change), "input", False
+        return partial(_keyword, anchor.slot, change), "input", True
+    return partial(_positional, anchor.slot or 0, change), "input", False
 
 
 def _on_one_call(hook: Callable[..., Any], anchor: Anchor, state: PassState) -> Callable[..., Any]:
@@ -106,7 +116,7 @@ def replaced(
     return (*args[:place], new, *args[place + 1 :]), kwargs
 
 
-def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
+def _through(anchor: Anchor, tap: Tap, state: PassState) -> _Change:
     """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
     view = anchor.view
     if view is None and not anchor.layout and not anchor.overwritten and not anchor.limit:
@@ -114,21 +124,22 @@ def _through(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], T
             # Others may be given the same tensor: the gradient is that of this module's use of it.
             return lambda raw: tap(raw.view_as(raw))
         return tap
+    return partial(_through_view, anchor, tap, state)
 
-    def change(raw: Tensor) -> Tensor:
-        # What the model will overwrite is kept from it: the tap sees a copy, and a copy goes on.
-        shaped = _shaped(anchor, state, raw.clone() if anchor.overwritten else raw)
-        value = shaped if view is None else view.get(shaped)
-        new = tap(value)
-        if new is value and not tap.tracks_gradient:
-            return raw
-        if anchor.limit:
-            _check_limit(anchor, new)
-        result = new if view is None else view.put(shaped, new)
-        result = restored(anchor.layout, result)
-        return result.clone() if anchor.overwritten else result
 
-    return change
+def _through_view(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Tensor:
+    # What the model will overwrite is kept from it: the tap sees a copy, and a copy goes on.
+    shaped = _shaped(anchor, state, raw.clone() if anchor.overwritten else raw)
+    view = anchor.view
+    value = shaped if view is None else view.get(shaped)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return raw
+    if anchor.limit:
+        _check_limit(anchor, new)
+    result = new if view is None else view.put(shaped, new)
+    result = restored(anchor.layout, result)
+    return result.clone() if anchor.overwritten else result
 
 
 def _check_limit(anchor: Anchor, new: Tensor) -> None:
@@ -139,63 +150,51 @@ def _check_limit(anchor: Anchor, new: Tensor) -> None:
         )
 
 
-def _in_place(anchor: Anchor, tap: Tap, state: PassState) -> Callable[[Tensor], Tensor]:
+def _in_place(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Tensor:
     """Call a tap on a tensor that others hold too, and change it for all of them.
 
     The tap sees a copy, because hooks, saves and autograd may keep what they see.
     """
     view = anchor.view
-
-    def change(raw: Tensor) -> Tensor:
-        # The gradient of a view is not that of what it is a view of, which others hold.
-        apart = tap.tracks_gradient and raw._is_view()
-        if not tap.edits and not anchor.layout and view is None and not apart:
-            return tap(raw)
-        shaped = _shaped(anchor, state, raw.clone())
-        new = tap(shaped) if view is None else view.put(shaped, tap(view.get(shaped)))
-        return raw.copy_(restored(anchor.layout, new))
-
-    return change
+    # The gradient of a view is not that of what it is a view of, which others hold.
+    apart = tap.tracks_gradient and raw._is_view()
+    if not tap.edits and not anchor.layout and view is None and not apart:
+        return tap(raw)
+    shaped = _shaped(anchor, state, raw.clone())
+    new = tap(shaped) if view is None else view.put(shaped, tap(view.get(shaped)))
+    return raw.copy_(restored(anchor.layout, new))
 
 
-def _positional_hook(slot: int, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        raw = args[slot]
-        new = change(raw)
-        return None if new is raw else (*args[:slot], new, *args[slot + 1 :])
-
-    return hook
-
-
-def _keyword_hook(slot: str, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raw = kwargs[slot]
-        new = change(raw)
-        return None if new is raw else (args, {**kwargs, slot: new})
-
-    return hook
+def _positional(
+    slot: int, change: _Change, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    raw = args[slot]
+    new = change(raw)
+    return None if new is raw else (*args[:slot], new, *args[slot + 1 :])
 
 
-def _output_hook(slot: Slot, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    if slot is None:
+def _keyword(
+    slot: str, change: _Change, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    raw = kwargs[slot]
+    new = change(raw)
+    return None if new is raw else (args, {**kwargs, slot: new})
 
-        def whole(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            new = change(output)
-            return None if new is output else new
 
-        return whole
+def _whole_output(change: _Change, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    new = change(output)
+    return None if new is output else new
 
-    def part(module: nn.Module, args: Any, output: Any) -> Any:
-        raw = output[slot]
-        new = change(raw)
-        if new is raw:
-            return None
-        if isinstance(output, tuple):
-            return tuple(new if i == slot else x for i, x in enumerate(output))
-        output[slot] = new
-        return output
 
-    return part
+def _part_of_output(slot: Slot, change: _Change, module: nn.Module, args: Any, output: Any) -> Any:
+    raw = output[slot]
+    new = change(raw)
+    if new is raw:
+        return None
+    if isinstance(output, tuple):
+        return tuple(new if i == slot else x for i, x in enumerate(output))
+    output[slot] = new
+    return output
 
 
 def _apart(value: Tensor, tap: Tap) -> Tensor:
@@ -203,59 +202,80 @@ def _apart(value: Tensor, tap: Tap) -> Tensor:
     return value.clone() if tap.edits else value.view_as(value)
 
 
-def _norm_scale_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
+def _norm_scale(
+    anchor: Anchor,
+    tap: Tap,
+    state: PassState,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor | None:
     """y = gain · (x - centre) · s + b; with s' in place of s, y' = y + (y - b)(s'/s - 1)."""
-
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        x = element(args, kwargs, anchor.slot)
-        scale = scale_of(x, centred=anchor.centred, epsilon=anchor.epsilon)
-        value = _apart(_shaped(anchor, state, scale), tap)
-        new = tap(value)
-        if new is value and not tap.tracks_gradient:
-            return None
-        flat = restored(anchor.layout, new)
-        bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
-        # Both are s'/s - 1. Unedited, the first one adds exactly nothing, to gradients either.
-        excess = (flat - scale) / scale.detach() if new is value else flat / scale - 1
-        return y + ((y - bias) * excess).to(y.dtype)
-
-    return hook
+    x = element(args, kwargs, anchor.slot)
+    scale = scale_of(x, centred=anchor.centred, epsilon=anchor.epsilon)
+    value = _apart(_shaped(anchor, state, scale), tap)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return None
+    flat = restored(anchor.layout, new)
+    bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
+    # Both are s'/s - 1. Unedited, the first one adds exactly nothing, to gradients either.
+    excess = (flat - scale) / scale.detach() if new is value else flat / scale - 1
+    return y + ((y - bias) * excess).to(y.dtype)
 
 
 def _head_result_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[..., Any]:
-    """y = Σ_h r_h + b with r_h = z_h W_O[h]; with r' in place of r, y' = y + Σ_h (r'_h - r_h)."""
     view = anchor.view
     if view is None:
         raise ValueError(f"{anchor.location}: the head result needs the columns of the heads")
     weight = view.get(affine_map(module)[0].mT[None])[0]
-
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        z = view.get(element(args, kwargs, anchor.slot))
-        result = einsum(z, weight, "batch pos head d, out head d -> batch pos head out")
-        value = _apart(result, tap)
-        new = tap(value)
-        if new is value and not tap.tracks_gradient:
-            return None
-        return y + (new - result).sum(2)
-
-    return hook
+    return partial(_head_result, anchor, tap, view.get, weight)
 
 
-def _head_input_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[..., Any]:
-    """q_h = x W_Q[h] + b; with x'_h in place of head h's x, q'_h = q_h + (x'_h - x) W_Q[h]."""
+def _head_result(
+    anchor: Anchor,
+    tap: Tap,
+    heads_of: _Change,
+    weight: Tensor,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor | None:
+    """y = Σ_h r_h + b with r_h = z_h W_O[h]; with r' in place of r, y' = y + Σ_h (r'_h - r_h)."""
+    z = heads_of(element(args, kwargs, anchor.slot))
+    result = einsum(z, weight, "batch pos head d, out head d -> batch pos head out")
+    value = _apart(result, tap)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return None
+    return y + (new - result).sum(2)
+
+
+def _head_input_hook(anchor: Anchor, tap: Tap) -> Callable[..., Any]:
     view = anchor.view
     if not isinstance(view, Columns):
         raise ValueError(f"{anchor.location}: what a head reads needs the columns of the heads")
+    return partial(_head_input, anchor, tap, view)
 
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        x = element(args, kwargs, anchor.slot)
-        copies = x.unsqueeze(2).expand(-1, -1, view.count, -1)
-        value = _apart(copies, tap)
-        new = tap(value)
-        if new is value and not tap.tracks_gradient:
-            return None
-        weight = view.get(affine_map(module)[0][None])[0]
-        change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
-        return view.put(y, view.get(y) + change)
 
-    return hook
+def _head_input(
+    anchor: Anchor,
+    tap: Tap,
+    view: Columns,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor | None:
+    """q_h = x W_Q[h] + b; with x'_h in place of head h's x, q'_h = q_h + (x'_h - x) W_Q[h]."""
+    x = element(args, kwargs, anchor.slot)
+    copies = x.unsqueeze(2).expand(-1, -1, view.count, -1)
+    value = _apart(copies, tap)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return None
+    weight = view.get(affine_map(module)[0][None])[0]
+    change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
+    return view.put(y, view.get(y) + change)

@@ -163,9 +163,9 @@ def _compared(
     """The slopes that were found, and by how much the best one is off."""
     steps = torch.tensor(_STEPS, dtype=torch.float64) * size
     found = (outcome[:, 0] - outcome[:, 1]) / (2 * steps)
-    # The two largest steps as well, extrapolated to zero.
-    ratio = float(steps[-1] / steps[-2]) ** 2
-    found = torch.cat([found, ((ratio * found[-2] - found[-1]) / (ratio - 1))[None]])
+    # Each two neighbours as well, extrapolated to a step of zero.
+    ratios = (steps[1:] / steps[:-1]) ** 2
+    found = torch.cat([found, (ratios * found[:-1] - found[1:]) / (ratios - 1)])
     # Slopes below this are lost in rounding.
     floor = precision.rounding * float(outcome.abs().max()) / float(steps[-1]) / precision.tolerance
     return found, float((found - slope).abs().min()) / max(abs(slope), floor, 1e-12)

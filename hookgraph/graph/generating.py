@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast, final
 
@@ -149,24 +150,21 @@ class StepRecorder:
 
     def observers(self) -> Mapping[Location, Observer]:
         """What is to see the value at each whole location."""
-        return {whole: self._observer(whole, parts) for whole, parts in self._wholes.items()}
+        return {whole: Observer(partial(self._see, whole)) for whole in self._wholes}
 
     def holds(self, value: Shaped[Tensor, "..."]) -> bool:
         """Whether something that the present pass saved lies in the memory of a tensor."""
         return shares_memory(value, self._step().saved.values())
 
-    def _observer(self, whole: Location, parts: list[Location]) -> Observer:
-        def see(value: Tensor, given: Location | None) -> None:
-            step = self._step()
-            if whole in step.seen:
-                raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
-            step.seen.add(whole)
-            for part in parts:
-                found = read_at(part, value, self._place)
-                if found is not None:
-                    step.saved[part] = found.clone() if part.index else found.detach()
-
-        return Observer(see)
+    def _see(self, whole: Location, value: Tensor, given: Location | None) -> None:
+        step = self._step()
+        if whole in step.seen:
+            raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
+        step.seen.add(whole)
+        for part in self._wholes[whole]:
+            found = read_at(part, value, self._place)
+            if found is not None:
+                step.saved[part] = found.clone() if part.index else found.detach()
 
     def _step(self) -> "_Step":
         """The notes of the present pass."""

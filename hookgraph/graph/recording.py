@@ -1,6 +1,7 @@
 """Saves: keep what was asked for, stop the pass when nothing more is asked for, be complete."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast, final
 
 import torch
@@ -59,40 +60,33 @@ class Recorder:
 
     def observers(self) -> Mapping[Location, Observer]:
         """What is to see the value at each whole location."""
-        return {w: Observer(self._see(w, parts), tuple(parts)) for w, parts in self._wholes.items()}
+        return {w: Observer(partial(self._see, w), tuple(parts)) for w, parts in self._wholes.items()}
 
     def holds(self, value: Shaped[Tensor, "..."]) -> bool:
         """Whether something that was saved lies in the memory of a tensor."""
         return shares_memory(value, self._seen.values())
 
-    def _see(self, whole: Location, parts: list[Location]) -> Callable[[Tensor, Location | None], None]:
+    def _see(self, whole: Location, value: Tensor, given: Location | None) -> None:
+        if whole in self._seen:
+            if _in_backward():  # run again, to be differentiated
+                return
+            raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
+        if given is not None:
+            self._given[whole] = given
+        parts = self._wholes[whole]
         # A part is copied so that the whole tensor need not be kept alive for it.
         copy = not self._keep_graph and all(p.index and p.pass_type is PassType.FORWARD for p in parts)
-        differentiated = whole in self.differentiated
-        gradients = self._gradients
-
-        def keep_gradient(gradient: Tensor) -> None:
-            # Not through self, which holds the value that will hold this hook: nothing frees such a cycle.
-            gradients[whole] = gradient
-
-        def see(value: Tensor, given: Location | None) -> None:
-            if whole in self._seen:
-                if _in_backward():  # run again, to be differentiated
-                    return
-                raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
-            if given is not None:
-                self._given[whole] = given
-            if copy:
-                self._parts.update({p: self._read(p, value).clone() for p in parts})
-            self._seen[whole] = self._parts[parts[0]] if copy else value
-            if differentiated and value.requires_grad:
-                # What autograd returns may lie before or after the gradient hooks; this lies after.
-                value.register_hook(keep_gradient)  # pyright: ignore[reportUnknownMemberType]
-            self._missing -= 1
-            if self._stop and self._missing == 0:
-                raise EnoughSeen
-
-        return see
+        if copy:
+            self._parts.update({p: self._read(p, value).clone() for p in parts})
+        self._seen[whole] = self._parts[parts[0]] if copy else value
+        if whole in self.differentiated and value.requires_grad:
+            # What autograd returns may lie before or after the gradient hooks; this lies after. The hook does
+            # not hold self, which holds the value that will hold the hook: nothing frees such a cycle.
+            keep = partial(self._gradients.__setitem__, whole)
+            value.register_hook(keep)  # pyright: ignore[reportUnknownMemberType]
+        self._missing -= 1
+        if self._stop and self._missing == 0:
+            raise EnoughSeen
 
     def _here(self, location: Location) -> Location:
         """A location in the coordinates of what was seen of it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 from jaxtyping import Shaped
@@ -65,17 +66,18 @@ def apply_hook(
 
 def hook_apart(hook: Callable[..., Any], held: Callable[[Tensor], bool]) -> Callable[..., Any]:
     """`hook`, given a copy of a tensor of which `held` says that its memory is not to change."""
+    return partial(_called_apart, hook, held)
 
-    def apart(value: Tensor, *told: Any) -> Any:  # what a user's hook returns is checked where it is written
-        if not held(value):
-            return hook(value, *told)
-        copy = value.clone()
-        version = _version(copy)
-        new = hook(copy, *told)
-        unchanged = version is not None and _version(copy) == version
-        return (None if unchanged else copy) if new is None or new is copy else new
 
-    return apart
+def _called_apart(hook: Callable[..., Any], held: Callable[[Tensor], bool], value: Tensor, *told: Any) -> Any:
+    # What a user's hook returns is checked where it is written back.
+    if not held(value):
+        return hook(value, *told)
+    copy = value.clone()
+    version = _version(copy)
+    new = hook(copy, *told)
+    unchanged = version is not None and _version(copy) == version
+    return (None if unchanged else copy) if new is None or new is copy else new
 
 
 def shares_memory(value: Shaped[Tensor, "..."], others: Iterable[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from hookgraph.ontology.transformer import (
     ATTN_Z,
 )
 from hookgraph_tests.families import FAMILIES, LAYERS, bound, build, model_of, tokens
+from hookgraph_tests.tiny import build as tiny
 
 IDS = tokens(2, 7)
 POS = IDS.shape[1]
@@ -233,3 +234,32 @@ def test_an_eager_function_without_a_softmax_cannot_be_looked_into(monkeypatch: 
     with pytest.raises(BindingError, match="computed 0 softmaxes where one was expected"):
         graph.run(IDS, save=[ATTN_PATTERN[1]], metric=lambda x: x[:, 0, 0])
     assert graph.run(IDS, save=[ATTN_Q[1]])[ATTN_Q[1]].shape == (2, POS, 4, 8)
+
+
+def test_an_eager_encoder_that_is_given_no_mask_is_looked_into_without_one():
+    """A fused kernel would take the want of a mask for a causal one."""
+    model = tiny("base", "splinter")
+    graph = bind(model, check=False)
+    run = graph.run(tokens(1, 5), save=[ATTN_PATTERN[0]])
+    assert (run[ATTN_PATTERN[0]] > 0).all()
+    with torch.no_grad():
+        torch.testing.assert_close(run.logits, model(tokens(1, 5))[0])
+
+
+def test_an_eager_function_that_cannot_do_without_a_mask_is_given_one():
+    """While decoding inside a window, the fused kernel of ModernBERT's decoder is given none."""
+    graph = bind(tiny("causal", "modernbert-decoder"), check=False)
+    plain = graph.generate(tokens(1, 5), save=[ATTN_OUT[0]], max_new_tokens=3, do_sample=False)
+    seen = graph.generate(
+        tokens(1, 5), save=[ATTN_OUT[0], ATTN_PATTERN[0]], max_new_tokens=3, do_sample=False
+    )
+    for step, other in zip(seen.steps, plain.steps, strict=True):
+        torch.testing.assert_close(step[ATTN_OUT[0]], other[ATTN_OUT[0]])
+
+
+def test_rows_of_padding_stay_numbers_where_scores_are_looked_at():
+    """Doge masks with the lowest number of double precision, and its softmax is in single precision."""
+    graph = bind(tiny("causal", "doge").double(), check=False)
+    inputs = {"input_ids": tokens(1, 6), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    logits = graph.run(inputs, save=[ATTN_PATTERN[0]]).logits
+    torch.testing.assert_close(logits[:, 2:], graph.run(inputs).logits[:, 2:], rtol=1e-5, atol=1e-6)

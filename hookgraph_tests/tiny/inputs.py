@@ -242,6 +242,15 @@ def _known_values(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def _large_picture(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"pixel_values": _noise(_BATCH, 3, 64, 64)}
+
+
+def _pointed_at(config: PreTrainedConfig) -> dict[str, Any]:
+    """A picture, and a point in it."""
+    return {"pixel_values": _picture(), "input_points": torch.full((_BATCH, 1, 1, 2), 12.0)}
+
+
 def _array(config: PreTrainedConfig) -> dict[str, Any]:
     return {"inputs": _noise(_BATCH, 10, config.d_model)}
 
@@ -270,6 +279,7 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "inkling2_vision": _two_by_two,
     "kosmos-2": _placed,
     "lxmert": _regions,
+    "mask2former": _large_picture,
     "minicpm_ocr_vision": _rectified,
     "minicpmv4_7_vision": _rectified,
     "muse_spark_audio": _waves,
@@ -277,6 +287,7 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "patchtsmixer": _series,
     "patchtst": _series,
     "pix2struct": _flattened_patches,
+    "sam": _pointed_at,
     "speecht5": _embedded,
     "timesfm": _known_values,
     "udop": _boxes_to_decode,

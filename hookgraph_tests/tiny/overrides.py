@@ -314,6 +314,11 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), _GROUNDED),
     "mask2former": _MASKED,
     "oneformer": {**_MASKED, "conv_dim": WIDTH},
+    "rf_detr": {"backbone_config": {"num_hidden_layers": 2, "out_indices": [1, 2], "num_windows": 4}},
+    "sam": {
+        "vision_config": {"output_channels": WIDTH, "num_pos_feats": WIDTH // 2, "global_attn_indexes": [1]},
+        "mask_decoder_config": {"iou_head_hidden_dim": WIDTH},
+    },
     # Parts that are large by default
     "florence_vision": {
         "embed_dim": [16, 16, 32, 32],
