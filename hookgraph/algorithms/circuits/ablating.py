@@ -89,7 +89,7 @@ class StandIn:
 
     def values(self, graph: HookGraph, batch: PairBatch, places: Sequence[Location]) -> Instead:
         """What a value of a location is replaced by, for one batch."""
-        means = means_instead(None, self.statistics)
+        means = means_instead(graph, batch.clean, self.statistics)
         if means is not None:
             return means
         inputs = self.inputs(graph, batch)

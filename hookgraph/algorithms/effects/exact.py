@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.copies import per_copy, run_copies, tile
 from hookgraph.algorithms.effects.tails import by_start, length_of, same, shifted, tail
-from hookgraph.algorithms.interventions.replacements import means_instead
+from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
@@ -66,7 +66,8 @@ def exact_effects(
         MetricError: the metric of the clean run is not a finite number.
     """
     wholes = list(dict.fromkeys(node.whole for node in nodes))
-    instead = means_instead(corrupt, statistics)
+    check_one_contrast(corrupt, statistics)
+    instead = means_instead(graph, clean, statistics)
     contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False, instead=instead)
     return effects_of(contrast, nodes, batch_size, progress, columns)
 

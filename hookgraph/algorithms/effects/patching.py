@@ -22,7 +22,7 @@ from hookgraph.algorithms.effects.gradients import (
 )
 from hookgraph.algorithms.effects.quadrature import Quadrature
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
-from hookgraph.algorithms.interventions.replacements import means_instead
+from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.sites import Contrast, chosen_places
 from hookgraph.errors import HookGraphError, nearest
@@ -103,8 +103,8 @@ def patching_effect(
     """
     if method not in get_args(Method):
         raise HookGraphError(f"unknown method {method!r}: {nearest(method, get_args(Method))}")
-    instead = means_instead(corrupt, statistics)
-    if instead is not None and method == "ig_inputs":
+    check_one_contrast(corrupt, statistics)
+    if statistics is not None and method == "ig_inputs":
         raise HookGraphError(
             "ig_inputs moves the embeddings to those of corrupt inputs: means of nodes are none"
         )
@@ -112,7 +112,7 @@ def patching_effect(
     if max_memory is not None:
         batch_size = rows_that_fit(graph, clean, metric, places, max_memory, batch_size)
     path = Path(quadrature, steps, tolerance, batch_size)
-    ablation = "mean" if instead is not None else "zero" if corrupt is None else "corrupt"
+    ablation = "mean" if statistics is not None else "zero" if corrupt is None else "corrupt"
 
     def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
         contrast = Contrast.of(
@@ -124,7 +124,7 @@ def patching_effect(
             gradients=method == "attrib",
             replays=method in ("ig", "exact"),
             wholes=method == "exact",
-            instead=instead,
+            instead=means_instead(graph, clean, statistics),
         )
         estimate = _estimate(method, contrast, path, joint, progress)
         return _result(contrast, estimate, _convention(method, path, ablation))

@@ -11,7 +11,8 @@ from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.sites import Instead
 from hookgraph.errors import HookGraphError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs
-from hookgraph.hooks.positions import is_placed
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.hooks.positions import ByPosition, Placed, is_placed
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
@@ -96,17 +97,34 @@ class Constant:
             ) from error
 
 
-def means_instead(corrupt: Inputs | None, statistics: AblationStatistics | None) -> Instead | None:
-    """Means in the place of corrupt values; none where none are given.
+def check_one_contrast(corrupt: Inputs | None, statistics: AblationStatistics | None) -> None:
+    """Refuse two values for one node.
 
     Raises:
-        HookGraphError: both are given.
+        HookGraphError: corrupt inputs and means are both given.
+    """
+    if corrupt is not None and statistics is not None:
+        raise HookGraphError(
+            "corrupt inputs and statistics are both given: one of them stands in for a node"
+        )
+
+
+def means_instead(graph: HookGraph, clean: Inputs, statistics: AblationStatistics | None) -> Instead | None:
+    """Means in the place of the values of some inputs; none where none are given.
+
+    Means per position are those of the positions of each row: columns of padding stay as they are.
     """
     if statistics is None:
         return None
-    if corrupt is not None:
-        raise HookGraphError("corrupt inputs and statistics are both given: one of them stands in for a node")
-    return lambda place, value: Constant(place, statistics.of(place, "mean"))(value)
+    where = graph.binding.place(graph.binding.prepare(clean))
+
+    def mean(place: Location, value: Tensor) -> Tensor:
+        constant = Constant(place, statistics.of(place, "mean"))
+        if where is None or not constant.per_position:
+            return constant(value)
+        return Placed(place.at(pos=slice(0, None)), ByPosition(constant.at), where)(value)
+
+    return mean
 
 
 @final

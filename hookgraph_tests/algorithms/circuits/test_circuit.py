@@ -16,7 +16,7 @@ from hookgraph.algorithms.circuits.direct import edges
 from hookgraph.algorithms.circuits.discovery import discover_circuit
 from hookgraph.algorithms.circuits.evaluation import Faithfulness, faithfulness, random_circuit
 from hookgraph.algorithms.circuits.sizes import SizeCurve, size_curve
-from hookgraph.algorithms.effects.patching import patching_effect
+from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.interventions.replacements import moved
 from hookgraph.algorithms.interventions.statistics import mean_activations
 from hookgraph.algorithms.metrics import logit_diff
@@ -318,6 +318,21 @@ def test_exact_effects_against_means_are_those_of_setting_the_mean():
     assert torch.allclose(effect.effects[ATTN_Z[1]][:, 2, 3].flatten(), expected, atol=1e-12)
     again = effect.sum("pos").check(1)[0]
     assert again.exact is not None
+
+
+@pytest.mark.parametrize("method", ["attrib", "ig", "exact"])
+def test_means_per_position_are_those_of_the_positions_behind_padding(method: Method):
+    graph = bound("gpt2", torch.float64)
+    means = mean_activations(graph, [tokens(3, 5, seed=4)], [ATTN_Z[1]], per_position=True)
+    padded = {"input_ids": CLEAN, "attention_mask": torch.ones_like(CLEAN)}
+    padded["attention_mask"][0, 0] = 0
+    found, alone = (
+        patching_effect(graph, x, None, METRIC, [ATTN_Z[1]], method, joint=["d_head"], statistics=means)
+        for x in (padded, CLEAN[:1, 1:])
+    )
+    expected = alone.effects[ATTN_Z[1]][0]
+    assert torch.allclose(found.effects[ATTN_Z[1]][0, 1:], expected, atol=1e-9)
+    assert not torch.allclose(expected, torch.zeros_like(expected), atol=1e-3)
 
 
 def test_the_curve_over_sizes_is_that_of_the_largest_nodes_beside_random_ones(tmp_path: Any):
