@@ -7,14 +7,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hookgraph.binding import cache, conformance
+from hookgraph.binding import cache, conformance, proving
 from hookgraph.binding.cache_use import see_cache
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, one_row, unrunnable
 from hookgraph.binding.family import Family, apply
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
-from hookgraph.binding.proving import prove
 from hookgraph.binding.tracing import Trace, evaluating
 from hookgraph.errors import BindingError
 from hookgraph.graph.conformance import ConformanceReport
@@ -71,12 +70,14 @@ def bind(
         told = {**entry.report.metadata, **binding.metadata}
         return HookGraph(binding.proven(entry.findings, replace(entry.report, metadata=told)))
     inputs, trace = _traced(model, examples)
-    found = see_cache(model, _resolved(model, trace), inputs)
+    found = _resolved(model, trace)
+    if not check or proving.is_small(model):  # of a large one its twin tells
+        found = see_cache(model, found, inputs)
     found = found if family is None else apply(family, found, model)
     binding = HuggingFaceBinding(model, found, tokenizer, example=inputs)
     if not check:
         return HookGraph(binding)
-    outcome = prove(binding, family)
+    outcome = proving.prove(binding, family)
     key = cache.key_of(model, inputs, family) if keeping else None
     if key:
         cache.store(key, cache.Entry(outcome.findings, outcome.report))

@@ -42,9 +42,9 @@ def kinds(model: nn.Module, findings: Findings) -> dict[Place, Kind]:
 def shape_of(findings: Findings, location: Location) -> Kind:
     """An anchor without the number of its layer and without sizes: equal for peers."""
     anchor = findings.anchors[location]
-    # What a norm adds is a number that is fitted: the one found in double precision counts.
+    # What a norm adds is a number that is fitted, and what a cache keeps is seen in a pass: of the twin.
     somewhere = location if location.layer is None else Location(location.type, 0)
-    plain = replace(anchor, location=somewhere, view=None, epsilon=0.0, call=0)
+    plain = replace(anchor, location=somewhere, view=None, epsilon=0.0, call=0, kept="")
     plain = replace(plain, module=_inside(findings, location, anchor.module), calls=min(anchor.calls, 2))
     return plain, _layout(anchor.view)
 

@@ -75,7 +75,7 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
     Raises:
         BindingError: what a family record says does not hold.
     """
-    if _is_small(binding.model):
+    if is_small(binding.model):
         part = _on_copy(binding.model, binding.findings, binding.example)
         return _concluded(binding, binding.findings, [part], family)
     findings, parts = binding.findings, list[_Proven]()
@@ -84,10 +84,12 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
     if twin is not None:
         model, found, example, agreed = twin
         parts.append(_on_twin(model, found, example, agreed))
-        findings = _fitted(binding.findings, found, agreed)
+        findings = _told_by_twin(binding.findings, found, agreed)
         rest = agreed.alone(binding.findings)
     if rest:
-        parts.append(_on_layers(binding, rest))
+        findings = see_cache(binding.model, findings, binding.example)
+        whole = HuggingFaceBinding(binding.model, findings, example=binding.example)
+        parts.append(_on_layers(whole, rest))
     return _concluded(binding, findings, parts, family)
 
 
@@ -96,7 +98,7 @@ def conclude(binding: HuggingFaceBinding, proofs: Sequence[Proof], family: Famil
     return _concluded(binding, binding.findings, [_Proven(tuple(proofs), {}, "the model itself")], family)
 
 
-def _is_small(model: PreTrainedModel) -> bool:
+def is_small(model: PreTrainedModel) -> bool:
     """Whether a copy of a model can be made and cast."""
     parameters = list(model.parameters())
     whole = all(p.is_floating_point() and p.device.type != "meta" for p in parameters)
@@ -164,12 +166,14 @@ def _order(location: Location) -> tuple[object, ...]:
     return location.order
 
 
-def _fitted(findings: Findings, found: Findings, agreed: Agreement) -> Findings:
-    """The findings with numbers that were fitted in double precision in place of those that were not."""
+def _told_by_twin(findings: Findings, found: Findings, agreed: Agreement) -> Findings:
+    """The findings with what the twin tells better, or more cheaply: numbers that were fitted in double
+    precision, and what a cache keeps.
+    """
     better = {
-        x: replace(anchor, epsilon=found.anchors[agreed.peers[x][0]].epsilon)
+        x: replace(anchor, epsilon=twin.epsilon, kept=twin.kept)
         for x, anchor in findings.anchors.items()
-        if x in agreed.peers
+        if x in agreed.peers and (twin := found.anchors[agreed.peers[x][0]])
     }
     return replace(findings, anchors={**findings.anchors, **better})
 

@@ -60,7 +60,7 @@ def test_a_third_branch_is_discovered_too():
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_record_adds_what_is_not_discovered(large: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proving, "_is_small", lambda model: not large)
+    monkeypatch.setattr(proving, "is_small", lambda model: not large)
     model = loom()
     graph = hg.bind(model, family=family(ECHO))
     assert graph.every(ECHO_POST) == ECHO_POST[:3]
@@ -132,7 +132,7 @@ def test_a_wrong_record_is_refused(anchor: dict[str, object], message: str):
 
 
 def test_a_record_that_is_wrong_of_a_large_model_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proving, "_is_small", lambda model: False)
+    monkeypatch.setattr(proving, "is_small", lambda model: False)
     wrong = {"location": "mlp.out", "mechanism": "output", "module": f"{ROW}.echo"}
     with pytest.raises(hg.BindingError, match=r"mlp.out\[0\] fails 'conserved' by"):
         hg.bind(loom(), family=family(wrong))

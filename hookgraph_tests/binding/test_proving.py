@@ -27,7 +27,7 @@ DEEP = Size(layers=5)
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is proven whole; twins may still be as large as these."""
-    monkeypatch.setattr(proving, "_is_small", lambda model: False)
+    monkeypatch.setattr(proving, "is_small", lambda model: False)
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Anchor, PreTrainedModel], Anchor]) -> None:

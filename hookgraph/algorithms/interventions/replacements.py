@@ -104,9 +104,7 @@ def check_one_contrast(corrupt: Inputs | None, statistics: AblationStatistics | 
         HookGraphError: corrupt inputs and means are both given.
     """
     if corrupt is not None and statistics is not None:
-        raise HookGraphError(
-            "corrupt inputs and statistics are both given: one of them stands in for a node"
-        )
+        raise HookGraphError("corrupt inputs and statistics are both given: one of them stands in for a node")
 
 
 def means_instead(graph: HookGraph, clean: Inputs, statistics: AblationStatistics | None) -> Instead | None:
