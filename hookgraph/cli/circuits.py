@@ -90,7 +90,7 @@ def circuit(
         sizes = size_curve(graph, every, batches, None, random=random, ablation=against, errors=left)
         terminal().print(tables.frame_table(sizes.to_frame(), "nodes"))
         size = sizes.smallest(faithful)
-        found = discover(_below(every, size), least)
+        found = discover(_below(every, size), least).within(every.largest(size).nodes)
         _tell_circuit(terminal(), found, every, sizes, top)
         write((save, found.save), (figure, drawing(lambda: found.plot(_DRAWN))), (curve, drawing(sizes.plot)))
 
@@ -173,9 +173,9 @@ def spliced(
 
 
 def _below(every: Circuit, size: int) -> float:
-    """What the effects of so many nodes exceed."""
-    effects = [abs(node.effect) for node in every.top(size + 1)]
-    return effects[size] if len(effects) > size else 0.0
+    """What the effects of so many nodes exceed; where others have as large a one, theirs do too."""
+    effects = [abs(node.effect) for node in every.top(len(every.nodes))]
+    return next((effect for effect in effects[size:] if effect < effects[size - 1]), 0.0)
 
 
 def _tell_circuit(console: Console, found: Circuit, every: Circuit, sizes: SizeCurve, top: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hookgraph.algorithms import plotting
 from hookgraph.algorithms.batches import Batch, batches
 from hookgraph.algorithms.circuits.components import readers_of, writers_of
+from hookgraph.algorithms.circuits.evaluation import check_share
 from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.circuits.running import CircuitRunner, Kept
 from hookgraph.algorithms.circuits.scores import EdgeScores
@@ -148,6 +149,7 @@ def _measured(
             sums[-2] += runner.run({}).sum().double()
             sums[-1] += runner.measured.sum().double()
     nothing, model = sums[-2], sums[-1]
+    check_share(model, nothing)
     return (sums[:-2] - nothing) / (model - nothing)
 
 

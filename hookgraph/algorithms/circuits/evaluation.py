@@ -13,7 +13,7 @@ from hookgraph.algorithms.batches import Batch, batches
 from hookgraph.algorithms.circuits.ablating import Ablated, Ablation, Errors, StandIn
 from hookgraph.algorithms.circuits.circuit import Circuit
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph import storage
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -143,8 +143,22 @@ def faithfulness(
     work = Ablated.of(graph, every, circuit.places, stand_in, errors)
     parts = [None, work.masks(circuit.nodes), work.masks(circuit.nodes, rest=True), work.masks([])]
     values = work.measure(parts, progress=progress, label="faithfulness")
+    check_share(values[0], values[-1])
     metadata = graph.binding.metadata
     return Faithfulness(*values, ablation=stand_in.ablation, errors=errors, metadata=metadata)
+
+
+def check_share(model: Float[Tensor, "..."], nothing: Float[Tensor, "..."]) -> None:
+    """Refuse to divide by what ablating everything changes, where that is nothing.
+
+    Raises:
+        MetricError: it is.
+    """
+    if float((model - nothing).mean()) == 0:
+        raise MetricError(
+            "ablating everything does not change the metric, so there is nothing to have a share of: pass "
+            "pairs whose clean and corrupt inputs differ, or another metric or ablation"
+        )
 
 
 def random_circuit(circuit: Circuit, among: Sequence[Location], seed: int = 0) -> Circuit:

@@ -135,14 +135,28 @@ class Way:
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether what happens at one position depends on that position only, as one gradient tells."""
-        if self.identity or self.end.shape[1] == 1:
+        """Whether what happens at one position depends on that position only.
+
+        Gradients tell: any two positions differ in a bit of their numbers. From the positions that have it
+        no gradient may reach one that lacks it, nor the reverse. Attention shows with the first bit.
+        """
+        size = self.end.shape[1]
+        if self.identity:
             return True
-        probe = torch.zeros_like(self.end)
+        if self.start.shape[1] != size:
+            return False
         drawn = torch.Generator().manual_seed(0)
-        probe[:, -1] = torch.randn(probe[:, -1].shape, generator=drawn, dtype=torch.float64).to(probe)
-        found = self.back(probe[None])
-        return found is None or not bool(found[0][:, :-1].any())
+        noise = torch.randn(self.end.shape, generator=drawn, dtype=torch.float64).to(self.end)
+        numbers = torch.arange(size, device=self.end.device)
+        for bit in range((size - 1).bit_length()):
+            having = (numbers >> bit) % 2 == 1
+            for some in (having, ~having):
+                probe = torch.zeros_like(noise)
+                probe[:, some] = noise[:, some]
+                found = self.back(probe[None])
+                if found is not None and bool(found[0][:, ~some].any()):
+                    return False
+        return True
 
 
 def weights(way: Way, targets: Targets, sources: Sequence[Sources]) -> list[Block]:

@@ -13,7 +13,7 @@ from hookgraph.algorithms import plotting
 from hookgraph.algorithms.batches import Batch, batches
 from hookgraph.algorithms.circuits.ablating import Ablated, Ablation, Errors, Masks, StandIn
 from hookgraph.algorithms.circuits.circuit import Circuit
-from hookgraph.algorithms.circuits.evaluation import random_circuit
+from hookgraph.algorithms.circuits.evaluation import check_share, random_circuit
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.errors import HookGraphError
 from hookgraph.graph import storage
@@ -183,6 +183,7 @@ def size_curve(
         for i in range(random):
             parts.append(work.masks(random_circuit(largest, list(circuit.nodes), seed + i).nodes))
     model, nothing, *rest = (x.mean() for x in work.measure(parts, progress=progress))
+    check_share(model, nothing)
     shares = ((torch.stack(rest) - nothing) / (model - nothing)).view(len(chosen), 2 + random)
     return SizeCurve(
         tuple(chosen),

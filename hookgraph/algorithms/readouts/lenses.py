@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, final, runtime_checkable
@@ -132,7 +132,7 @@ class TunedLens:
             progress: whether a bar is shown.
 
         Raises:
-            InputError: there are no batches.
+            InputError: there are no batches, or none for a later epoch.
             HookGraphError: fewer than one epoch.
             MetricError: a residual or a logit is not finite.
         """
@@ -143,7 +143,7 @@ class TunedLens:
         optimizer = None
         losses: dict[int, float] = {}
         with Progress("tuned lens", None, shown=progress) as bar:
-            for batch in (x for _ in range(epochs) for x in batches):
+            for batch in _repeatedly(batches, epochs):
                 prepared = graph.binding.prepare(batch)
                 run = graph.run(prepared, save=[*places, LOGITS])
                 check_finite(run)
@@ -219,6 +219,24 @@ def _translation(file: Path, weight: Tensor, bias: Tensor) -> Translation:
             f"{file}: expected translators of one width, found {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     return Translation(weight, bias)
+
+
+def _repeatedly(batches: Iterable[Inputs], epochs: int) -> Iterator[Inputs]:
+    """The batches, as often as there are epochs.
+
+    Raises:
+        InputError: they can be gone through once only.
+    """
+    for epoch in range(epochs):
+        count = 0
+        for batch in batches:
+            yield batch
+            count += 1
+        if epoch and not count:
+            raise InputError(
+                f"there are no batches left for epoch {epoch + 1} of {epochs}: pass a list, or anything else "
+                "that can be gone through again"
+            )
 
 
 def _zeros(states: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:

@@ -377,3 +377,12 @@ def test_what_cannot_be_evaluated_is_refused():
         discover_circuit(graph, (CLEAN, CORRUPT), METRIC, saes)  # pyright: ignore[reportArgumentType]
     with pytest.raises(HookGraphError, match="a circuit is that of many examples"):
         discover_circuit(graph, [(CLEAN, CORRUPT)], METRIC, saes, aggregation="examples")
+
+
+def test_a_share_of_nothing_is_no_number_but_an_error():
+    graph, _ = spliced()
+    pairs = [(CLEAN, CLEAN)]
+    with pytest.raises(MetricError, match="ablating everything does not change the metric"):
+        faithfulness(graph, found(), pairs, METRIC, ablation="corrupt")
+    with pytest.raises(MetricError, match="ablating everything does not change the metric"):
+        size_curve(graph, found(), pairs, METRIC, ablation="corrupt")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hookgraph as hg
 from hookgraph.algorithms.circuits.direct import edges
+from hookgraph.algorithms.circuits.pulling import Way
 from hookgraph.algorithms.circuits.results import Edges
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.metrics import logit_diff
@@ -17,6 +18,7 @@ from hookgraph.errors import HookGraphError, LoadError, LocationError, SubgraphE
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import (
     ATTN_OUT,
+    ATTN_PATTERN,
     ATTN_Q,
     ATTN_Z,
     EMBED,
@@ -329,3 +331,26 @@ def test_errors_and_latents_are_what_a_subgraph_stands_for():
     assert {(s.type, t.type) for s, t in found} == {
         (a, b) for a in (LATENTS, ERROR) for b in (LATENTS, ERROR)
     }
+
+
+@pytest.mark.parametrize("source", range(5))
+def test_a_way_is_local_only_if_no_two_positions_meet(source: int):
+    start = torch.randn(1, 5, 3, requires_grad=True)
+    assert Way(start, 2 * start).is_local
+    assert not Way(start, start[:, :3]).is_local
+    for target in set(range(5)) - {source}:
+        end = 2 * start
+        end[:, target] += start[:, source]
+        assert not Way(start, end).is_local
+
+
+def test_edges_between_positions_are_there_though_the_last_one_sees_itself_alone():
+    def alone(pattern: Tensor) -> Tensor:
+        last = torch.zeros_like(pattern[:, :, -1])
+        last[..., -1] = 1
+        return torch.cat([pattern[:, :, :-1], last[:, :, None]], dim=2)
+
+    graph = bound("gpt2", torch.float64).hook(ATTN_PATTERN[1], alone)
+    found = edges(graph, CLEAN, CORRUPT, METRIC, RESID_POST[0], ATTN_OUT[1])
+    block = found.blocks[RESID_POST[0], ATTN_OUT[1]]
+    assert (block.source[:, 1] != block.target[:, 1]).any()

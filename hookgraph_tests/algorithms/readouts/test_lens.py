@@ -150,6 +150,8 @@ def test_published_translators_load(tmp_path: Path):
 def test_lenses_that_are_none_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no batches"):
         TunedLens.fit(toy_graph(), [])
+    with pytest.raises(InputError, match="no batches left for epoch 2 of 3: pass a list"):
+        TunedLens.fit(toy_graph(), iter([toy_tokens()]), epochs=3)
     with pytest.raises(HookGraphError, match="epochs=0: a lens is fitted in at least one"):
         TunedLens.fit(toy_graph(), [toy_tokens()], epochs=0)
     torch.save({"weight": torch.ones(1)}, tmp_path / "params.pt")
