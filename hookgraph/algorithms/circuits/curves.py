@@ -90,7 +90,8 @@ def cpr(
     Raises:
         HookGraphError: the scores are those of another model, or heads cannot be patched alone in it.
         InputError: there are no pairs, or no corrupt inputs.
-        MetricError: nothing is measured, or not one number per example.
+        MetricError: nothing is measured, it is not one number per example, or cutting every edge does not
+            change it.
 
     Source: Mueller et al., "MIB", arXiv:2504.13151.
     """

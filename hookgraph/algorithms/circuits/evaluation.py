@@ -133,7 +133,7 @@ def faithfulness(
         HookGraphError: an unknown option, statistics that lack a location, or one example to resample.
         InputError: there are no pairs, or no corrupt inputs to take values from.
         UnknownLocationError: the graph lacks a place of the circuit.
-        MetricError: the metric is not one number per example.
+        MetricError: the metric is not one number per example, or ablating everything does not change it.
 
     Source: Marks et al., arXiv:2403.19647; Wang et al., arXiv:2211.00593 (completeness).
     """
