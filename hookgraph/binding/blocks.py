@@ -16,7 +16,7 @@ from torch import nn
 from hookgraph.binding.interleaved import bypassed_layers, interleaved_layers
 from hookgraph.binding.layouts import Grid, grid_of
 from hookgraph.binding.norms import Norm, find_norm
-from hookgraph.binding.shares import Term, is_weight, terms_of
+from hookgraph.binding.shares import Term, is_mask, is_weight, terms_of
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
 from hookgraph.binding.views import Columns, View
 
@@ -30,7 +30,7 @@ _STREAM_AXES = 4
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation of the residual path: `add` of an update, `scale`, `norm`, `cast`, `clamp` or `mix`."""
+    """One operation of the stream: `add` an update, `scale`, `norm`, `cast`, `clamp`, `mask`, `mix`."""
 
     kind: str
     value: Value
@@ -115,17 +115,22 @@ def find_chains(trace: Trace) -> dict[str, list[Block]]:
     linked |= _braided({path: found for path, found in calls.items() if path not in linked})
     inner = {c for found in linked.values() for c in found}
     outermost = {path: f for path, f in linked.items() if not inner & set(f[0].parents)}
-    return _resolved(trace, outermost) or _chains_of_stages(trace, linked) or _chains_of_parts(trace)
+    chains = _resolved(trace, outermost) or _chains_of_stages(trace, linked)
+    apart = {path: found for path, found in calls.items() if path not in linked}
+    return _chains_with_more_between(trace, apart, chains) or _chains_of_parts(trace)
 
 
-def _resolved(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, list[Block]]:
-    """The outermost lists of which every call is a layer."""
+def _resolved(
+    trace: Trace, lists: dict[str, list[Call]], *, handed_on: bool = True
+) -> dict[str, list[Block]]:
+    """The outermost lists of which every call is a layer, the stream being what it hands on to the next."""
     chains: dict[str, list[Block]] = {}
     taken: set[Call] = set()
     for path, found in sorted(lists.items(), key=lambda pair: len(pair[1][0].parents)):
         if taken & set(found[0].parents):
             continue
-        resolved = (_resolve(trace, call, after) for call, after in zip_longest(found, found[1:]))
+        following = found[1:] if handed_on else []
+        resolved = (_resolve(trace, call, after) for call, after in zip_longest(found, following))
         blocks = [block for block in resolved if block is not None]
         if len(blocks) == len(found):  # one left out would shift the numbers of those after it
             chains[path] = blocks
@@ -139,6 +144,29 @@ def _chains_of_stages(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, l
     """
     chains = _resolved(trace, lists)
     return {path: blocks for path, blocks in chains.items() if blocks[0].entering.tensor.ndim < _STREAM_AXES}
+
+
+def _chains_with_more_between(
+    trace: Trace, lists: dict[str, list[Call]], chains: dict[str, list[Block]]
+) -> dict[str, list[Block]]:
+    """The chains, and those lists apart from them whose layers are given more than the layer before returns:
+    something is added between them, as positions once more.
+    """
+    found = dict(chains)
+    for path, blocks in _resolved(trace, lists, handed_on=False).items():
+        taken = {block.call for others in found.values() for block in others}
+        around = {parent for call in taken for parent in call.parents}
+        own = {block.call for block in blocks}
+        nested = own & around or taken & {parent for call in own for parent in call.parents}
+        if len(blocks) > 1 and not nested and all(_leads_on(trace, *pair) for pair in pairwise(blocks)):
+            found[path] = blocks
+    return found
+
+
+def _leads_on(trace: Trace, before: Block, after: Block) -> bool:
+    """Whether the stream leads from one layer to the next, whatever is added to it on the way."""
+    between = replace(after.call, first=before.call.last)
+    return _PathFinder(trace, between, before.leaving, before.grid).path(after.entering) is not None
 
 
 def _braided(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
@@ -229,9 +257,14 @@ class _PathFinder:
             return [*before, Step("cast", value, operands[0])]
         if value.op in ("add", "sub") and len(operands) == 2:
             return self._through_addition(value)
-        if value.op == "clamp" and len(operands) == 1:
+        if value.op == "clamp" and all(map(is_weight, operands[1:])):
             before = self.path(operands[0])
             return None if before is None else [*before, Step("clamp", value, operands[0])]
+        masks = [v for v in operands if is_mask(v)]
+        if value.op == "mul" and len(operands) - len(masks) == 1:
+            masked = next(v for v in operands if v not in masks)
+            before = self.path(masked)
+            return None if before is None else [*before, Step("mask", value, masked)]
         if value.op in ("mul", "div") and operands:
             others = [v for v in operands if not is_weight(v)]
             reversed_division = value.op == "div" and is_weight(operands[0])

@@ -6,6 +6,7 @@ every edit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hookgraph.binding.circumstances import Subject, check_circumstances
 from hookgraph.binding.comparison import check_comparison
+from hookgraph.binding.draws import HeldDraws
 from hookgraph.binding.edits import inside_kernel, live, replace_rows, rows_of, unmasked
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
@@ -28,6 +30,9 @@ from hookgraph.ontology.locations import Location
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Of identities, by dtype. Coarser dtypes are checked like single precision."""
+
+DRAWN = ", with its {} random draws a pass held still"
+"""What is told of a model that draws random numbers in evaluation."""
 
 Values = Mapping[Location, Float[Tensor, "..."]]
 
@@ -47,8 +52,24 @@ def check(
         single: makes the same in single precision, for what the model itself cannot do in double.
     """
     graph = HookGraph(binding)
+    with HeldDraws() as draws:
+        graph.run(example)
+    if not draws.count:
+        return _check(graph, binding, example, chosen, single)
+    with HeldDraws():
+        report = _check(graph, binding, example, chosen, single)
+    told = f"{report.metadata['proven on']}{DRAWN.format(draws.count)}"
+    return replace(report, metadata={**report.metadata, "proven on": told, "draws": str(draws.count)})
+
+
+def _check(
+    graph: HookGraph,
+    binding: HuggingFaceBinding,
+    example: Mapping[str, Any],
+    chosen: Sequence[Location] | None,
+    single: Callable[[], Subject] | None,
+) -> ConformanceReport:
     locations = tuple(binding.locations if chosen is None else chosen)
-    graph.run(example)
     before = model_state(binding.model)
     graph.run(example)
     own = before.difference(model_state(binding.model))  # what a plain pass of this model changes by itself
@@ -144,7 +165,7 @@ def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...
     """What is wrong with a shape, given the sizes seen so far; they are added to."""
     dims = location.type.dims
     if value.ndim != len(dims):
-        return f"{value.ndim} axes for {' '.join(dims)}"
+        return f"{value.ndim} axes, of sizes {' '.join(map(str, value.shape))}, for {' '.join(dims)}"
     if value.shape[0] != 1:
         return f"the first axis has size {value.shape[0]}, but there is one example"
     for dim, size in zip(dims, value.shape, strict=True):

@@ -137,7 +137,8 @@ def _bind_block(
     _bind_insides(trace, found, stack, layer, block, roles)
     middles = _bind_middles(trace, found, stack, layer, block, roles)
     stream = _stream(block, places, middles, point)
-    shared = block.ends is not None or isinstance(slot_out, str) or trace.calls_of(call.module) > 1
+    by_name = call.named or isinstance(slot_out, str)
+    shared = block.ends is not None or by_name or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
         Layer(
             first.path,
@@ -306,7 +307,7 @@ def _stream(
             steps.append(StreamStep("norm", name=step.norm.call.path, layout=step.norm.layout))
         elif step.kind == "scale":
             steps.append(_scaling(step.value))
-        elif step.kind in ("mix", "clamp"):
+        elif step.kind in ("mix", "clamp", "mask"):
             steps.append(StreamStep("add"))  # what it does is not replayed
         if step.value in middles:
             steps.append(StreamStep("here", middles[step.value]))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, final
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -25,6 +26,10 @@ _MOVES: Final[dict[Layout, tuple[int, int]]] = {
     "streams first": (0, 2),
 }
 """Which axis goes where, to lie as in locations."""
+
+_ALONG_SECOND: Final = frozenset({"convolution", "native_batch_norm", "_native_batch_norm_legit_no_training"})
+_ALONG_LAST: Final = frozenset({"mm", "addmm", "native_layer_norm", "mean"})
+"""Operations that map or norm features, by the axis on which they find them."""
 
 
 def arranged(layout: Layout, raw: Shaped[Tensor, "..."], batch: int) -> Shaped[Tensor, "batch pos ..."]:
@@ -77,6 +82,10 @@ def grid_of(trace: Trace, entering: Value) -> Grid:
     if len(shape) == 3 and shape[0] == 1 < examples and shape[1] % examples == 0:
         return Grid(examples, shape[1] // examples, "one row")
     batch, tokens = _tokens(trace)
+    if not batch and len(shape) == 3 and shape[0] != examples == shape[1]:
+        return Grid(examples, shape[0], "positions first")
+    if not batch and len(shape) == 3 and _has_features_first(trace, entering):
+        return Grid(shape[0], shape[2], "features first")
     if len(shape) == 4 and shape[1:3] == (batch, tokens) != shape[:2]:
         return Grid(batch, tokens, "streams first")
     if not batch or batch == tokens or shape[0] == batch:
@@ -86,6 +95,24 @@ def grid_of(trace: Trace, entering: Value) -> Grid:
     if len(shape) == 3 and shape[1] == batch:
         return Grid(batch, shape[0], "positions first")
     return Grid(shape[0], shape[1])
+
+
+def _has_features_first(trace: Trace, entering: Value) -> bool:
+    """Whether the first map of features, or norm, that reads a stream finds these on its second axis."""
+    turned = {entering: False}
+    for value in trace.values[entering.number + 1 :]:
+        read = next((v for v in value.inputs if v in turned), None)
+        if read is None:
+            continue
+        if value.op in _ALONG_SECOND or value.op in _ALONG_LAST:
+            return turned[read] == (value.op in _ALONG_LAST)
+        if value.op in ("transpose", "permute"):
+            batch, second, last = entering.tensor.shape
+            if tuple(value.tensor.shape) in ((batch, second, last), (batch, last, second)):
+                turned[value] = not turned[read]
+        elif value.tensor.numel() == entering.tensor.numel():
+            turned[value] = turned[read]
+    return False
 
 
 def _examples(trace: Trace) -> int:
@@ -100,6 +127,6 @@ def _tokens(trace: Trace) -> tuple[int, int]:
     integers = [
         v.tensor.shape
         for v in trace.root.inputs.values()
-        if v.tensor.ndim == 2 and not v.tensor.is_floating_point()
+        if v.tensor.ndim == 2 and not v.tensor.is_floating_point() and v.tensor.dtype is not torch.bool
     ]
     return (integers[0][0], integers[0][1]) if integers else (0, 0)

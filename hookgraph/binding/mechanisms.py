@@ -116,6 +116,15 @@ def replaced(
     return (*args[:place], new, *args[place + 1 :]), kwargs
 
 
+def with_element(output: Any, slot: Slot, new: Tensor) -> Any:
+    """What a module returned, with another tensor in a slot; a tuple whose elements have names keeps them."""
+    if isinstance(output, tuple):
+        make = getattr(output, "_make", type(output))
+        return make(tuple(new if i == slot else x for i, x in enumerate(output)))
+    output[slot] = new
+    return output
+
+
 def _through(anchor: Anchor, tap: Tap, state: PassState) -> _Change:
     """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
     view = anchor.view
@@ -191,10 +200,7 @@ def _part_of_output(slot: Slot, change: _Change, module: nn.Module, args: Any, o
     new = change(raw)
     if new is raw:
         return None
-    if isinstance(output, tuple):
-        return tuple(new if i == slot else x for i, x in enumerate(output))
-    output[slot] = new
-    return output
+    return with_element(output, slot, new)
 
 
 def _apart(value: Tensor, tap: Tap) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hookgraph.binding.blocks import Block, Update
 from hookgraph.binding.layouts import arranged
+from hookgraph.binding.mechanisms import with_element
 from hookgraph.binding.tracing import Slot, Trace, evaluating
 
 _POSITION = 1
@@ -89,11 +90,6 @@ def _holding(update: Update) -> Callable[..., Any]:
     slot, value = _slot(update), update.value.tensor
 
     def hold(module: nn.Module, _: Any, output: Any) -> Any:
-        if slot is None:
-            return value
-        if isinstance(output, tuple):
-            return tuple(value if i == slot else x for i, x in enumerate(output))
-        output[slot] = value
-        return output
+        return value if slot is None else with_element(output, slot, value)
 
     return hold

@@ -32,6 +32,9 @@ from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
 
+_STREAMS: Final = ("resid.", "streams.")
+"""How the names of the points of residual streams begin."""
+
 _SMALL: Final = 30_000_000
 """Models up to this many parameters are proven whole, on a copy in double precision."""
 
@@ -73,11 +76,11 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
     For the others copies of layers of the model are taken, one of each kind.
 
     Raises:
-        BindingError: what a family record says does not hold.
+        BindingError: what a family record says does not hold; or nothing of the residual stream does.
     """
     if is_small(binding.model):
         part = _on_copy(binding.model, binding.findings, binding.example)
-        return _concluded(binding, binding.findings, [part], family)
+        return _sound(_concluded(binding, binding.findings, [part], family), binding)
     findings, parts = binding.findings, list[_Proven]()
     twin = _best_twin(binding, family)
     rest = list(findings.anchors)
@@ -90,7 +93,25 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
         findings = see_cache(binding.model, findings, binding.example)
         whole = HuggingFaceBinding(binding.model, findings, example=binding.example)
         parts.append(_on_layers(whole, rest))
-    return _concluded(binding, findings, parts, family)
+    return _sound(_concluded(binding, findings, parts, family), binding)
+
+
+def _sound(outcome: Outcome, binding: HuggingFaceBinding) -> Outcome:
+    """The outcome, if some point of a residual stream is left of what was found.
+
+    Raises:
+        BindingError: none is.
+    """
+    streams = [x for x in binding.findings.anchors if x.type.name.startswith(_STREAMS)]
+    if not streams or any(x in outcome.findings.anchors for x in streams):
+        return outcome
+    last = max(streams, key=_order)
+    raise BindingError(
+        f"{type(binding.model).__name__} cannot be bound: its layers were found, but no point of its "
+        f"residual stream passes the proof; of {last}: {outcome.findings.reasons[last]}. If the example is "
+        "to blame, give another to bind(model, example=...); bind(model, check=False) lists the locations "
+        "unproven"
+    )
 
 
 def conclude(binding: HuggingFaceBinding, proofs: Sequence[Proof], family: Family | None = None) -> Outcome:
@@ -250,8 +271,12 @@ def _on_copy(
                 continue
             single = partial(copied, torch.float32) if dtype != torch.float32 else None
             report = conformance.check(candidate, precise, chosen, single)
-            return _Proven(report.proofs, {}, f"{text}, in {_name(dtype)}", report.gaps)
-        except (RuntimeError, IndexError) as error:
+            drawn = report.metadata.get("draws")
+            held = conformance.DRAWN.format(drawn) if drawn else ""
+            return _Proven(report.proofs, {}, f"{text}, in {_name(dtype)}{held}", report.gaps)
+        except BindingError:
+            raise
+        except Exception as error:  # whatever a model raises
             # The model cannot be run, or replayed, in double precision; or an edit leads it elsewhere.
             failure = error
     raise BindingError(

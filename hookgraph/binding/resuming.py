@@ -36,10 +36,10 @@ def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:
     moved = _made_of(blocks[0].entering, trace)
     found: list[Resumption] = []
     for i, block in enumerate(blocks):
-        if blocks[min(i + 1, len(blocks) - 1)].stage != block.stage:
+        handed = blocks[i + 1].entering if i + 1 < len(blocks) else block.leaving
+        if block.leaving not in alias_chain(handed):
             found.append(Resumption(lost=i))  # what it returns is not what the next layer is given
             continue
-        handed = blocks[i + 1].entering if i + 1 < len(blocks) else block.leaving
         beside = _computed_in(blocks[: i + 1], output, handed)
         lost = [layer for layer, value in beside if value in moved]
         needed = tuple(sorted({layer for layer, _ in beside}))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from hookgraph.binding.tracing import ALIASES, Call, Trace, Value, alias_chain
+from hookgraph.binding.tracing import ALIASES, Call, Trace, Value, alias_chain, alias_root
 
 
 @final
@@ -54,6 +54,11 @@ def is_weight(value: Value) -> bool:
     if value.is_source:
         return value.op == "parameter"
     return value.tensor.ndim <= 1 and bool(value.inputs) and all(is_weight(v) for v in value.inputs)
+
+
+def is_mask(value: Value) -> bool:
+    """Whether a value is made of truth values or whole numbers: it may leave positions out."""
+    return not alias_root(value).tensor.is_floating_point()
 
 
 def _shared(trace: Trace, block: Call, value: Value, coefficient: float) -> Term | None:

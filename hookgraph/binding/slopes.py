@@ -23,6 +23,7 @@ _STEPS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 4e-2)
 precision throughout, larger ones for those that go through single precision inside."""
 
 _DEAD: Final = "the logits do not depend on it"
+_CUT: Final = "an edit changes the logits, but the model computes them without gradients from here on"
 
 _POINTS: Final = 3
 """How many other points are tried where a choice, as of experts, changes within the smallest step."""
@@ -75,9 +76,13 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
         group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
         try:
             found = _check_group(graph, example, group, metric, generator) if group else []
-        except MetricError:
-            dead = _unread(graph, example, list(group), metric)
-            proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, _DEAD) for x in dead]
+        except Exception:
+            dead = _without_gradient(graph, example, list(group), metric)
+            if not dead:
+                raise
+            cut = _effective(graph, example, [x for x, why in dead.items() if not why], metric, generator)
+            notes = {x: why or (_CUT if x in cut else _DEAD) for x, why in dead.items()}
+            proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
             alive = {x: value for x, value in group.items() if x not in dead}
             found = _check_group(graph, example, alive, metric, generator) if alive else []
         proofs += found
@@ -179,19 +184,33 @@ def _precision(dtype: torch.dtype, narrowed: int) -> _Precision:
     return _Precision(1e-5, 2e-15)
 
 
-def _unread(
+def _without_gradient(
     graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
-) -> list[Location]:
-    """The locations from which no path leads to the logits."""
+) -> dict[Location, str]:
+    """The locations at which the metric has no gradient, with what the model's own backward pass raises."""
     try:
         graph.run(example, save=[x.grad for x in locations], metric=metric)
-    except MetricError:
+    except Exception as error:
         if len(locations) == 1:
-            return list(locations)
+            own = "" if isinstance(error, MetricError) else f"{type(error).__name__}: {error}"
+            return {locations[0]: own and f"there is no gradient: {own}"}
         half = len(locations) // 2
         parts = (locations[:half], locations[half:])
-        return [x for part in parts for x in _unread(graph, example, part, metric)]
-    return []
+        return {k: v for part in parts for k, v in _without_gradient(graph, example, part, metric).items()}
+    return {}
+
+
+def _effective(
+    graph: HookGraph,
+    example: Mapping[str, Any],
+    locations: Sequence[Location],
+    metric: Metric,
+    generator: torch.Generator,
+) -> list[Location]:
+    """The locations at which an edit changes the metric."""
+    plain = metric(graph.run(example).logits)
+    moved = (graph.hook(x, _mover(x, generator)).run(example) for x in locations)
+    return [x for x, run in zip(locations, moved, strict=True) if not metric(run.logits).equal(plain)]
 
 
 def _direction(location: Location, gradient: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:

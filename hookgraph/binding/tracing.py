@@ -92,6 +92,8 @@ class Call:
     """What it was called with."""
     size: int = 0
     """How many elements what it returned has, if that is a tuple; tensors or not."""
+    named: bool = False
+    """Whether what it returned is a tuple whose elements have names."""
 
     @property
     def is_identity(self) -> bool:
@@ -259,6 +261,7 @@ class Trace:
         call.outputs = {slot: self.value_of(t) for slot, t in slots_of(output)}
         call.last = len(self.values)
         call.size = len(output) if isinstance(output, (list, tuple)) else 0
+        call.named = isinstance(output, tuple) and type(output) is not tuple
 
     @contextmanager
     def _watch_attention(self) -> Generator[None]:

@@ -191,3 +191,58 @@ def test_architectures_with_other_layouts_are_bound(table: str, architecture: st
     kinds += [ENCODER.RESID_POST, XATTN_OUT, ATTN_OUT] if table == "seq2seq" else []
     for kind in kinds:
         assert len(graph.every(kind)) == 2
+
+
+class Spun(LoomForCausalLM):
+    """A loom that is given fibres, not tokens: two features per position."""
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.spool = nn.Linear(2, config.threads)
+
+    def forward(self, input_values: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_values)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth)))
+
+
+class TurnedSpun(Spun):
+    """Fibres of which the positions come before the batch."""
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        for row in self.cloth:
+            row.weft = TurnedWeft(config)
+
+    def forward(self, input_values: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        logits = super().forward(input_values.transpose(0, 1)).logits
+        return CausalLMOutput(logits=None if logits is None else logits.transpose(0, 1))
+
+
+class UprightSpun(Spun):
+    """Fibres of which the features come before the positions."""
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.cloth = nn.ModuleList(UprightRow(config) for _ in range(config.rows))
+
+    def forward(self, input_values: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_values).transpose(1, 2)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth.transpose(1, 2))))
+
+
+@pytest.mark.parametrize("kind", [TurnedSpun, UprightSpun])
+def test_how_a_stream_lies_is_found_where_no_tokens_tell(kind: type[LoomForCausalLM]):
+    model = kind(LoomConfig(echo=False, rows=1)).double().eval()
+    fibres = torch.randn(2, 6, 2, dtype=torch.float64)
+    graph = bind(model, cached=False, example={"input_values": fibres})
+    assert graph.report.ok
+    run = graph.run({"input_values": fibres}, save=[RESID_PRE[0], RESID_POST[0]])
+    assert run[RESID_PRE[0]].shape == run[RESID_POST[0]].shape == (2, 6, 32)
+    torch.testing.assert_close(run[RESID_PRE[0]], model.get_submodule("spool")(fibres).detach())

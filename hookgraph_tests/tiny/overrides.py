@@ -236,6 +236,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
             "num_kv_shared_layers": 0,
         }
     },
+    "gemma3n_audio": {"conf_num_hidden_layers": 2},
     "glm5_next_text": {"index_topk": 16},
     "granite4_vision": {
         "vision_config": {"hidden_size": 2 * WIDTH},

@@ -1,0 +1,66 @@
+"""Models whose layers are found, but of which nothing passes the proof, are refused with the reason."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+from hookgraph.binding import bind
+from hookgraph.errors import BindingError
+from hookgraph.ontology.transformer import RESID_POST
+from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
+
+
+class Sealed(LoomForCausalLM):
+    """A loom that computes its rows without gradients."""
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_ids)
+        with torch.no_grad():
+            for row in self.cloth:
+                cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth)))
+
+
+class Stern(torch.autograd.Function):
+    """Hands on what it is given, and refuses to go backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, cloth: Tensor) -> Tensor:
+        """The same."""
+        return cloth.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Not in evaluation."""
+        raise AssertionError("call model.train() first")
+
+
+class SternLoom(LoomForCausalLM):
+    """A loom that no gradient passes."""
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_ids)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cast("Tensor", Stern.apply(cloth)))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Sealed, "an edit changes the logits, but the model computes them without gradients from here on"),
+        (SternLoom, "there is no gradient: AssertionError: call model.train\\(\\) first"),
+    ],
+)
+def test_a_model_without_gradients_is_refused_and_told_why(kind: type[LoomForCausalLM], reason: str):
+    model = kind(LoomConfig(echo=False, rows=1)).double().eval()
+    with pytest.raises(
+        BindingError, match=f"of resid.post\\[0\\]: edit = gradient fails: {reason}.*check=False"
+    ):
+        bind(model, cached=False)
+    assert RESID_POST[0] in bind(model, check=False).locations
