@@ -20,10 +20,10 @@ from hookgraph.binding.outputs import read_output
 from hookgraph.binding.positions import Following, spans_of
 from hookgraph.binding.products import OwnProduct
 from hookgraph.binding.reading import reading
-from hookgraph.binding.remembering import recalled, remember
+from hookgraph.binding.remembering import recalled, remember, retaining
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
-from hookgraph.errors import AlreadyAttachedError, InputError, UnknownLocationError, nearest
+from hookgraph.errors import AlreadyAttachedError, InputError, LocationError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads
@@ -31,7 +31,7 @@ from hookgraph.hooks.handles import Handle, installed
 from hookgraph.hooks.positions import Place
 from hookgraph.hooks.taps import Tap, Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
-from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS
+from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS, RESID_POST, STREAMS_POST
 from hookgraph.ontology.weights import WeightType
 
 _INSIDE = frozenset[Mechanism]({"interior", "softmax", "experts", "product"})
@@ -128,10 +128,24 @@ class HuggingFaceBinding(AbstractBinding):
 
     def remember(self, inputs: Prepared, length: int) -> Prepared | None:
         """Inputs for the positions from `length` on, with the cache that the model makes of those before."""
-        layers = self.findings.layers.get(MAIN_STACK)
-        if not layers or not self.enterable(MAIN_STACK, 0) or "past_key_values" not in self._accepted.names:
+        if not self._caches:
             return None
-        return remember(self.model, self._modules[layers[-1].module], inputs, length)
+        last = self.findings.layers[MAIN_STACK][-1].module
+        return remember(self.model, self._modules[last], inputs, length)
+
+    def retaining(self, inputs: Prepared) -> Prepared | None:
+        """Inputs whose pass fills a cache. Only where it is proven that a pass with a cache gives the same,
+        which says that later positions leave earlier ones alone.
+        """
+        ends = [x for x in self._locations if x.type in (RESID_POST, STREAMS_POST)]
+        proven = all(self._report.proves(x, "cached") for x in ends)
+        return retaining(self.model, inputs) if self._caches and ends and proven else None
+
+    @property
+    def _caches(self) -> bool:
+        """Whether the model takes a cache of what its layers have seen."""
+        known = self.findings.layers.get(MAIN_STACK) and "past_key_values" in self._accepted.names
+        return bool(known) and not self.why_closed(MAIN_STACK, 0)
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:
@@ -153,6 +167,10 @@ class HuggingFaceBinding(AbstractBinding):
     def _entering(self, start: Start | None) -> AbstractContextManager[None]:
         if start is None:
             return nullcontext()
+        reason = self.why_closed(start.stack, start.block)
+        if reason:
+            where = f"after layer {start.block - 1}" if start.block else "before its layers"
+            raise LocationError(f"this model cannot be entered {where} of its {start.stack}: {reason}")
         return entering(self._modules, self.findings.layers[start.stack], start)
 
     def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
@@ -201,12 +219,9 @@ class HuggingFaceBinding(AbstractBinding):
         own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
         return lambda: own(self._modules[path], taps, state)
 
-    def enterable(self, stack: str, block: int) -> bool:
-        """Whether the layers of a stack are modules of their own, and those before hand on nothing else."""
-        layers = self.findings.layers.get(stack, ())
-        if not layers or any(layer.shared for layer in layers):
-            return False
-        return block == 0 or layers[block - 1].after.lost is None
+    def why_closed(self, stack: str, block: int) -> str:
+        """Why no pass can begin before a layer of a stack: what was found, or seen in the proof."""
+        return self.findings.why_closed(stack, block)
 
     @contextmanager
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> Generator[bool]:

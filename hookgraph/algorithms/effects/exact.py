@@ -68,7 +68,10 @@ def exact_effects(
     wholes = list(dict.fromkeys(node.whole for node in nodes))
     check_one_contrast(corrupt, statistics)
     instead = means_instead(graph, clean, statistics)
-    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False, instead=instead)
+    contrast = Contrast.of(
+        graph, clean, corrupt, metric, wholes,
+        replays=True, retains=any(map(is_placed, nodes)), totals=False, instead=instead,
+    )  # fmt: skip
     return effects_of(contrast, nodes, batch_size, progress, columns)
 
 
