@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.anchors import Anchor, Mechanism, Role
 from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
+from hookgraph.binding.compiled import as_written
 from hookgraph.binding.experts import ExpertsInterior
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
@@ -159,7 +160,11 @@ class HuggingFaceBinding(AbstractBinding):
             _attached.add(self.model)
         try:
             # The start comes last, so that what enters is there before any tap sees it.
-            with installed(*self._installers(taps)), self._entering(start):
+            with (
+                as_written(self._modules.values()),
+                installed(*self._installers(taps)),
+                self._entering(start),
+            ):
                 yield
         finally:
             _attached.discard(self.model)
