@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias, final
 
-from hookgraph.binding.anchors import Anchor
+from hookgraph.binding.anchors import Anchor, Way
 from hookgraph.binding.layouts import Layout
 from hookgraph.binding.resuming import FREE, Resumption
 from hookgraph.binding.tracing import Slot
@@ -125,6 +125,15 @@ class Findings:
     def add(self, anchor: Anchor) -> None:
         """Keep an anchor."""
         self.anchors[anchor.location] = anchor
+
+    def add_ways(self, other: "Findings") -> None:
+        """Keep how the same model, using the other kernel, has what its own code computes."""
+        for location, anchor in self.anchors.items():
+            found = other.anchors.get(location)
+            if anchor.operand is None or found is None or found.operand is None:
+                continue
+            if found.module == anchor.module and found.operand.kind != anchor.operand.kind:
+                self.anchors[location] = replace(anchor, other=Way(found.operand, found.view))
 
     def absent(self, reason: str, *locations: Location | LocationType, layer: int | None = None) -> None:
         """Keep the reason for which locations are absent, unless one is known."""

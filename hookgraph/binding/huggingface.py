@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.anchors import Anchor, Mechanism, Role
-from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
+from hookgraph.binding.attention import Interior, TapsByCall
 from hookgraph.binding.compiled import as_written
 from hookgraph.binding.experts import ExpertsInterior
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, install, needs_state
 from hookgraph.binding.outputs import read_output
+from hookgraph.binding.own_code import OwnCode
 from hookgraph.binding.positions import Following, spans_of
 from hookgraph.binding.products import OwnProduct
 from hookgraph.binding.reading import reading
@@ -35,7 +36,7 @@ from hookgraph.ontology.locations import MAIN_STACK, Location
 from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS, RESID_POST, STREAMS_POST
 from hookgraph.ontology.weights import WeightType
 
-_INSIDE = frozenset[Mechanism]({"interior", "softmax", "experts", "product"})
+_INSIDE = frozenset[Mechanism]({"interior", "own code", "experts", "product"})
 """Mechanisms that reach several tensors inside one module at once."""
 
 _attached: set[nn.Module] = set()
@@ -183,9 +184,9 @@ class HuggingFaceBinding(AbstractBinding):
         installers: list[Callable[[], Handle]] = []
         state = PassState(self.findings.counted)
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
+        state.watches = any(self.findings.anchors[x].mechanism == "own code" for x in taps if x.site is None)
         interiors: dict[tuple[Mechanism, str], dict[int, dict[Role, Tap]]] = {}
-        eager: dict[str, str] = {}
-        kept: dict[str, set[Role]] = {}
+        reached: dict[tuple[Mechanism, str], dict[Role, Anchor]] = {}
         native = sorted((k for k in taps if k.site is None), key=self._place.__getitem__, reverse=True)
         for location in native:
             tap = taps[location]
@@ -193,14 +194,11 @@ class HuggingFaceBinding(AbstractBinding):
             if anchor.mechanism in _INSIDE:
                 place = (anchor.mechanism, anchor.module)
                 interiors.setdefault(place, {}).setdefault(anchor.call, {})[anchor.role] = tap
-                eager[anchor.module] = anchor.eager
-                if anchor.kept == "states":
-                    kept.setdefault(anchor.module, set()).add(anchor.role)
+                reached.setdefault(place, {})[anchor.role] = anchor
             else:
                 installers.append(self._installer(anchor, tap, state))
         for (kind, path), inside in interiors.items():
-            states = frozenset(kept.get(path, ()))
-            installers.append(self._interior(kind, path, inside, eager[path], state, states))
+            installers.append(self._interior(kind, path, inside, reached[kind, path], state))
         if any(needs_state(self.findings.anchors[location]) for location in native):
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
@@ -215,14 +213,16 @@ class HuggingFaceBinding(AbstractBinding):
         kind: Mechanism,
         path: str,
         taps: TapsByCall,
-        eager: str,
+        anchors: Mapping[Role, Anchor],
         state: PassState,
-        kept: frozenset[Role],
     ) -> Callable[[], Handle]:
+        module = self._modules[path]
         if kind == "interior":
-            return lambda: Interior(self._modules[path], taps, eager, state, kept)
-        own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
-        return lambda: own(self._modules[path], taps, state)
+            return lambda: Interior(module, taps, anchors, state)
+        if kind == "own code":
+            return lambda: OwnCode(module, taps, anchors, state)
+        own = {"experts": ExpertsInterior, "product": OwnProduct}[kind]
+        return lambda: own(module, taps, state)
 
     def why_closed(self, stack: str, block: int) -> str:
         """Why no pass can begin before a layer of a stack: what was found, or seen in the proof."""
