@@ -77,7 +77,7 @@ def test_a_stream_to_which_something_is_added_between_layers_is_followed():
     torch.testing.assert_close(
         run[RESID_PRE[1]] - run[RESID_POST[0]], model.dew[:1].expand(2, -1, -1).detach()
     )
-    assert not graph.binding.enterable("decoder", 1), (
+    assert graph.binding.why_closed("decoder", 1), (
         "what the first layer returns is not what enters the next"
     )
 
@@ -126,7 +126,7 @@ def test_a_stream_of_which_positions_are_masked_is_followed_and_names_of_outputs
     edited = graph.hook(RESID_POST[0], torch.zeros_like).run({"input_ids": TOKENS}, save=[RESID_PRE[1]])
     assert not edited[RESID_PRE[1]].any()
     assert not graph.run({"input_ids": TOKENS}, save=[RESID_POST[1]])[RESID_POST[1]][:, -1].any()
-    assert not graph.binding.enterable("decoder", 1), "a tuple with names cannot be made up"
+    assert graph.binding.why_closed("decoder", 1), "a tuple with names cannot be made up"
 
 
 @pytest.mark.parametrize(("architecture", "mechanism"), [("minimax", "output"), ("doge", "sum")])
