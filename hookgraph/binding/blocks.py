@@ -6,7 +6,6 @@ norms; the other operands of the additions are the updates. What an update is fo
 computed: attention if its computation contains a softmax over positions, otherwise an MLP.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import final
@@ -15,29 +14,13 @@ from torch import nn
 
 from hookgraph.binding.interleaved import bypassed_layers, interleaved_layers
 from hookgraph.binding.layouts import Grid, grid_of
-from hookgraph.binding.norms import Norm, find_norm
-from hookgraph.binding.shares import Term, is_mask, is_weight, terms_of
-from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value, alias_root
+from hookgraph.binding.paths import STREAM_AXES, PathFinder, Step, cone_of
+from hookgraph.binding.shares import Term, terms_of
+from hookgraph.binding.tracing import AttentionCall, Call, Trace, Value, alias_root
 from hookgraph.binding.views import Columns, View
 
 _MAPS = frozenset({"mm", "addmm", "native_layer_norm", "convolution"})
 """Operations that make features of features: no scale, mask or view."""
-
-_STREAM_AXES = 4
-"""Of several residual streams: batch, positions, streams, features."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operation of the stream: `add` an update, `scale`, `norm`, `cast`, `clamp`, `mask`, `mix`."""
-
-    kind: str
-    value: Value
-    base: Value
-    update: Value | None = None
-    sign: float = 1.0
-    norm: Norm | None = None
 
 
 @final
@@ -75,17 +58,19 @@ class Block:
     """Of a layer that is no module: its first part, which is given the input, and its last one."""
     stage: int = 0
     """How often the width changed on the way to it."""
+    begins: bool = False
+    """Whether the stream begins in it anew, with its first update."""
 
     @property
     def streams(self) -> int:
         """How many residual streams there are."""
-        if self.entering.tensor.ndim == _STREAM_AXES:
+        if self.entering.tensor.ndim == STREAM_AXES:
             return self.entering.tensor.shape[0 if self.grid.layout == "streams first" else 2]
         return max((u.spread for u in self.updates), default=0) or 1
 
     def streams_of(self, value: Value) -> View:
         """Several streams on the last axis of a tensor; None if there is one, or an axis for them."""
-        if self.streams == 1 or value.tensor.ndim == _STREAM_AXES:
+        if self.streams == 1 or value.tensor.ndim == STREAM_AXES:
             return None
         return Columns(0, self.streams, self.width, self.width)
 
@@ -93,7 +78,7 @@ class Block:
     def width(self) -> int:
         """How many features one stream has."""
         shape = self.entering.tensor.shape
-        return shape[-1] if len(shape) == _STREAM_AXES else shape[-1] // self.streams
+        return shape[-1] if len(shape) == STREAM_AXES else shape[-1] // self.streams
 
     @property
     def adds(self) -> list[Step]:
@@ -132,10 +117,22 @@ def _resolved(
         following = found[1:] if handed_on else []
         resolved = (_resolve(trace, call, after) for call, after in zip_longest(found, following))
         blocks = [block for block in resolved if block is not None]
+        if blocks and len(blocks) < len(found):
+            blocks = _with_beginnings(trace, found, blocks)
         if len(blocks) == len(found):  # one left out would shift the numbers of those after it
             chains[path] = blocks
             taken |= set(found)
     return chains
+
+
+def _with_beginnings(trace: Trace, calls: list[Call], blocks: list[Block]) -> list[Block]:
+    """The layers of a list among which are some that do not add to what they are given, but begin anew."""
+    known = {block.call: block for block in blocks}
+    found = (
+        known.get(call) or _resolve(trace, call, after, begins=True)
+        for call, after in zip_longest(calls, calls[1:])
+    )
+    return [block for block in found if block is not None]
 
 
 def _chains_of_stages(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, list[Block]]:
@@ -143,7 +140,7 @@ def _chains_of_stages(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, l
     map to another width. A stream of pictures, which convolutions read, is none.
     """
     chains = _resolved(trace, lists)
-    return {path: blocks for path, blocks in chains.items() if blocks[0].entering.tensor.ndim < _STREAM_AXES}
+    return {path: blocks for path, blocks in chains.items() if blocks[0].entering.tensor.ndim < STREAM_AXES}
 
 
 def _chains_with_more_between(
@@ -157,8 +154,8 @@ def _chains_with_more_between(
         taken = {block.call for others in found.values() for block in others}
         around = {parent for call in taken for parent in call.parents}
         own = {block.call for block in blocks}
-        known = own & (taken | around) or taken & {parent for call in own for parent in call.parents}
-        if len(blocks) > 1 and not known and all(_leads_on(trace, *pair) for pair in pairwise(blocks)):
+        nested = own & (around | taken) or taken & {parent for call in own for parent in call.parents}
+        if len(blocks) > 1 and not nested and all(_leads_on(trace, *pair) for pair in pairwise(blocks)):
             found[path] = blocks
     return found
 
@@ -166,7 +163,7 @@ def _chains_with_more_between(
 def _leads_on(trace: Trace, before: Block, after: Block) -> bool:
     """Whether the stream leads from one layer to the next, whatever is added to it on the way."""
     between = replace(after.call, first=before.call.last)
-    return _PathFinder(trace, between, before.leaving, before.grid).path(after.entering) is not None
+    return PathFinder(trace, between, before.leaving, before.grid).path(after.entering) is not None
 
 
 def _braided(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
@@ -204,90 +201,22 @@ def _handed_on(before: Call, call: Call) -> set[Value]:
     return returned & {alias_root(v, returned) for v in call.inputs.values()}
 
 
-def _resolve(trace: Trace, call: Call, after: Call | None = None) -> Block | None:
-    """The residual path of one call of a layer to what the call after it is given; None if there is none."""
+def _resolve(trace: Trace, call: Call, after: Call | None = None, *, begins: bool = False) -> Block | None:
+    """The residual path of one call of a layer to what the call after it is given; None if there is none.
+
+    With `begins` it is a path from the first update.
+    """
     handed_on = set(call.outputs.values()) if after is None else _handed_on(call, after)
     for entering in (v for v in call.inputs.values() if v.is_activation):
         grid = grid_of(trace, entering)
-        finder = _PathFinder(trace, call, entering, grid)
+        finder = PathFinder(trace, call, entering, grid, begins=begins)
         for leaving in (v for v in call.outputs.values() if v.is_activation and v in handed_on):
             steps = finder.path(leaving)
             if steps and any(s.kind == "add" for s in steps):
-                block = Block(call, entering, leaving, steps, grid=grid)
+                block = Block(call, entering, leaving, steps, grid=grid, begins=begins)
                 block.updates = _updates(trace, block)
                 return block
     return None
-
-
-@final
-class _PathFinder:
-    """Follows the residual stream backwards from a value to the block's input."""
-
-    def __init__(self, trace: Trace, call: Call, entering: Value, grid: Grid) -> None:
-        self._trace, self._call, self._entering, self._grid = trace, call, entering, grid
-        self._found: dict[Value, list[Step] | None] = {}
-
-    def path(self, value: Value) -> list[Step] | None:
-        """The steps from the block's input to `value`, or None if the stream does not reach it."""
-        if value is self._entering:
-            return []
-        if value.number < self._call.first or value.is_source:
-            return None
-        if value not in self._found:
-            self._found[value] = None
-            self._found[value] = self._through_norm(value) or self._through_operation(value)
-        return self._found[value]
-
-    def _through_norm(self, value: Value) -> list[Step] | None:
-        for call in self._trace.producers.get(value, ()):
-            norm = find_norm(call, self._grid.layout)
-            before = self.path(norm.input) if norm is not None else None
-            if norm is not None and before is not None:
-                return [*before, Step("norm", value, norm.input, norm=norm)]
-        return None
-
-    def _through_operation(self, value: Value) -> list[Step] | None:
-        operands = value.inputs
-        if value.op in ALIASES and operands:
-            if operands[0].tensor.numel() != value.tensor.numel():
-                return None
-            before = self.path(operands[0])
-            if before is None or operands[0].tensor.dtype == value.tensor.dtype:
-                return before
-            return [*before, Step("cast", value, operands[0])]
-        if value.op in ("add", "sub") and len(operands) == 2:
-            return self._through_addition(value)
-        if value.op == "clamp" and all(map(is_weight, operands[1:])):
-            before = self.path(operands[0])
-            return None if before is None else [*before, Step("clamp", value, operands[0])]
-        masks = [v for v in operands if is_mask(v)]
-        if value.op == "mul" and len(operands) - len(masks) == 1:
-            masked = next(v for v in operands if v not in masks)
-            before = self.path(masked)
-            return None if before is None else [*before, Step("mask", value, masked)]
-        if value.op in ("mul", "div") and operands:
-            others = [v for v in operands if not is_weight(v)]
-            reversed_division = value.op == "div" and is_weight(operands[0])
-            if len(others) != 1 or reversed_division:
-                return None
-            before = self.path(others[0])
-            return None if before is None else [*before, Step("scale", value, others[0])]
-        if value.op == "bmm" and self._entering.tensor.ndim == _STREAM_AXES:
-            mixed = operands[1]
-            before = self.path(mixed) if mixed.tensor.numel() == value.tensor.numel() else None
-            return None if before is None else [*before, Step("mix", value, mixed)]
-        return None
-
-    def _through_addition(self, value: Value) -> list[Step] | None:
-        left, right = value.inputs
-        sign = -1.0 if value.op == "sub" else value.alpha
-        by_left, by_right = self.path(left), self.path(right)
-        # Both operands may come from the stream, as when a norm of it is added: the longer path wins.
-        if by_left is not None and (by_right is None or len(by_left) >= len(by_right)):
-            return [*by_left, Step("add", value, left, right, sign)]
-        if by_right is not None:
-            return [*by_right, Step("add", value, right, left, 1.0)]
-        return None
 
 
 def _updates(trace: Trace, block: Block) -> list[Update]:
@@ -296,9 +225,9 @@ def _updates(trace: Trace, block: Block) -> list[Update]:
     updates: list[Update] = []
     for step in block.adds:
         for term in terms_of(trace, block.call, step.update, step.sign):
-            cone = frozenset(_cone(term.value, stream, block.call.first))
+            cone = frozenset(cone_of(term.value, stream - {term.value}, block.call.first))
             found = [attention[v] for v in cone if v in attention]
-            softmax = bool(found) or any(is_softmax_over_positions(v) for v in cone)
+            softmax = bool(found) or any(is_softmax_over_positions(v, block.entering) for v in cone)
             updates.append(_made_of(term, step, cone, found[-1] if found else None, softmax=softmax))
     return updates
 
@@ -306,32 +235,28 @@ def _updates(trace: Trace, block: Block) -> list[Update]:
 def _made_of(
     term: Term, step: Step, cone: frozenset[Value], attention: AttentionCall | None, *, softmax: bool
 ) -> Update:
-    value, coefficient, call = term.value, term.coefficient, term.call
+    value, coefficient = term.value, term.coefficient
+    call = None if step.partial else term.call
     return Update(value, coefficient, call, step, cone, attention, softmax, term.source, term.spread)
 
 
-def _cone(value: Value, stream: set[Value], first: int) -> Iterator[Value]:
-    seen: set[Value] = set()
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if here in seen or here in stream or here.is_source or here.number < first:
-            continue
-        seen.add(here)
-        yield here
-        waiting.extend(here.inputs)
-
-
-def is_softmax_over_positions(value: Value) -> bool:
+def is_softmax_over_positions(value: Value, stream: Value | None = None) -> bool:
     """Whether an operation is the softmax of an attention, or a fused attention as a whole.
 
     With three axes it is one over a batched matrix product, batch and heads on one axis; a router's is not.
+    Nor is one that each position of the stream has to itself, as over what earlier layers returned there.
     """
     if value.op.startswith("_scaled_dot_product"):
-        return True
+        return stream is None or not _is_within_positions(value, stream)
     if value.op not in ("_softmax", "_safe_softmax") or value.tensor.ndim < 3:
         return False
     return value.tensor.ndim > 3 or _is_product_per_head(value.inputs[0])
+
+
+def _is_within_positions(value: Value, stream: Value) -> bool:
+    """Whether a fused attention has positions where heads lie, and the whole width of the stream."""
+    shape, own = stream.tensor.shape, value.tensor.shape
+    return len(own) == len(shape) + 1 and own[-3] == shape[-2] != own[-2] and own[-1] == shape[-1]
 
 
 def _is_product_per_head(value: Value) -> bool:
@@ -351,4 +276,4 @@ def _is_product_per_head(value: Value) -> bool:
 def reads_past_attention(value: Value, block: Block) -> bool:
     """Whether a value was computed through an attention of the block after the stream was last read."""
     stream = {block.entering, *(s.value for s in block.steps)}
-    return any(is_softmax_over_positions(v) for v in _cone(value, stream, block.call.first))
+    return any(is_softmax_over_positions(v) for v in cone_of(value, stream, block.call.first))

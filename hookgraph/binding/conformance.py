@@ -5,9 +5,10 @@ pass carries out one edit per location, and an identity evaluated on the batch i
 every edit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,6 @@ from hookgraph.binding.edits import inside_kernel, live, replace_rows, rows_of, 
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
 from hookgraph.binding.mixtures import mixture_identities, rerouted
-from hookgraph.binding.replays import check_replays
 from hookgraph.binding.slopes import check_gradients
 from hookgraph.binding.state import model_state
 from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
@@ -36,6 +36,8 @@ DRAWN = ", with its {} random draws a pass held still"
 """What is told of a model that draws random numbers in evaluation."""
 
 Values = Mapping[Location, Float[Tensor, "..."]]
+_Shared: TypeAlias = tuple[object, ...]
+"""Which axes have one size: the stack, what else is shared, the dimension."""
 
 
 def check(
@@ -87,8 +89,6 @@ def _check(
         proofs += _check_transparent(graph, example, locations)
         proofs += _check_conserved(binding, graph, example, clean)
         proofs += check_gradients(graph, example, clean)
-    replays = check_replays(graph, example, clean, locations)
-    proofs += replays.proofs
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
     proofs += [Proof(x, "removed", not note, float(bool(note)), 0.0, note) for x in locations]
@@ -99,7 +99,7 @@ def _check(
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         {**binding.metadata, "proven on": f"the model itself, in {binding.metadata['dtype']}"},
-        gaps=(*other.gaps, *replays.gaps, *_unequal(proofs, clean)),
+        gaps=(*other.gaps, *_unequal(proofs, clean)),
     )
 
 
@@ -139,11 +139,15 @@ def _check_shapes(
     graph: HookGraph, example: Mapping[str, Any], clean: Run, stage: Callable[[Location], int]
 ) -> list[Proof]:
     """As many axes as dimensions, the batch first, and one size per dimension as far as it is shared."""
-    sizes: dict[tuple[object, ...], int] = {}
     proofs: list[Proof] = []
     wrong = _unbatched(graph, rows_of(graph, example, 2), list(clean))
+    seen: dict[_Shared, Counter[int]] = {}
     for location, value in clean.items():
-        note = _shape_note(location, value, sizes, stage(location)) or wrong.get(location, "")
+        for key, size in _shared_sizes(location, value, stage):
+            seen.setdefault(key, Counter())[size] += 1
+    usual = {key: sizes.most_common(1)[0][0] for key, sizes in seen.items()}
+    for location, value in clean.items():
+        note = _shape_note(location, value, usual, stage) or wrong.get(location, "")
         proofs.append(Proof(location, "shape", not note, float(bool(note)), 0.0, note))
     return proofs
 
@@ -164,14 +168,27 @@ def _unbatched(
     return {x: f"the first axis has size {n}, but there are two examples" for x, n in sizes.items() if n != 2}
 
 
-def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...], int], stage: int) -> str:
-    """What is wrong with a shape, given the sizes seen so far; they are added to."""
+def _shape_note(
+    location: Location, value: Tensor, usual: Mapping[_Shared, int], stage: Callable[[Location], int]
+) -> str:
+    """What is wrong with a shape, given the sizes that most locations agree on."""
     dims = location.type.dims
     if value.ndim != len(dims):
         return f"{value.ndim} axes, of sizes {' '.join(map(str, value.shape))}, for {' '.join(dims)}"
     if value.shape[0] != 1:
         return f"the first axis has size {value.shape[0]}, but there is one example"
-    for dim, size in zip(dims, value.shape, strict=True):
+    for key, size in _shared_sizes(location, value, stage):
+        if usual[key] != size:
+            return f"{key[-1]} has size {size} here, {usual[key]} elsewhere"
+    return ""
+
+
+def _shared_sizes(
+    location: Location, value: Tensor, stage: Callable[[Location], int]
+) -> Iterator[tuple[_Shared, int]]:
+    """The sizes of axes that other locations have too, with what tells which these are."""
+    dims = location.type.dims
+    for dim, size in zip(dims, value.shape, strict=True) if value.ndim == len(dims) else ():
         if dim in (Dimension.D_HEAD, Dimension.POS, Dimension.KEY_POS):
             continue
         group: tuple[object, ...] = ()
@@ -183,11 +200,8 @@ def _shape_note(location: Location, value: Tensor, sizes: dict[tuple[object, ...
         elif dim in (Dimension.EXPERT, Dimension.CHOICE):
             group = (location.layer,)
         elif dim is Dimension.D_MODEL:
-            group = (stage,)
-        known = sizes.setdefault((location.type.stack, *group, dim), size)
-        if known != size:
-            return f"{dim} has size {size} here, {known} elsewhere"
-    return ""
+            group = (stage(location),)
+        yield (location.type.stack, *group, dim), size
 
 
 def _check_transparent(

@@ -1,16 +1,13 @@
 """From a trace to anchors: which location is reached where. No name of a module plays a part."""
 
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from hookgraph.binding.anchors import Anchor, Mechanism, on_call
-from hookgraph.binding.blocks import Block, Step, Update, find_chains
+from hookgraph.binding.blocks import Block, Update, find_chains
 from hookgraph.binding.ends import bind_embedding, bind_head, bind_last_norm
 from hookgraph.binding.findings import Findings, Layer, StreamStep
 from hookgraph.binding.heads import bind_attention
 from hookgraph.binding.interiors import bind_mlp
-from hookgraph.binding.kernels import other_kernel
 from hookgraph.binding.mixers import bind_mixer
 from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
@@ -25,21 +22,11 @@ from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerS
 
 
 def discover(trace: Trace) -> Findings:
-    """Resolve a traced model, and where its own code computes attention by the other kernel, too.
+    """Resolve a traced model.
 
     Raises:
         BindingError: the model has no chain of layers with a residual stream.
     """
-    found = _discover(trace)
-    if any(anchor.operand is not None for anchor in found.anchors.values()):
-        with suppress(Exception):  # a model that cannot be run with the other kernel never will be
-            with other_kernel(trace.model):
-                other = _discover(Trace(trace.model, trace.inputs))
-            found.add_ways(other)
-    return found
-
-
-def _discover(trace: Trace) -> Findings:
     chains = joined(find_chains(trace))
     if not chains:
         lists = [p for p, m in trace.root.module.named_modules() if type(m).__name__ == "ModuleList"]
@@ -69,9 +56,10 @@ def _bind_stack(
     """Bind every layer of a stack; tells of each whether it attends to another stack."""
     mixing = find_mixing(trace, [b for b in blocks if is_ambiguous(b)])
     crossed: list[bool] = []
+    beside = any(block.begins for block in blocks)
     for number, block in enumerate(blocks):
         roles = assign_roles(trace, block, mixing, outside)
-        _bind_entry(trace, found, _points(stack, block)[0][number], block)
+        _bind_entry(trace, found, _points(stack, block)[0][number], block, beside=beside)
         _bind_block(trace, found, stack, number, block, roles)
         crossed.append("cross-attention" in roles)
     layers = found.layers[stack.RESID_PRE.stack]
@@ -88,12 +76,19 @@ def _points(stack: TransformerStack, block: Block) -> tuple[LocationType, Locati
     return stack.RESID_PRE, stack.RESID_MID, stack.RESID_POST
 
 
-def _bind_entry(trace: Trace, found: Findings, location: Location, block: Block) -> None:
-    """What a layer is given. One that is no module shares it with what is added to its updates: it is reached
-    where it is returned, or else changed for all that hold it.
+def _bind_entry(
+    trace: Trace, found: Findings, location: Location, block: Block, *, beside: bool = False
+) -> None:
+    """What a layer is given. One that is no module shares it with what is added to its updates, and where a
+    stream begins anew, later layers read what was before `beside` it: it is reached where it is returned, or
+    else changed for all that hold it.
     """
     grid = block.grid
-    owner = None if block.ends is None else next(trace.owners(block.entering, trace.root), None)
+    if block.begins and block.entering.tensor.shape[-1] != block.leaving.tensor.shape[-1]:
+        found.absent("the layer is given no stream: it begins one of another width", location)
+        return
+    alone = block.ends is None and not beside
+    owner = None if alone else next(trace.owners(block.entering, trace.root), None)
     if owner is not None:
         held = alias_chain(block.entering)
         slot, value = next((s, v) for s, v in owner.outputs.items() if v in held)
@@ -103,7 +98,7 @@ def _bind_entry(trace: Trace, found: Findings, location: Location, block: Block)
         found.add(on_call(trace, owner, anchor))
         return
     call = block.call if block.ends is None else block.ends[0]
-    reading: Mechanism = "input" if block.ends is None else "sum"
+    reading: Mechanism = "input" if alone else "sum"
     slot = next(s for s, v in call.inputs.items() if v is block.entering)
     found.add(
         on_call(
@@ -182,19 +177,23 @@ def _bind_insides(
     )
     for role, types in attentions:
         updates = roles.get(role, [])
-        if len(updates) == 1:
+        if len(updates) == 1 and not updates[0].step.partial:
             bind_attention(trace, found, types, layer, block, updates[0], _source(trace, block, updates[0]))
     mixer = roles.get("mixer", [])
-    if len(mixer) == 1:
+    if len(mixer) == 1 and not mixer[0].step.partial:
         bind_mixer(trace, found, stack, layer, block, mixer[0], _source(trace, block, mixer[0]))
     mlp = roles.get("mlp", [])
-    if len(mlp) == 1:
+    if len(mlp) == 1 and mlp[0].step.partial:
+        inside = (stack.MLP_LN_SCALE, stack.MLP_IN, stack.MLP_PRE, stack.MLP_POST)
+        found.absent("it is computed at some positions only", *inside, layer=layer)
+    elif len(mlp) == 1:
         bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))
 
 
 def _bind_update(trace: Trace, found: Findings, location: Location, block: Block, update: Update) -> bool:
     if update.call is None:
-        found.absent("the update is computed by the layer itself, no module returns it", location)
+        own = "the update is computed by the layer itself, no module returns it"
+        found.absent("it is added at some positions only" if update.step.partial else own, location)
         return False
     slot = next(s for s, v in update.call.outputs.items() if v is update.value)
     view = None if update.coefficient == 1.0 else Scaled(update.coefficient)
@@ -248,11 +247,15 @@ def _bind_middle(
 ) -> Value | None:
     """The stream between two updates: what a norm returns, or a sum that a module is given."""
     steps = block.steps[block.steps.index(before.step) :]
-    chain = {s.value for s in steps}
+    middle = before.step.value
+    for step in steps[1:]:
+        if step.kind in ("add", "mix"):
+            break
+        middle = step.value
+    chain = {middle, *(s.value for s in steps)}
     if before.step is after.step or not any(i in chain for v in after.cone for i in v.inputs):
         found.absent("both updates read the layer's input, so no such sum exists", location)
         return None
-    middle = _parting(steps, after)
     layout = block.grid.layout_of(middle)
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
@@ -278,20 +281,6 @@ def _bind_middle(
         on_call(trace, call, Anchor(location, "sum", call.path, slot, block.streams_of(given), layout=layout))
     )
     return middle
-
-
-def _parting(steps: Sequence[Step], after: Update) -> Value:
-    """The last value of the stream before the next update is added that this update was computed from.
-
-    What is done to the stream after it, as scaling what the update is added to, the update does not see.
-    """
-    values = [steps[0].value]
-    for step in steps[1:]:
-        if step.kind in ("add", "mix"):
-            break
-        values.append(step.value)
-    read = {i for v in after.cone for i in v.inputs}
-    return next((v for v in reversed(values) if v in read), values[-1])
 
 
 def _same_elements(value: Value, source: Value) -> bool:
@@ -321,7 +310,7 @@ def _stream(
     block: Block, places: dict[Update, Location], middles: dict[Value, Location], last: Location
 ) -> tuple[StreamStep, ...]:
     """The layer's residual path as data, from its input to its output."""
-    steps: list[StreamStep] = []
+    steps = [StreamStep("anew")] if block.begins else list[StreamStep]()
     for step in block.steps:
         if step.kind == "add":
             terms = [u for u in block.updates if u.step is step]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias, final
 
-from hookgraph.binding.anchors import Anchor, Way
+from hookgraph.binding.anchors import Anchor
 from hookgraph.binding.layouts import Layout
 from hookgraph.binding.resuming import FREE, Resumption
 from hookgraph.binding.tracing import Slot
@@ -21,7 +21,7 @@ _PARTS: Final[Mapping[str, str]] = {
 }
 """What the locations of a layer belong to, by the first word of their names."""
 
-StepKind: TypeAlias = Literal["add", "share", "norm", "scale", "parameter", "here"]
+StepKind: TypeAlias = Literal["anew", "add", "share", "norm", "scale", "parameter", "here"]
 
 
 @final
@@ -32,7 +32,7 @@ class StreamStep:
     Args:
         kind: `add` a location's value, or to each of several streams its `share` of it, pass through a
             `norm`, `scale` by a number or by a `parameter`, or `here`: at this point of the path the stream
-            is what `location` names.
+            is what `location` names. A path that begins `anew` leads from nothing.
         location: for `add`, `share` and `here`; None where what is added cannot be reached.
         name: the path of the norm, or of the module that returns what is added, or the parameter's name.
         factor: the number.
@@ -93,9 +93,6 @@ class WeightSource:
     view: View = None
 
 
-Boundary: TypeAlias = tuple[str, int]
-"""A stack, and how many of its layers lie before a point between layers."""
-
 WeightKey: TypeAlias = tuple[str, str, int | None]
 """Stack, name and layer."""
 
@@ -111,8 +108,6 @@ class Findings:
     weights: dict[WeightKey, WeightSource] = field(default_factory=dict[WeightKey, WeightSource])
     experts: dict[tuple[str, int], ExpertLayer] = field(default_factory=dict[tuple[str, int], ExpertLayer])
     """By stack and layer."""
-    closed: dict[Boundary, str] = field(default_factory=dict[Boundary, str])
-    """Where passes were seen not to begin as they should, and what came of them."""
     batch: int = 0
     """How many examples the traced pass had."""
     counted: str = ""
@@ -126,15 +121,6 @@ class Findings:
         """Keep an anchor."""
         self.anchors[anchor.location] = anchor
 
-    def add_ways(self, other: "Findings") -> None:
-        """Keep how the same model, using the other kernel, has what its own code computes."""
-        for location, anchor in self.anchors.items():
-            found = other.anchors.get(location)
-            if anchor.operand is None or found is None or found.operand is None:
-                continue
-            if found.module == anchor.module and found.operand.kind != anchor.operand.kind:
-                self.anchors[location] = replace(anchor, other=Way(found.operand, found.view))
-
     def absent(self, reason: str, *locations: Location | LocationType, layer: int | None = None) -> None:
         """Keep the reason for which locations are absent, unless one is known."""
         for location in locations:
@@ -145,18 +131,6 @@ class Findings:
         """The stage of a location's layer, or of the last layer: layers of one stage have one width."""
         layers = self.layers.get(location.type.stack)
         return layers[-1 if location.layer is None else location.layer].stage if layers else 0
-
-    def why_closed(self, stack: str, block: int) -> str:
-        """Why no pass can begin before a layer, or, with their number, after all; empty if one can."""
-        layers = self.layers.get(stack, ())
-        if not layers:
-            return "its layers were not found"
-        if any(layer.shared for layer in layers):
-            return "its layers are no modules of their own"
-        lost = layers[block - 1].after.lost if block else None
-        if lost is not None:
-            return f"later layers read what layer {lost} computed beside the stream"
-        return self.closed.get((stack, block), "")
 
     def missing(self, kind: LocationType) -> str:
         """What no layer has, if that is why no location of a type exists; empty if another one of it does."""

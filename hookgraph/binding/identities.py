@@ -192,14 +192,14 @@ def _of_stream(
             steps.append(step)
             continue
         added = [s.location if s.kind == "add" else None for s in steps if s.kind in ("add", "share")]
-        places = [x for x in (start, *added, step.location) if x is not None]
-        if None not in added and all(x in present for x in places):
-            names = " + ".join(str(x.type) for x in (start, *added) if x is not None)
-            about = tuple(x for x in (start, *added) if x is not None)
+        origin = None if any(s.kind == "anew" for s in steps) else start
+        about = tuple(x for x in (origin, *added) if x is not None)
+        if None not in added and all(x in present for x in (*about, step.location)):
+            names = " + ".join(str(x.type) for x in about)
             yield Identity(
                 f"{step.location.type} = {names}",
                 about,
-                _along(binding, start, steps, step.location),
+                _along(binding, origin, steps, step.location),
                 (step.location,),
             )
         start, steps = step.location, []
@@ -230,11 +230,13 @@ def _moves_along(shared: Location, streams: Location, present: Values) -> Sides:
     return sides
 
 
-def _along(binding: HuggingFaceBinding, start: Location, steps: list[StreamStep], end: Location) -> Sides:
+def _along(
+    binding: HuggingFaceBinding, start: Location | None, steps: list[StreamStep], end: Location
+) -> Sides:
     model, path = binding.model, tuple(steps)
 
     def sides(values: Values) -> tuple[Tensor, Tensor]:
-        stream = values[start]
+        stream = torch.zeros_like(values[end]) if start is None else values[start]
         for step in path:
             if step.kind == "add" and step.location is not None:
                 stream = stream + values[step.location]

@@ -80,7 +80,7 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
             dead = _without_gradient(graph, example, list(group), metric)
             if not dead:
                 raise
-            cut = _effective(graph, example, [x for x, why in dead.items() if not why], metric, generator)
+            cut = _effective(graph, example, [x for x, why in dead.items() if not why], metric)
             notes = {x: why or (_CUT if x in cut else _DEAD) for x, why in dead.items()}
             proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
             alive = {x: value for x, value in group.items() if x not in dead}
@@ -201,13 +201,10 @@ def _without_gradient(
 
 
 def _effective(
-    graph: HookGraph,
-    example: Mapping[str, Any],
-    locations: Sequence[Location],
-    metric: Metric,
-    generator: torch.Generator,
+    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
 ) -> list[Location]:
     """The locations at which an edit changes the metric."""
+    generator = torch.Generator().manual_seed(3)
     plain = metric(graph.run(example).logits)
     moved = (graph.hook(x, _mover(x, generator)).run(example) for x in locations)
     return [x for x, run in zip(locations, moved, strict=True) if not metric(run.logits).equal(plain)]

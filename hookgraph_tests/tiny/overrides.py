@@ -258,6 +258,11 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "informer": {"prediction_length": 4, "input_size": 1},
     "autoformer": {"prediction_length": 4, "input_size": 1},
     "time_series_transformer": {"prediction_length": 4, "input_size": 1},
+    "inkling2_text": {
+        "n_layers_per_attn_res_block": 2,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {
