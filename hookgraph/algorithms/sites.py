@@ -1,7 +1,7 @@
 """What is attributed, prepared: places, the sites that they form, and their clean and corrupt values."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -60,6 +60,7 @@ class Contrast:
         corrupt: and in the corrupt run.
         total: m(corrupt) - m(clean) per example.
         entries: the boundary before each place.
+        retained: the clean inputs, if their run retained what the model remembers of each position.
     """
 
     graph: HookGraph
@@ -72,6 +73,7 @@ class Contrast:
     corrupt: Values
     total: Float[Tensor, " batch"] | None
     entries: Mapping[Location, Location | None]
+    retained: Prepared | None = None
 
     @staticmethod
     def of(
@@ -84,6 +86,7 @@ class Contrast:
         gradients: bool = False,
         replays: bool = False,
         wholes: bool = False,
+        retains: bool = False,
         totals: bool = True,
         instead: Instead | None = None,
     ) -> "Contrast":
@@ -98,6 +101,7 @@ class Contrast:
             gradients: whether the clean run keeps the gradient at each place.
             replays: whether it keeps the boundary before each.
             wholes: whether to see the whole locations of parts, too.
+            retains: whether it keeps what the model remembers of each position, for passes over late ones.
             totals: whether to measure the corrupt run.
             instead: what stands in for a clean value, without corrupt inputs; by default zero.
 
@@ -110,7 +114,9 @@ class Contrast:
         entries = {place: graph.entry(place) if replays else None for place in seen}
         boundaries = [x for x in entries.values() if x is not None]
         wanted = [*boundaries, *seen, *(p.grad for p in places if gradients)]
-        base = graph.run(first, save=wanted, metric=metric, logits=False)
+        retained = graph.retaining(first) if retains else None
+        base = graph.run(retained or first, save=wanted, metric=metric, logits=False)
+        base = replace(base, inputs=first)
         measured = finite_metric(base)
         if second is None:
             stand_in = instead or (lambda _, value: torch.zeros_like(value))
@@ -120,7 +126,9 @@ class Contrast:
             run = graph.run(second, save=seen, metric=metric if totals else None, logits=False)
             corrupted, total = run, finite_metric(run) - measured if totals else None
         values = {place: base[place] for place in seen}
-        return Contrast(graph, metric, places, first, second, base, values, corrupted, total, entries)
+        return Contrast(
+            graph, metric, places, first, second, base, values, corrupted, total, entries, retained
+        )
 
     @property
     def measured(self) -> Float[Tensor, " batch"]:

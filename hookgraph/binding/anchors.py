@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final
 
 from hookgraph.binding.layouts import Layout
+from hookgraph.binding.operations import Operand
 from hookgraph.binding.tracing import Call, Slot, Trace
 from hookgraph.binding.views import View
 from hookgraph.ontology.locations import Location
@@ -13,7 +14,7 @@ Mechanism: TypeAlias = Literal[
     "input",
     "sum",
     "interior",
-    "softmax",
+    "own code",
     "norm scale",
     "head result",
     "head input",
@@ -26,7 +27,8 @@ Mechanism: TypeAlias = Literal[
 * `input`: what a module is given, replaced in what it is given.
 * `sum`: what a module is given, changed in place, because others hold the same tensor.
 * `interior`: inside the attention function.
-* `softmax`: what the only softmax inside a module reads or returns.
+* `own code`: in attention by code of the model's own: what a product, the softmax or a fused attention reads
+  or returns.
 * `norm scale`: computed from a norm's input; an edit rescales its output.
 * `head input`: a projection's input once per head; an edit adds the difference to what the head gets.
 * `experts`: inside routed experts, by token and choice.
@@ -42,6 +44,15 @@ Role: TypeAlias = Literal[
 
 Kept: TypeAlias = Literal["", "states", "source"]
 """What a cache keeps of keys and values: these themselves, or what they are made from."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Where code of a model's own has a tensor, and how it lies there."""
+
+    operand: Operand
+    view: View = None
 
 
 @final
@@ -66,6 +77,8 @@ class Anchor:
             they are made from; empty where no cache was seen.
         call: which of the module's calls in one pass.
         calls: how many calls of the module there are in one pass.
+        operand: for `own code`: which tensor of which function.
+        other: the same where the model is told to use the other kernel, eager or fused.
     """
 
     location: Location
@@ -83,14 +96,25 @@ class Anchor:
     kept: Kept = ""
     call: int = 0
     calls: int = 1
+    operand: Operand | None = None
+    other: Way | None = None
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """For `own code`: every way in which the model may have it."""
+        if self.operand is None:
+            return ()
+        own = Way(self.operand, self.view)
+        return (own,) if self.other is None else (own, self.other)
 
     def __str__(self) -> str:
         slot = "" if self.slot is None else f"[{self.slot!r}]"
         role = f" {self.role}" if self.role else ""
         view = "" if self.view is None else f" as {self.view}"
         layout = f", {self.layout}" if self.layout else ""
+        operand = "" if self.operand is None else f" at {self.operand.kind} {self.operand.nth}"
         call = f", call {self.call} of {self.calls}" if self.calls > 1 else ""
-        return f"{self.mechanism}{role} of {self.module or 'the model'}{slot}{view}{layout}{call}"
+        return f"{self.mechanism}{role}{operand} of {self.module or 'the model'}{slot}{view}{layout}{call}"
 
 
 def on_call(trace: Trace, call: Call, anchor: Anchor) -> Anchor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from hookgraph.binding.anchors import Role
+from hookgraph.binding.anchors import Anchor, Role
 from hookgraph.binding.caching import Edited, NewStates
 from hookgraph.binding.mechanisms import PassState
 from hookgraph.errors import BindingError
@@ -61,14 +61,13 @@ class Interior:
         self,
         module: nn.Module,
         taps: TapsByCall,
-        eager: str,
+        anchors: Mapping[Role, Anchor],
         state: PassState,
-        kept: frozenset[Role] = frozenset(),
         *,
         watch: bool = False,
     ) -> None:
         self._module = module
-        self._kept = kept
+        self._kept: frozenset[Role] = frozenset(role for role, a in anchors.items() if a.kept == "states")
         self._taps: Mapping[Role, Tap] | None = None
         self._edited: dict[Location, Edited] = {}
         self.seen: dict[Role, bool] = {}
@@ -76,13 +75,13 @@ class Interior:
         self._turn = Turn(taps, state)
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
-        self._eager = _function(eager)
+        self._eager = _function(next(iter(anchors.values())).eager)
         replaced = copied(self._original)
         replaced.__dict__["_attn_implementation_internal"] = NAME
         replaced.__dict__[_INTERIOR] = self
         module.__dict__["config"] = replaced
         looks = watch or any("key" in inside or "value" in inside for inside in taps.values())
-        self._states = NewStates(module, kept, self._change, self._end) if looks else None
+        self._states = NewStates(module, self._kept, self._change, self._end) if looks else None
 
     def remove(self) -> None:
         """Give the module its own configuration back."""
@@ -100,7 +99,7 @@ class Interior:
         self._taps = None
 
     def _change(self, role: Role, raw: Tensor) -> Tensor:
-        return _tap_heads(self._begin().get(role), raw)
+        return tap_heads(self._begin().get(role), raw)
 
     def _tap_states(self, role: Role, raw: Tensor, query: Tensor) -> Tensor:
         """Call the tap on keys or values where the cache did not."""
@@ -109,10 +108,10 @@ class Interior:
             return raw
         self.seen[role] = raw is states.returned.get(role)
         if tap is None or states.cache is None:
-            return _tap_heads(tap, raw)
+            return tap_heads(tap, raw)
         if role not in self._kept:
             if Dimension.POS not in tap.location.type.dims:  # the positions of another stack, all of them
-                return _tap_heads(tap, raw)
+                return tap_heads(tap, raw)
             return self._edited.setdefault(tap.location, Edited()).tap(tap, raw, states, query.shape[2])
         if states.returned and not self.seen[role]:
             raise BindingError(f"{tap.location}: attention was not given what the cache handed back")
@@ -130,7 +129,7 @@ class Interior:
     ) -> Any:
         """What the model's attention function returns, with every tap called on the way."""
         taps = self._begin()
-        query = _tap_heads(taps.get("query"), query)
+        query = tap_heads(taps.get("query"), query)
         key = self._tap_states("key", key, query)
         value = self._tap_states("value", value, query)
         self._end()
@@ -149,34 +148,6 @@ class Interior:
         if isinstance(output, tuple):
             return (tap(output[0]), *output[1:])
         return tap(output)
-
-
-@final
-class OwnSoftmax:
-    """The taps on the softmax of a module that computes attention by code of its own."""
-
-    def __init__(self, module: nn.Module, taps: TapsByCall, state: PassState) -> None:
-        self._turn = Turn(taps, state)
-        self._active: list[_SoftmaxTaps] = []
-        self._handles = (
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
-        )
-
-    def remove(self) -> None:
-        """Stop looking at the module."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        taps = self._turn.next()
-        mode = _SoftmaxTaps(taps.get("scores"), taps.get("pattern"))
-        self._active.append(mode)
-        mode.__enter__()
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        mode = self._active.pop()
-        mode.__exit__(None, None, None)
 
 
 def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +170,7 @@ def _function(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _tap_heads(tap: Tap | None, raw: Tensor) -> Tensor:
+def tap_heads(tap: Tap | None, raw: Tensor) -> Tensor:
     """Call a tap on heads that lie before positions."""
     if tap is None:
         return raw
@@ -224,7 +195,7 @@ class _SoftmaxTaps(TorchFunctionMode):
         scores = args[0] if args else kwargs.pop("input")
         if self._scores is not None and self._scores.edits:
             # A copy, because what is masked must be known after an edit in place too.
-            scores = _keep_masked(scores, self._scores(scores.clone()))
+            scores = kept_masked(scores, self._scores(scores.clone()))
         elif self._scores is not None:
             scores = self._scores(scores)
         pattern = func(scores, *args[1:], **kwargs)
@@ -239,7 +210,7 @@ class _SoftmaxTaps(TorchFunctionMode):
             )
 
 
-def _keep_masked(before: Tensor, after: Tensor) -> Tensor:
+def kept_masked(before: Tensor, after: Tensor) -> Tensor:
     """Edited scores with masked cells as they were: a softmax over freed cells would see the future."""
     return torch.where(masked_cells(before), before, after)
 

@@ -1,6 +1,6 @@
 """`bind`: from a model to a graph of proven locations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding import cache, conformance, proving
 from hookgraph.binding.cache_use import see_cache
+from hookgraph.binding.compiled import as_written
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, one_row, unrunnable
 from hookgraph.binding.family import Family, apply
@@ -62,13 +63,26 @@ def bind(
             "or write an AbstractBinding for a network of your own"
         )
     examples = list(candidates(model)) if example is None else [dict(example)]
-    keeping = check and cached
+    with as_written(model.modules()):
+        return HookGraph(_bound(model, tokenizer, examples, family, check=check, keeping=check and cached))
+
+
+def _bound(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Sequence[dict[str, Any]],
+    family: Family | None,
+    *,
+    check: bool,
+    keeping: bool,
+) -> HuggingFaceBinding:
+    """What is kept of a model like this one, or else what is found in it, proven if that is asked for."""
     kept = _known(model, examples, family) if keeping else None
     if kept is not None:
         inputs, entry = kept
         binding = HuggingFaceBinding(model, entry.findings, tokenizer, example=inputs)
         told = {**entry.report.metadata, **binding.metadata}
-        return HookGraph(binding.proven(entry.findings, replace(entry.report, metadata=told)))
+        return binding.proven(entry.findings, replace(entry.report, metadata=told))
     inputs, trace = _traced(model, examples)
     found = _resolved(model, trace)
     if not check or proving.is_small(model):  # of a large one its twin tells
@@ -76,12 +90,12 @@ def bind(
     found = found if family is None else apply(family, found, model)
     binding = HuggingFaceBinding(model, found, tokenizer, example=inputs)
     if not check:
-        return HookGraph(binding)
+        return binding
     outcome = proving.prove(binding, family)
     key = cache.key_of(model, inputs, family) if keeping else None
     if key:
         cache.store(key, cache.Entry(outcome.findings, outcome.report))
-    return HookGraph(binding.proven(outcome.findings, outcome.report))
+    return binding.proven(outcome.findings, outcome.report)
 
 
 def check(graph: HookGraph) -> ConformanceReport:
@@ -128,8 +142,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside one that PEFT wrapped; its adapters are modules of that model.
 
     Raises:
-        BindingError: the wrapper adds to the inputs, which the model inside knows nothing of.
+        BindingError: the wrapper adds to the inputs, which the model inside knows nothing of, or is compiled.
     """
+    if hasattr(model, "_orig_mod"):
+        raise BindingError(
+            f"{type(model).__name__} is what torch.compile returned: bind the model that it was given. "
+            "Compiled in place, by model.compile(), a model runs as it is written while it is looked into"
+        )
     inside = getattr(model, "get_base_model", None)
     if inside is None:
         return model

@@ -154,8 +154,8 @@ def _chains_with_more_between(
         taken = {block.call for others in found.values() for block in others}
         around = {parent for call in taken for parent in call.parents}
         own = {block.call for block in blocks}
-        nested = own & (around | taken) or taken & {parent for call in own for parent in call.parents}
-        if len(blocks) > 1 and not nested and all(_leads_on(trace, *pair) for pair in pairwise(blocks)):
+        known = own & (taken | around) or taken & {parent for call in own for parent in call.parents}
+        if len(blocks) > 1 and not known and all(_leads_on(trace, *pair) for pair in pairwise(blocks)):
             found[path] = blocks
     return found
 

@@ -2,26 +2,30 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from hookgraph.binding.anchors import Anchor
+from hookgraph.binding.anchors import Anchor, Role
 from hookgraph.binding.attention import Interior
 from hookgraph.binding.examples import one_row
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.mechanisms import PassState
+from hookgraph.binding.own_code import OwnCode
 from hookgraph.binding.tracing import evaluating
 from hookgraph.hooks.handles import Handle, installed
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 
 def see_cache(model: nn.Module, findings: Findings, example: Mapping[str, Any]) -> Findings:
     """Findings that tell of keys and values what a cache keeps of them. Without a cache nothing is told."""
-    chosen = [
-        a for a in findings.anchors.values() if a.mechanism == "interior" and a.role in ("key", "value")
-    ]
+    chosen: dict[str, dict[Role, Anchor]] = {}
+    for anchor in findings.anchors.values():
+        if anchor.mechanism in ("interior", "own code") and anchor.role in ("key", "value"):
+            chosen.setdefault(anchor.module, {})[anchor.role] = anchor
     if not chosen:
         return findings
     watch = _Watch(model, chosen)
@@ -31,27 +35,36 @@ def see_cache(model: nn.Module, findings: Findings, example: Mapping[str, Any]) 
     except Exception:  # a model that cannot be run like this uses no cache like this
         return findings
     kept: dict[Location, Anchor] = {}
-    for anchor in chosen:
-        same = watch.interiors[anchor.module].seen.get(anchor.role, False)
-        kept[anchor.location] = replace(anchor, kept="states" if same else "source")
-    return replace(findings, anchors={**findings.anchors, **kept})
+    unreached: dict[Location, str] = {}
+    for location, anchor in findings.anchors.items():
+        if anchor.role not in chosen.get(anchor.module, ()):
+            continue
+        same = watch.interiors[anchor.module].seen.get(anchor.role)
+        if anchor.mechanism == "interior":
+            kept[location] = replace(anchor, kept="states" if same else "source")
+        elif same:
+            kept[location] = replace(anchor, kept="states")
+        elif same is False and Dimension.POS in location.type.dims:
+            unreached[location] = "the model's own attention code makes them of what a cache keeps"
+    return replace(findings, anchors={**findings.anchors, **kept}).without(unreached)
 
 
 @final
 class _Watch:
     """Looks at attention modules without changing anything."""
 
-    def __init__(self, model: nn.Module, chosen: list[Anchor]) -> None:
-        self.interiors: dict[str, Interior] = {}
+    def __init__(self, model: nn.Module, chosen: Mapping[str, Mapping[Role, Anchor]]) -> None:
+        self.interiors: dict[str, Interior | OwnCode] = {}
         self._model = model
-        self._eager = {a.module: a.eager for a in chosen}
+        self._chosen = chosen
 
     def installers(self) -> list[Callable[[], Handle]]:
         """One for each module."""
-        return [lambda path=path: self._install(path) for path in self._eager]
+        return [partial(self._install, path) for path in self._chosen]
 
-    def _install(self, path: str) -> Interior:
-        module = self._model.get_submodule(path)
-        interior = Interior(module, {}, self._eager[path], PassState(), watch=True)
+    def _install(self, path: str) -> Handle:
+        module, anchors = self._model.get_submodule(path), self._chosen[path]
+        kind = Interior if next(iter(anchors.values())).mechanism == "interior" else OwnCode
+        interior = kind(module, {}, anchors, PassState(), watch=True)
         self.interiors[path] = interior
         return interior

@@ -21,6 +21,7 @@ from hookgraph.binding.edits import inside_kernel, live, replace_rows, rows_of, 
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.identities import Identity, identities, watching
 from hookgraph.binding.mixtures import mixture_identities, rerouted
+from hookgraph.binding.replays import check_replays
 from hookgraph.binding.slopes import check_gradients
 from hookgraph.binding.state import model_state
 from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
@@ -89,6 +90,8 @@ def _check(
         proofs += _check_transparent(graph, example, locations)
         proofs += _check_conserved(binding, graph, example, clean)
         proofs += check_gradients(graph, example, clean)
+    replays = check_replays(graph, example, clean, locations)
+    proofs += replays.proofs
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
     proofs += [Proof(x, "removed", not note, float(bool(note)), 0.0, note) for x in locations]
@@ -99,7 +102,7 @@ def _check(
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         {**binding.metadata, "proven on": f"the model itself, in {binding.metadata['dtype']}"},
-        gaps=(*other.gaps, *_unequal(proofs, clean)),
+        gaps=(*other.gaps, *replays.gaps, *_unequal(proofs, clean)),
     )
 
 

@@ -1,13 +1,16 @@
 """From a trace to anchors: which location is reached where. No name of a module plays a part."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from hookgraph.binding.anchors import Anchor, Mechanism, on_call
-from hookgraph.binding.blocks import Block, Update, find_chains
+from hookgraph.binding.blocks import Block, Step, Update, find_chains
 from hookgraph.binding.ends import bind_embedding, bind_head, bind_last_norm
 from hookgraph.binding.findings import Findings, Layer, StreamStep
 from hookgraph.binding.heads import bind_attention
 from hookgraph.binding.interiors import bind_mlp
+from hookgraph.binding.kernels import other_kernel
 from hookgraph.binding.mixers import bind_mixer
 from hookgraph.binding.mixing import find_mixing
 from hookgraph.binding.norms import find_norm
@@ -22,11 +25,21 @@ from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerS
 
 
 def discover(trace: Trace) -> Findings:
-    """Resolve a traced model.
+    """Resolve a traced model, and where its own code computes attention by the other kernel, too.
 
     Raises:
         BindingError: the model has no chain of layers with a residual stream.
     """
+    found = _discover(trace)
+    if any(anchor.operand is not None for anchor in found.anchors.values()):
+        with suppress(Exception):  # a model that cannot be run with the other kernel never will be
+            with other_kernel(trace.model):
+                other = _discover(Trace(trace.model, trace.inputs))
+            found.add_ways(other)
+    return found
+
+
+def _discover(trace: Trace) -> Findings:
     chains = joined(find_chains(trace))
     if not chains:
         lists = [p for p, m in trace.root.module.named_modules() if type(m).__name__ == "ModuleList"]
@@ -247,15 +260,11 @@ def _bind_middle(
 ) -> Value | None:
     """The stream between two updates: what a norm returns, or a sum that a module is given."""
     steps = block.steps[block.steps.index(before.step) :]
-    middle = before.step.value
-    for step in steps[1:]:
-        if step.kind in ("add", "mix"):
-            break
-        middle = step.value
-    chain = {middle, *(s.value for s in steps)}
+    chain = {s.value for s in steps}
     if before.step is after.step or not any(i in chain for v in after.cone for i in v.inputs):
         found.absent("both updates read the layer's input, so no such sum exists", location)
         return None
+    middle = _parting(steps, after)
     layout = block.grid.layout_of(middle)
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
@@ -281,6 +290,20 @@ def _bind_middle(
         on_call(trace, call, Anchor(location, "sum", call.path, slot, block.streams_of(given), layout=layout))
     )
     return middle
+
+
+def _parting(steps: Sequence[Step], after: Update) -> Value:
+    """The last value of the stream before the next update is added that this update was computed from.
+
+    What is done to the stream after it, as scaling what the update is added to, the update does not see.
+    """
+    values = [steps[0].value]
+    for step in steps[1:]:
+        if step.kind in ("add", "mix"):
+            break
+        values.append(step.value)
+    read = {i for v in after.cone for i in v.inputs}
+    return next((v for v in reversed(values) if v in read), values[-1])
 
 
 def _same_elements(value: Value, source: Value) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias, final
 
-from hookgraph.binding.anchors import Anchor
+from hookgraph.binding.anchors import Anchor, Way
 from hookgraph.binding.layouts import Layout
 from hookgraph.binding.resuming import FREE, Resumption
 from hookgraph.binding.tracing import Slot
@@ -93,6 +93,9 @@ class WeightSource:
     view: View = None
 
 
+Boundary: TypeAlias = tuple[str, int]
+"""A stack, and how many of its layers lie before a point between layers."""
+
 WeightKey: TypeAlias = tuple[str, str, int | None]
 """Stack, name and layer."""
 
@@ -108,6 +111,8 @@ class Findings:
     weights: dict[WeightKey, WeightSource] = field(default_factory=dict[WeightKey, WeightSource])
     experts: dict[tuple[str, int], ExpertLayer] = field(default_factory=dict[tuple[str, int], ExpertLayer])
     """By stack and layer."""
+    closed: dict[Boundary, str] = field(default_factory=dict[Boundary, str])
+    """Where passes were seen not to begin as they should, and what came of them."""
     batch: int = 0
     """How many examples the traced pass had."""
     counted: str = ""
@@ -121,6 +126,15 @@ class Findings:
         """Keep an anchor."""
         self.anchors[anchor.location] = anchor
 
+    def add_ways(self, other: "Findings") -> None:
+        """Keep how the same model, using the other kernel, has what its own code computes."""
+        for location, anchor in self.anchors.items():
+            found = other.anchors.get(location)
+            if anchor.operand is None or found is None or found.operand is None:
+                continue
+            if found.module == anchor.module and found.operand.kind != anchor.operand.kind:
+                self.anchors[location] = replace(anchor, other=Way(found.operand, found.view))
+
     def absent(self, reason: str, *locations: Location | LocationType, layer: int | None = None) -> None:
         """Keep the reason for which locations are absent, unless one is known."""
         for location in locations:
@@ -131,6 +145,18 @@ class Findings:
         """The stage of a location's layer, or of the last layer: layers of one stage have one width."""
         layers = self.layers.get(location.type.stack)
         return layers[-1 if location.layer is None else location.layer].stage if layers else 0
+
+    def why_closed(self, stack: str, block: int) -> str:
+        """Why no pass can begin before a layer, or, with their number, after all; empty if one can."""
+        layers = self.layers.get(stack, ())
+        if not layers:
+            return "its layers were not found"
+        if any(layer.shared for layer in layers):
+            return "its layers are no modules of their own"
+        lost = layers[block - 1].after.lost if block else None
+        if lost is not None:
+            return f"later layers read what layer {lost} computed beside the stream"
+        return self.closed.get((stack, block), "")
 
     def missing(self, kind: LocationType) -> str:
         """What no layer has, if that is why no location of a type exists; empty if another one of it does."""

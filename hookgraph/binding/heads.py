@@ -1,6 +1,6 @@
 """The inside of attention: queries, keys, values, scores, pattern, z and what each head writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -9,6 +9,7 @@ from hookgraph.binding.anchors import Role as Part
 from hookgraph.binding.blocks import Block, Update, is_softmax_over_positions
 from hookgraph.binding.findings import Findings, WeightSource
 from hookgraph.binding.interiors import bind_reading
+from hookgraph.binding.own_attention import WEIGHED, Found, own_attention
 from hookgraph.binding.projections import as_input, as_output, behind, is_projection
 from hookgraph.binding.readers import bind_reader
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value
@@ -33,8 +34,29 @@ class _Inside:
     out_heads_first: bool
     eager: str
     """The eager function, if the model goes through transformers' attention interface."""
-    softmax: Value | None
-    """The softmax over positions, if it does not."""
+    own: Mapping[Part, Found]
+    """How its tensors are reached in the model's own code, if it does not."""
+    heads: int = 0
+    """How many there are, if known."""
+
+    def reaches(self, part: Part) -> bool:
+        """Whether a tensor is reached where attention is computed."""
+        return bool(self.eager) or part in self.own
+
+    def anchor(self, location: Location, part: Part) -> Anchor:
+        """How a tensor is reached where attention is computed."""
+        if self.eager:
+            return Anchor(location, "interior", self.call.path, role=part, eager=self.eager)
+        found = self.own[part]
+        return Anchor(
+            location,
+            "own code",
+            self.call.path,
+            view=found.view,
+            role=part,
+            overwritten=found.value.overwritten,
+            operand=found.operand,
+        )
 
 
 def bind_attention(
@@ -58,10 +80,6 @@ def bind_attention(
         return
     if update.attention is not None and _calls(trace, update.attention) > 1:
         reason = "the attention function is called more than once in this layer"
-        found.absent(reason, *parts, *before, layer=layer)
-        return
-    if inside.softmax is not None and inside.softmax.tensor.ndim == 3:
-        reason = "the model's own attention code has batch and heads on one axis"
         found.absent(reason, *parts, *before, layer=layer)
         return
     cross = "" if types.q_pre is not None else "x"
@@ -89,7 +107,7 @@ def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
     call = update.attention
     if call is not None:
         eager = _import_path(call.eager)
-        return _Inside(call.call, call.query, call.key, call.value, call.out, False, eager, None)
+        return _Inside(call.call, call.query, call.key, call.value, call.out, False, eager, {})
     softmaxes = sorted((v for v in update.cone if is_softmax_over_positions(v)), key=lambda v: v.number)
     if not softmaxes:
         return None
@@ -99,26 +117,19 @@ def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
         key=lambda c: len(c.parents) if any(True for _ in c.module.children()) else -1,
         default=block.call,
     )
-    if softmax.op.startswith("_scaled_dot_product"):
-        query, key, value = softmax.inputs[:3]
-        return _Inside(owner, query, key, value, softmax, True, "", None)
-    if softmax.op == "_safe_softmax":
-        return _Inside(owner, None, None, None, None, True, "", None)
-    product = _consuming_product(trace, softmax, owner)
-    scores = _producing_product(softmax, block)
-    query, key = (None, None) if scores is None else (scores.inputs[-2], scores.inputs[-1])
-    value = None if product is None else product.inputs[1]
-    width = softmax.tensor.shape[1]
-    return _Inside(
-        owner,
-        None if query is None else _by_head(query, width),
-        None if key is None else _by_head(key, width),
-        None if value is None else _by_head(value, width),
-        product,
-        True,
-        "",
-        softmax,
-    )
+    own = own_attention(trace, block, owner, softmax)
+    if softmax.op == "_softmax":
+        product, scores = _consuming_product(trace, softmax, owner), _producing_product(softmax, block)
+        query, key = (None, None) if scores is None else (scores.inputs[-2], scores.inputs[-1])
+        value, out = None if product is None else product.inputs[1], product
+    else:
+        parts: tuple[Part, ...] = ("query", "key", "value", "out")
+        query, key, value, out = (own[x].value if x in own else None for x in parts)
+    pattern = own.get("pattern")
+    heads = 0 if pattern is None or pattern.view is None else pattern.view.heads
+    heads = heads or softmax.tensor.shape[1]
+    query, key, value = (None if x is None else _by_head(x, heads) for x in (query, key, value))
+    return _Inside(owner, query, key, value, out, True, "", own, heads)
 
 
 def _by_head(value: Value, heads: int) -> Value:
@@ -139,7 +150,7 @@ def _consuming_product(trace: Trace, softmax: Value, owner: Call) -> Value | Non
         if value.inputs and value.inputs[0] in copies:
             if value.op in _MATMULS:
                 return value
-            if value.op in ALIASES or value.op in ("mul", "native_dropout"):
+            if value.op in WEIGHED:
                 copies.add(value)
     return None
 
@@ -167,9 +178,8 @@ def _bind_heads(
         found.add(on_call(trace, reached.call, anchor))
         if is_projection(trace, reached.call):
             found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
-    elif inside.eager:
-        anchor = Anchor(location, "interior", inside.call.path, role=part, eager=inside.eager)
-        found.add(on_call(trace, inside.call, anchor))
+    elif inside.reaches(part):
+        found.add(on_call(trace, inside.call, inside.anchor(location, part)))
     else:
         reason = "the model's own attention code computes on them after the projection"
         found.absent(reason, location)
@@ -213,14 +223,11 @@ def _bind_before_rotary(
 
 def _bind_scores(trace: Trace, found: Findings, types: AttentionTypes, layer: int, inside: _Inside) -> None:
     parts: tuple[tuple[LocationType, Part], ...] = ((types.scores, "scores"), (types.pattern, "pattern"))
-    if not inside.eager and inside.softmax is None:
-        reason = "the model's own code calls a fused attention: load it with attn_implementation='eager'"
-        found.absent(reason, types.scores, types.pattern, layer=layer)
-        return
-    mechanism: Mechanism = "interior" if inside.eager else "softmax"
     for kind, part in parts:
-        anchor = Anchor(kind[layer], mechanism, inside.call.path, role=part, eager=inside.eager)
-        found.add(on_call(trace, inside.call, anchor))
+        if inside.reaches(part):
+            found.add(on_call(trace, inside.call, inside.anchor(kind[layer], part)))
+        else:
+            found.absent("they do not show in the model's own attention code", kind[layer])
 
 
 def _bind_output(
@@ -230,14 +237,12 @@ def _bind_output(
     out = inside.out
     reached = None
     if out is not None:
-        heads = inside.softmax.tensor.shape[1] if inside.softmax is not None else 0
-        reached = as_input(trace, out, block.call, heads_first=inside.out_heads_first, heads=heads)
+        reached = as_input(trace, out, block.call, heads_first=inside.out_heads_first, heads=inside.heads)
     if reached is None:
         reason = "something happens between z and the output projection"
         found.absent(reason, types.result, layer=layer)
-        if inside.eager:
-            anchor = Anchor(types.z[layer], "interior", inside.call.path, role="out", eager=inside.eager)
-            found.add(on_call(trace, inside.call, anchor))
+        if inside.reaches("out"):
+            found.add(on_call(trace, inside.call, inside.anchor(types.z[layer], "out")))
         else:
             found.absent(reason, types.z, layer=layer)
         return

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.anchors import Anchor, Mechanism, Role
-from hookgraph.binding.attention import Interior, OwnSoftmax, TapsByCall
+from hookgraph.binding.attention import Interior, TapsByCall
+from hookgraph.binding.compiled import as_written
 from hookgraph.binding.experts import ExpertsInterior
 from hookgraph.binding.findings import Findings
 from hookgraph.binding.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.mechanisms import PassState, install, needs_state
 from hookgraph.binding.outputs import read_output
+from hookgraph.binding.own_code import OwnCode
 from hookgraph.binding.positions import Following, spans_of
 from hookgraph.binding.products import OwnProduct
 from hookgraph.binding.reading import reading
-from hookgraph.binding.remembering import recalled, remember
+from hookgraph.binding.remembering import recalled, remember, retaining
 from hookgraph.binding.skipping import entering
 from hookgraph.binding.weights import normal_form
-from hookgraph.errors import AlreadyAttachedError, InputError, UnknownLocationError, nearest
+from hookgraph.errors import AlreadyAttachedError, InputError, LocationError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads
@@ -31,10 +33,10 @@ from hookgraph.hooks.handles import Handle, installed
 from hookgraph.hooks.positions import Place
 from hookgraph.hooks.taps import Tap, Taps
 from hookgraph.ontology.locations import MAIN_STACK, Location
-from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS
+from hookgraph.ontology.transformer import FINAL_LN_OUT, LOGITS, RESID_POST, STREAMS_POST
 from hookgraph.ontology.weights import WeightType
 
-_INSIDE = frozenset[Mechanism]({"interior", "softmax", "experts", "product"})
+_INSIDE = frozenset[Mechanism]({"interior", "own code", "experts", "product"})
 """Mechanisms that reach several tensors inside one module at once."""
 
 _attached: set[nn.Module] = set()
@@ -128,10 +130,24 @@ class HuggingFaceBinding(AbstractBinding):
 
     def remember(self, inputs: Prepared, length: int) -> Prepared | None:
         """Inputs for the positions from `length` on, with the cache that the model makes of those before."""
-        layers = self.findings.layers.get(MAIN_STACK)
-        if not layers or not self.enterable(MAIN_STACK, 0) or "past_key_values" not in self._accepted.names:
+        if not self._caches:
             return None
-        return remember(self.model, self._modules[layers[-1].module], inputs, length)
+        last = self.findings.layers[MAIN_STACK][-1].module
+        return remember(self.model, self._modules[last], inputs, length)
+
+    def retaining(self, inputs: Prepared) -> Prepared | None:
+        """Inputs whose pass fills a cache. Only where it is proven that a pass with a cache gives the same,
+        which says that later positions leave earlier ones alone.
+        """
+        ends = [x for x in self._locations if x.type in (RESID_POST, STREAMS_POST)]
+        proven = all(self._report.proves(x, "cached") for x in ends)
+        return retaining(self.model, inputs) if self._caches and ends and proven else None
+
+    @property
+    def _caches(self) -> bool:
+        """Whether the model takes a cache of what its layers have seen."""
+        known = self.findings.layers.get(MAIN_STACK) and "past_key_values" in self._accepted.names
+        return bool(known) and not self.why_closed(MAIN_STACK, 0)
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:
@@ -145,7 +161,11 @@ class HuggingFaceBinding(AbstractBinding):
             _attached.add(self.model)
         try:
             # The start comes last, so that what enters is there before any tap sees it.
-            with installed(*self._installers(taps)), self._entering(start):
+            with (
+                as_written(self._modules.values()),
+                installed(*self._installers(taps)),
+                self._entering(start),
+            ):
                 yield
         finally:
             _attached.discard(self.model)
@@ -153,6 +173,10 @@ class HuggingFaceBinding(AbstractBinding):
     def _entering(self, start: Start | None) -> AbstractContextManager[None]:
         if start is None:
             return nullcontext()
+        reason = self.why_closed(start.stack, start.block)
+        if reason:
+            where = f"after layer {start.block - 1}" if start.block else "before its layers"
+            raise LocationError(f"this model cannot be entered {where} of its {start.stack}: {reason}")
         return entering(self._modules, self.findings.layers[start.stack], start)
 
     def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
@@ -160,9 +184,9 @@ class HuggingFaceBinding(AbstractBinding):
         installers: list[Callable[[], Handle]] = []
         state = PassState(self.findings.counted)
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
+        state.watches = any(self.findings.anchors[x].mechanism == "own code" for x in taps if x.site is None)
         interiors: dict[tuple[Mechanism, str], dict[int, dict[Role, Tap]]] = {}
-        eager: dict[str, str] = {}
-        kept: dict[str, set[Role]] = {}
+        reached: dict[tuple[Mechanism, str], dict[Role, Anchor]] = {}
         native = sorted((k for k in taps if k.site is None), key=self._place.__getitem__, reverse=True)
         for location in native:
             tap = taps[location]
@@ -170,14 +194,11 @@ class HuggingFaceBinding(AbstractBinding):
             if anchor.mechanism in _INSIDE:
                 place = (anchor.mechanism, anchor.module)
                 interiors.setdefault(place, {}).setdefault(anchor.call, {})[anchor.role] = tap
-                eager[anchor.module] = anchor.eager
-                if anchor.kept == "states":
-                    kept.setdefault(anchor.module, set()).add(anchor.role)
+                reached.setdefault(place, {})[anchor.role] = anchor
             else:
                 installers.append(self._installer(anchor, tap, state))
         for (kind, path), inside in interiors.items():
-            states = frozenset(kept.get(path, ()))
-            installers.append(self._interior(kind, path, inside, eager[path], state, states))
+            installers.append(self._interior(kind, path, inside, reached[kind, path], state))
         if any(needs_state(self.findings.anchors[location]) for location in native):
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
@@ -192,21 +213,20 @@ class HuggingFaceBinding(AbstractBinding):
         kind: Mechanism,
         path: str,
         taps: TapsByCall,
-        eager: str,
+        anchors: Mapping[Role, Anchor],
         state: PassState,
-        kept: frozenset[Role],
     ) -> Callable[[], Handle]:
+        module = self._modules[path]
         if kind == "interior":
-            return lambda: Interior(self._modules[path], taps, eager, state, kept)
-        own = {"softmax": OwnSoftmax, "experts": ExpertsInterior, "product": OwnProduct}[kind]
-        return lambda: own(self._modules[path], taps, state)
+            return lambda: Interior(module, taps, anchors, state)
+        if kind == "own code":
+            return lambda: OwnCode(module, taps, anchors, state)
+        own = {"experts": ExpertsInterior, "product": OwnProduct}[kind]
+        return lambda: own(module, taps, state)
 
-    def enterable(self, stack: str, block: int) -> bool:
-        """Whether the layers of a stack are modules of their own, and those before hand on nothing else."""
-        layers = self.findings.layers.get(stack, ())
-        if not layers or any(layer.shared for layer in layers):
-            return False
-        return block == 0 or layers[block - 1].after.lost is None
+    def why_closed(self, stack: str, block: int) -> str:
+        """Why no pass can begin before a layer of a stack: what was found, or seen in the proof."""
+        return self.findings.why_closed(stack, block)
 
     @contextmanager
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> Generator[bool]:

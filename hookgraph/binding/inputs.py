@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.packing import repeated
-from hookgraph.binding.remembering import Remembered
+from hookgraph.binding.remembering import Remembered, Retained
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
 
@@ -175,7 +175,7 @@ def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     batch = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), 1)
 
     def again(value: object) -> object:
-        if isinstance(value, Remembered):
+        if isinstance(value, Remembered | Retained):
             return value.repeated(copies)
         if isinstance(value, Tensor) and value.shape[:1] == (batch,):
             return value.repeat(copies, *([1] * (value.ndim - 1)))

@@ -35,6 +35,10 @@ class PassState:
         self._counted = counted
         self.counts = False
         """Whether some module is called several times in a pass."""
+        self.watches = False
+        """Whether the operations of some module are watched."""
+        self.aside = False
+        """Whether a hook computes something, which is none of the model's own operations."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A new pass begins."""
@@ -56,6 +60,8 @@ def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Ha
     hook, side, with_kwargs = _hook(module, anchor, tap, state)
     if anchor.calls > 1:
         hook = _on_one_call(hook, anchor, state)
+    if state.watches:
+        hook = partial(aside, hook, state)
     if side == "output":
         return module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=True)
     return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=True)
@@ -81,6 +87,15 @@ def _hook(
     if isinstance(anchor.slot, str):
         return partial(_keyword, anchor.slot, change), "input", True
     return partial(_positional, anchor.slot or 0, change), "input", False
+
+
+def aside(function: Callable[..., Any], state: PassState, *args: Any) -> Any:
+    """Call a function that computes what is not to be taken for the model's own."""
+    before, state.aside = state.aside, True
+    try:
+        return function(*args)
+    finally:
+        state.aside = before
 
 
 def _on_one_call(hook: Callable[..., Any], anchor: Anchor, state: PassState) -> Callable[..., Any]:

@@ -44,7 +44,7 @@ def shape_of(findings: Findings, location: Location) -> Kind:
     anchor = findings.anchors[location]
     # What a norm adds is a number that is fitted, and what a cache keeps is seen in a pass: of the twin.
     somewhere = location if location.layer is None else Location(location.type, 0)
-    plain = replace(anchor, location=somewhere, view=None, epsilon=0.0, call=0, kept="")
+    plain = replace(anchor, location=somewhere, view=None, epsilon=0.0, call=0, kept="", other=None)
     plain = replace(plain, module=_inside(findings, location, anchor.module), calls=min(anchor.calls, 2))
     return plain, _layout(anchor.view)
 

@@ -15,7 +15,7 @@ from hookgraph.binding.circumstances import Subject
 from hookgraph.binding.discovery import discover
 from hookgraph.binding.examples import candidates, example_inputs, one_row
 from hookgraph.binding.family import Family, apply, refuse_wrong
-from hookgraph.binding.findings import Findings
+from hookgraph.binding.findings import Boundary, Findings
 from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.binding.peers import (
     Agreement,
@@ -25,11 +25,13 @@ from hookgraph.binding.peers import (
     peers_among,
     place_of,
 )
+from hookgraph.binding.replays import REPLAYED
 from hookgraph.binding.tracing import Trace, evaluating
 from hookgraph.binding.twins import in_precision, make_excerpt, make_twin, tiny_twins
 from hookgraph.errors import BindingError
 from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.replay import block_after
 from hookgraph.ontology.locations import Location
 
 _STREAMS: Final = ("resid.", "streams.")
@@ -285,6 +287,20 @@ def _on_copy(
     ) from failure
 
 
+def _closed(findings: Findings, parts: Sequence[_Proven]) -> Findings:
+    """The findings without the entries between layers that replays, there or at peers, showed to be none."""
+    closed: dict[Boundary, str] = {}
+    for part in parts:
+        reasons = {g.location: g.reason for g in part.gaps if g.invariant == REPLAYED}
+        for location in findings.anchors:
+            block = block_after(location)
+            peers = part.peers.get(location, ()) if part.peers else (location,)
+            found = [reasons[x] for x in peers if x in reasons]
+            if block is not None and found and not findings.why_closed(location.type.stack, block):
+                closed.setdefault((location.type.stack, block), found[0])
+    return replace(findings, closed={**findings.closed, **closed})
+
+
 def _concluded(
     binding: HuggingFaceBinding, findings: Findings, parts: Sequence[_Proven], family: Family | None
 ) -> Outcome:
@@ -302,7 +318,7 @@ def _concluded(
                 failed.setdefault(location, reasons[bad] if bad == location else f"{reasons[bad]} ({bad})")
             elif peers and location not in peers:
                 stands.setdefault(location, peers[0])
-    left = findings.without(failed)
+    left = _closed(findings.without(failed), parts)
     proofs = [p for part in parts for p in part.proofs]
     report = ConformanceReport(
         tuple(proofs),

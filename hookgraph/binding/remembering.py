@@ -9,7 +9,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hookgraph.hooks.handles import installed
@@ -66,31 +66,80 @@ def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
     return copy.copy(layer).update(*states, **options)
 
 
+@final
+class Retained:
+    """Gives each pass an empty cache of its own, and holds the one that the last pass filled."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+        self._filled: DynamicCache | None = None
+
+    def fresh(self) -> DynamicCache:
+        """A cache that a pass may write to."""
+        self._filled = DynamicCache(config=self._config)
+        self._filled.activate_past_recording()  # a window keeps what lies before it, too
+        return self._filled
+
+    def repeated(self, copies: int) -> "Retained":
+        """The same for a batch that is repeated, whose passes are others."""
+        return Retained(self._config)
+
+    def first(self, length: int, total: int) -> DynamicCache | None:
+        """What a pass over the first of `total` positions would have left; None if there was no such pass."""
+        if self._filled is None or not _holds(self._filled, total):
+            return None
+        cache = copy.copy(self._filled)
+        cache.layers = [copy.copy(layer) for layer in self._filled.layers]
+        cache.crop(length - total)
+        return cache
+
+
+def retaining(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Inputs of which a pass retains what `remember` needs, so that this takes no pass of its own.
+
+    None where `remember` would not remember anything. The model has to be one whose later positions leave
+    earlier ones alone.
+    """
+    if _divided(inputs) is None:
+        return None
+    return {**inputs, "use_cache": True, "past_key_values": Retained(model.config)}
+
+
 def remember(
     model: PreTrainedModel, last: nn.Module, inputs: Mapping[str, Any], length: int
 ) -> dict[str, Any] | None:
     """Inputs for the positions from `length` on, with what the model remembers of those before.
 
-    Runs the model over the first positions, up to its last layer. None where it cannot be said that this is
-    all that they do: there is padding or an input that is not divided by position, or the cache is of another
-    kind.
+    Runs the model over the first positions, up to its last layer, unless a pass over all of them has retained
+    it. None where it cannot be said that this is all that they do: there is padding or an input that is not
+    divided by position, or the cache is of another kind.
     """
-    ids = inputs.get("input_ids")
-    given = {k for k, v in inputs.items() if v is not None and k != "use_cache"}
-    if not isinstance(ids, Tensor) or not 0 < length < ids.shape[1] or not given <= _BY_POSITION:
+    parts = _divided(inputs)
+    total = 0 if parts is None else parts["input_ids"].shape[1]
+    if parts is None or not 0 < length < total:
         return None
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool(mask.all())):
-        return None
-    parts = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
-    cache = DynamicCache(config=model.config)
-    first: dict[str, Any] = {k: v[:, :length] for k, v in parts.items()}
-    with torch.no_grad(), suppress(_Passed), installed(lambda: last.register_forward_hook(_stop)):
-        model(**first, use_cache=True, past_key_values=cache)
-    if not all(map(_appended, cache.layers)) or cache.get_seq_length() != length:
+    retained = inputs.get("past_key_values")
+    cache = retained.first(length, total) if isinstance(retained, Retained) else None
+    if cache is None:
+        cache = DynamicCache(config=model.config)
+        first: dict[str, Any] = {k: v[:, :length] for k, v in parts.items()}
+        with torch.no_grad(), suppress(_Passed), installed(lambda: last.register_forward_hook(_stop)):
+            model(**first, use_cache=True, past_key_values=cache)
+    if not _holds(cache, length):
         return None
     rest = {k: v[:, length:] for k, v in parts.items()}
     return {**rest, "use_cache": True, "past_key_values": Remembered(cache)}
+
+
+def _divided(inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The inputs that positions divide among them, if these are all; None too where there is padding."""
+    own = {k for k, v in inputs.items() if v is None or isinstance(v, Retained)} | {"use_cache"}
+    mask = inputs.get("attention_mask")
+    if not isinstance(inputs.get("input_ids"), Tensor) or not inputs.keys() - own <= _BY_POSITION:
+        return None
+    if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool(mask.all())):
+        return None
+    return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
 
 
 class _Passed(Exception):  # noqa: N818 (it ends a pass, and is no error)
@@ -101,10 +150,15 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Passed
 
 
+def _holds(cache: DynamicCache, length: int) -> bool:
+    """Whether a cache is of the kind that is known, and holds so many positions."""
+    return all(map(_appended, cache.layers)) and cache.get_seq_length() == length
+
+
 def _appended(layer: Any) -> bool:
     return type(layer) in _APPENDED and layer.is_initialized
 
 
 def recalled(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs as the model takes them, with a fresh cache of what is remembered."""
-    return {k: v.fresh() if isinstance(v, Remembered) else v for k, v in inputs.items()}
+    """Inputs as the model takes them, with a fresh cache of what is remembered, or for what is to be."""
+    return {k: v.fresh() if isinstance(v, Remembered | Retained) else v for k, v in inputs.items()}

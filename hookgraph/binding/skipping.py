@@ -10,7 +10,6 @@ from hookgraph.binding.findings import Layer
 from hookgraph.binding.layouts import restored
 from hookgraph.binding.mechanisms import element, replaced
 from hookgraph.binding.resuming import FREE
-from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import installed
 
@@ -20,17 +19,8 @@ def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: S
     """Within this context the layers before `start.block` hand their input on, and `start.value`
     is what the last of them returns.
     """
-    if any(layer.shared for layer in layers):
-        raise LocationError(
-            "this model's layers are no modules of their own: it cannot be entered between them"
-        )
     skipped = layers[: start.block]
     after = skipped[-1].after if skipped else FREE
-    if after.lost is not None:
-        raise LocationError(
-            f"this model cannot be entered after layer {start.block - 1}: later layers read what layer "
-            f"{after.lost} computed beside the stream"
-        )
     with ExitStack() as stack:
         for i, layer in enumerate(skipped):
             value = start.value if layer is skipped[-1] else None

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from hookgraph.binding.operations import Form, Noticing
 from hookgraph.binding.packing import counted_by
 
 Slot = int | str | None
@@ -125,6 +126,20 @@ class AttentionCall:
     last: int
 
 
+@final
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One call of a function that attention in a model's own code goes through."""
+
+    form: Form
+    within: tuple[Call, ...]
+    """The modules that it is called in, outermost first."""
+    operands: tuple[Value, ...]
+    out: Value
+    first: int
+    last: int
+
+
 def tensors_in(thing: object) -> Iterator[Tensor]:
     """Every tensor inside nested lists, tuples and mappings."""
     if isinstance(thing, Tensor):
@@ -152,9 +167,11 @@ class Trace:
     """One traced forward pass of `model` on `inputs`, in evaluation and without gradients."""
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
         self.values: list[Value] = []
         self.calls: list[Call] = []
         self.attention_calls: list[AttentionCall] = []
+        self.operations: list[Operation] = []
         self._stack: list[Call] = []
         self._current: dict[int, Value] = {}
         self._alive: list[Tensor] = []
@@ -169,6 +186,7 @@ class Trace:
             stack.enter_context(self._watch_attention())
             stack.enter_context(torch.no_grad())
             stack.enter_context(_Recording(self))
+            stack.enter_context(Noticing(lambda: len(self.values), self._notice))
             self.output = model(**inputs)
         self.producers = self._producers()
         self.root = next(c for c in self.calls if not c.path)
@@ -196,6 +214,11 @@ class Trace:
         self._current[id(tensor)] = value
         self._alive.append(tensor)
         return value
+
+    def _notice(self, first: int, form: Form, operands: tuple[Tensor, ...], result: Tensor) -> None:
+        values = tuple(self.value_of(t) for t in operands)
+        out, last = self.value_of(result), len(self.values)
+        self.operations.append(Operation(form, tuple(self._stack), values, out, first, last))
 
     def before_mutation(self, tensor: Tensor) -> None:
         """Keep what a tensor holds before an in-place operation changes it."""

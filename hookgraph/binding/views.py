@@ -77,6 +77,30 @@ class HeadsFirst:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Axes:
+    """Axes in another order, as code of a model's own has them; the first may be examples times heads.
+
+    Args:
+        order: for each axis of the value the axis of the tensor, examples and heads counted apart.
+        heads: how many heads the first axis holds of each example; 0 where they have an axis.
+    """
+
+    order: tuple[int, ...]
+    heads: int = 0
+
+    def get(self, raw: Shaped[Tensor, "..."]) -> Shaped[Tensor, "batch ..."]:
+        """The axes as locations have them; a view."""
+        apart = raw.unflatten(0, (-1, self.heads)) if self.heads else raw
+        return apart.permute(self.order)
+
+    def put(self, raw: Shaped[Tensor, "..."], value: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "..."]:
+        """The axes as the tensor has them."""
+        apart = value.permute([self.order.index(i) for i in range(len(self.order))])
+        return apart.flatten(0, 1) if self.heads else apart
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Scaled:
     """A tensor times a constant, as where a model multiplies an update before adding it."""
 
@@ -91,7 +115,7 @@ class Scaled:
         return raw + (value - raw * self.factor) / self.factor
 
 
-View: TypeAlias = Columns | Span | HeadsFirst | Scaled | None
+View: TypeAlias = Columns | Span | HeadsFirst | Axes | Scaled | None
 """None: the value is the tensor itself."""
 
 

@@ -78,9 +78,9 @@ class AbstractBinding(ABC):
     def frozen(self) -> AbstractContextManager[None]:
         """Within this context no parameter of the model asks for a gradient."""
 
-    def enterable(self, stack: str, block: int) -> bool:
-        """Whether `attached` can start before a layer of a stack; with their number, after all."""
-        return True
+    def why_closed(self, stack: str, block: int) -> str:
+        """Why `attached` cannot start before a layer of a stack, or after the last one; empty if it can."""
+        return ""
 
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> AbstractContextManager[bool]:
         """Within this context `forward` returns the logits at these positions only, if the context says so.
@@ -95,6 +95,12 @@ class AbstractBinding(ABC):
 
         Runs the model over the first positions, taps included if it is attached. None where the model
         remembers nothing, or where it is not known whether that is all that those positions do.
+        """
+        return None
+
+    def retaining(self, inputs: Prepared) -> Prepared | None:
+        """These inputs, so given that a pass over them retains what it remembers of each position: then
+        `remember` takes no pass of its own. None where it has to.
         """
         return None
 

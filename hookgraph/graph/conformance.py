@@ -23,8 +23,10 @@ INVARIANTS = (
     "cached",
     "padded",
     "fused",
+    "replayed",
 )
-"""What is checked of every location; see the explanation page on conformance."""
+"""What is checked of every location, the last one of boundaries between layers; see the explanation page on
+conformance."""
 
 
 @final
@@ -68,6 +70,11 @@ class ConformanceReport:
     def ok(self) -> bool:
         """Whether everything that was checked holds."""
         return not self.failures
+
+    def proves(self, location: Location, invariant: str) -> bool:
+        """Whether an invariant was checked at a location, or at the peer that stands for it, and holds."""
+        stand = self.peers.get(location, location)
+        return any((p.location, p.invariant, p.holds) == (stand, invariant, True) for p in self.proofs)
 
     def why_unchecked(self, location: Location, invariant: str) -> str:
         """Why there is no proof of an invariant at a location, or at the peer that stands for it; empty if

@@ -274,6 +274,16 @@ class HookGraph:
         taps.clear()
         return rest
 
+    def retaining(self, inputs: Inputs) -> Prepared | None:
+        """These inputs, so given that one run of them spares `remember` the first positions.
+
+        None where `remember` has to see how these come out alone: there are hooks or subgraphs that may look
+        at several positions, padding, or it is not proven that later positions leave earlier ones alone.
+        """
+        if self.registrations or self._mixes:
+            return None
+        return self.binding.retaining(self.binding.prepare(inputs))
+
     def generate(
         self, inputs: Inputs, *, save: Sequence[Location] | Location = (), **options: object
     ) -> Generation:

@@ -23,8 +23,8 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
         LocationError: the location is not a boundary between blocks.
         ShapeMismatchError: the value's batch is no multiple of the inputs'.
     """
-    boundary = _BOUNDARIES.get(after.type.name)
-    if boundary is None or after.layer is None or after.site is not None or after != after.whole:
+    block = block_after(after)
+    if block is None:
         raise LocationError(
             f"a replay starts between blocks, at a whole resid.pre or resid.post, not at {after}: "
             f"save resid.pre[{after.root.layer or 0}] in the first run and start there"
@@ -35,15 +35,21 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
             f"the value at {after} has batch {value.shape[0]}, the inputs have {batch}: "
             "a replay's batch is a multiple of the inputs', repeated as a whole"
         )
-    return Start(after.type.stack, after.layer + boundary, value), copies
+    return Start(after.type.stack, block, value), copies
+
+
+def block_after(after: Location) -> int | None:
+    """The number of the layer that a replay from a location runs first; None if that is no boundary."""
+    boundary = _BOUNDARIES.get(after.type.name)
+    if boundary is None or after.layer is None or after.site is not None or after != after.whole:
+        return None
+    return after.layer + boundary
 
 
 def can_start(binding: AbstractBinding, after: Location) -> bool:
     """Whether a replay can start at a location: a boundary between blocks where the model can be entered."""
-    boundary = _BOUNDARIES.get(after.type.name)
-    if boundary is None or after.layer is None or after.site is not None or after != after.whole:
-        return False
-    return binding.enterable(after.type.stack, after.layer + boundary)
+    block = block_after(after)
+    return block is not None and not binding.why_closed(after.type.stack, block)
 
 
 def taps_from(after: Location, taps: Taps) -> tuple[Taps, list[Location]]:

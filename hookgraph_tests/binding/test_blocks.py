@@ -2,14 +2,17 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.binding import bind
+from hookgraph.binding.huggingface import HuggingFaceBinding
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.transformer import ATTN_OUT, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
+from hookgraph_tests.tiny import build
 
 TOKENS = torch.arange(12).view(2, 6) + 8
 
@@ -74,9 +77,7 @@ def test_a_stream_to_which_something_is_added_between_layers_is_followed():
     torch.testing.assert_close(
         run[RESID_PRE[1]] - run[RESID_POST[0]], model.dew[:1].expand(2, -1, -1).detach()
     )
-    assert not graph.binding.enterable("decoder", 1), (
-        "what the first layer returns is not what enters the next"
-    )
+    assert graph.binding.why_closed("decoder", 1), "what the first layer returns is not what enters the next"
 
 
 class Woven(NamedTuple):
@@ -123,4 +124,14 @@ def test_a_stream_of_which_positions_are_masked_is_followed_and_names_of_outputs
     edited = graph.hook(RESID_POST[0], torch.zeros_like).run({"input_ids": TOKENS}, save=[RESID_PRE[1]])
     assert not edited[RESID_PRE[1]].any()
     assert not graph.run({"input_ids": TOKENS}, save=[RESID_POST[1]])[RESID_POST[1]][:, -1].any()
-    assert not graph.binding.enterable("decoder", 1), "a tuple with names cannot be made up"
+    assert graph.binding.why_closed("decoder", 1), "a tuple with names cannot be made up"
+
+
+@pytest.mark.parametrize(("architecture", "mechanism"), [("minimax", "output"), ("doge", "sum")])
+def test_the_middle_of_a_stream_that_is_scaled_before_the_next_sum_is_where_the_mlp_reads_it(
+    architecture: str, mechanism: str
+):
+    graph = bind(build("causal", architecture), cached=False)
+    assert graph.report.ok
+    assert isinstance(graph.binding, HuggingFaceBinding)
+    assert {graph.binding.findings.anchors[RESID_MID[i]].mechanism for i in (0, 1)} == {mechanism}

@@ -53,7 +53,7 @@ def test_an_edit_of_what_a_layer_reads_reaches_its_updates_and_the_stream_beside
 
 def test_such_a_model_cannot_be_entered_between_its_layers():
     graph = proven("causal", "xlm")
-    assert not binding_of(graph).enterable("decoder", 1)
+    assert binding_of(graph).why_closed("decoder", 1)
 
 
 def test_layers_of_two_lists_that_take_turns_are_one_stack():

@@ -156,7 +156,7 @@ def test_an_edit_of_a_part_means_the_same_whatever_lies_first(location: Location
 def test_a_model_with_positions_first_is_entered_between_its_layers():
     graph = proven(TurnedLoom)
     run = graph.run({"input_ids": TOKENS}, save=[RESID_POST[0]])
-    assert binding_of(graph).enterable("decoder", 1)
+    assert not binding_of(graph).why_closed("decoder", 1)
     torch.testing.assert_close(graph.replay(run, RESID_POST[0]).logits, run.logits)
 
 
@@ -165,7 +165,7 @@ def test_layers_called_past_their_hooks_are_reached_by_their_parts():
     assert graph.report.ok
     for kind in (RESID_PRE, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST):
         assert [x.layer for x in graph.every(kind)] == [0, 1, 2]
-    assert not binding_of(graph).enterable("decoder", 1)
+    assert binding_of(graph).why_closed("decoder", 1)
 
 
 def test_what_one_such_layer_returns_is_what_the_next_one_is_given():

@@ -56,7 +56,7 @@ def test_a_layer_that_runs_all_the_same_is_not_hooked():
 def test_where_later_layers_read_keys_of_earlier_ones_no_pass_begins_between_them():
     graph = graph_of("causal", "gemma4_text")
     run = run_of(graph)
-    with pytest.raises(LocationError, match=r"after layer 1: .* read what layer 0 computed"):
+    with pytest.raises(LocationError, match=r"after layer 1 of its decoder: .* read what layer 0 computed"):
         graph.replay(run, RESID_PRE[2])
     assert graph.entry(ATTN_Z[3]) == RESID_PRE[0]
 

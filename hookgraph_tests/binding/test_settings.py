@@ -1,4 +1,4 @@
-"""Models as people run them: offloaded, in half precision, checkpointed, wrapped, side by side."""
+"""Models as people run them: offloaded, in half precision, checkpointed, compiled, wrapped, side by side."""
 
 import copy
 import threading
@@ -196,6 +196,49 @@ def test_a_model_in_another_thread_is_bit_for_bit_itself():
     done.set()
     thread.join()
     assert not wrong
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+class Compiler:
+    """A backend that runs what it is given, and counts how often it was called for that."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, module: nn.Module, example: object) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return module(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("part", ["the model", "a layer"])
+def test_a_model_compiled_in_place_runs_as_written_under_hooks_and_compiled_without(part: str):
+    compiler, model = Compiler(), build("llama")
+    module = model if part == "the model" else model.get_submodule("model.layers.1")
+    module.compile(backend=compiler)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    runs = compiler.runs
+    assert runs > 0
+    graph, plain = bind(model, check=False), bound("llama")
+    found = edited(graph).run(IDS, save=ASKED, metric=metric)
+    assert_same(found, edited(plain).run(IDS, save=ASKED, metric=metric))
+    with edited(graph).attached(), torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, found.logits)
+    assert compiler.runs == runs
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+    assert compiler.runs == 2 * runs
+
+
+def test_what_torch_compile_returns_is_refused_with_the_remedy():
+    model = build("llama")
+    with pytest.raises(BindingError, match=r"OptimizedModule .* bind the model that it was given"):
+        bind(torch.compile(model, backend="eager"))  # pyright: ignore[reportArgumentType] (a module all the same)
 
 
 # --- adapters ---------------------------------------------------------------------------------

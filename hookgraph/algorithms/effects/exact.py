@@ -20,7 +20,7 @@ from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
-from hookgraph.errors import HookGraphError, LocationError
+from hookgraph.errors import HookGraphError, LocationError, MetricError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -68,7 +68,10 @@ def exact_effects(
     wholes = list(dict.fromkeys(node.whole for node in nodes))
     check_one_contrast(corrupt, statistics)
     instead = means_instead(graph, clean, statistics)
-    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True, totals=False, instead=instead)
+    contrast = Contrast.of(
+        graph, clean, corrupt, metric, wholes,
+        replays=True, retains=any(map(is_placed, nodes)), totals=False, instead=instead,
+    )  # fmt: skip
     return effects_of(contrast, nodes, batch_size, progress, columns)
 
 
@@ -83,6 +86,7 @@ def effects_of(
 
     Raises:
         HookGraphError: a node is a part of the batch.
+        MetricError: the metric has not one number for each row of the nodes.
         LocationError: the index of one is out of range.
     """
     for node in nodes:
@@ -90,6 +94,7 @@ def effects_of(
             raise HookGraphError(
                 f"{node}: a node is patched in every example, leave `batch` out of its index"
             )
+    _check_rows(contrast)
     apart = list(dict.fromkeys(nodes))
     place = contrast.graph.binding.place(contrast.inputs)
     by_row = None if place is None else _ByRow(place, frozenset(filter(is_placed, apart)) - {*columns})
@@ -109,6 +114,20 @@ def effects_of(
                 bar.advance(len(piece))
     empty = contrast.measured.new_zeros(0, batch)
     return torch.stack([found[node] for node in nodes]) if nodes else empty
+
+
+def _check_rows(contrast: Contrast) -> None:
+    """Whether the metric has a number for each row of the values, as where codebooks are rows of logits.
+
+    Raises:
+        MetricError: it has more or fewer.
+    """
+    for place, value in contrast.clean.items():
+        if len(value) != len(contrast.measured):
+            raise MetricError(
+                f"the metric has {len(contrast.measured)} numbers, {place} has {len(value)} rows: "
+                "patched copies of the batch are told apart by these, so there has to be one number per row"
+            )
 
 
 def _tail_gains(part: Contrast, piece: Sequence[Location], start: int, length: int) -> Gains | None:

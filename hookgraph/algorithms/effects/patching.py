@@ -124,6 +124,7 @@ def patching_effect(
             gradients=method == "attrib",
             replays=method in ("ig", "exact"),
             wholes=method == "exact",
+            retains=method == "exact",
             instead=means_instead(graph, clean, statistics),
         )
         estimate = _estimate(method, contrast, path, joint, progress)

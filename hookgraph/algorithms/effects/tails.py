@@ -57,7 +57,7 @@ def tail(contrast: Contrast, start: int) -> Contrast | None:
     if start == 0 or not isinstance(metric, ReadingMetric) or not _along_positions(contrast):
         return None
     reads = _later(metric.reads, start, length_of(contrast))
-    rest = None if reads is None else contrast.graph.remember(contrast.inputs, start)
+    rest = None if reads is None else contrast.graph.remember(contrast.retained or contrast.inputs, start)
     if reads is None or rest is None:
         return None
     base, wanted = contrast.base, [*filter(None, contrast.entries.values()), *contrast.clean]

@@ -41,6 +41,30 @@ def counting(graph: HookGraph):
     return patch.object(graph.binding, "remember", wraps=graph.binding.remember)
 
 
+class Lengths(nn.Module):
+    """Adds nothing, and keeps how many positions each pass had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape[1])
+        return torch.zeros_like(x)
+
+
+class Pointwise(ModuleGraph):  # pyright: ignore[reportGeneralTypeIssues] (final for users)
+    """One that looks at each position alone."""
+
+    pointwise = True
+
+
+def watching(graph: HookGraph) -> tuple[HookGraph, list[int]]:
+    """The graph, and the number of positions in each of its passes that end."""
+    lengths = Lengths()
+    return graph.inject(Pointwise(lengths, at=RESID_POST[2], output="added")), lengths.seen
+
+
 def places_of_layer(layer: int, pos: int) -> list[Location]:
     heads = [
         kind[layer].at(pos=pos, **{axis: 1})
@@ -64,6 +88,14 @@ def test_late_positions_alone_give_what_full_passes_give(family: str):
     assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_the_clean_pass_is_the_only_one_over_early_positions():
+    graph = bound("gpt2", torch.float64)
+    nodes = [ATTN_Z[i].at(head=h, pos=pos) for i in range(3) for h in range(4) for pos in (-2, -3)]
+    watched, seen = watching(graph)
+    exact_effects(watched, tokens(), others(), METRIC, nodes)
+    assert seen == [tokens().shape[1], 3], "the corrupt pass ends before the last layer does"
+
+
 def test_patterns_of_late_queries_are_patched_in_a_tail_over_all_keys():
     graph = bound("gpt2", torch.float64)
     nodes = [ATTN_PATTERN[i].at(head=h, pos=-1, key_pos=2) for i in range(3) for h in range(4)]
@@ -73,17 +105,7 @@ def test_patterns_of_late_queries_are_patched_in_a_tail_over_all_keys():
 
 def test_what_runs_in_a_tail_has_as_many_positions_as_the_tail():
     graph = bound("gpt2", torch.float64)
-    seen: list[int] = []
-
-    class Watching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(x.shape[1])
-            return torch.zeros_like(x)
-
-    class Watch(ModuleGraph):  # pyright: ignore[reportGeneralTypeIssues] (final for users)
-        pointwise = True
-
-    watched = graph.inject(Watch(Watching(), at=RESID_POST[2], output="added"))
+    watched, seen = watching(graph)
     nodes = [ATTN_Z[i].at(head=h, pos=-2) for i in range(3) for h in range(4)]
     found = exact_effects(watched, tokens(), others(), METRIC, nodes)
     assert min(seen) == 2
@@ -163,7 +185,8 @@ def test_a_model_whose_later_positions_change_earlier_ones_is_seen_and_run_whole
             {**inputs, "input_ids": torch.cat([ids[:, :length].flip(1), ids[:, length:]], 1)}, length
         )
 
-    with patch.object(graph.binding, "remember", wrong):
+    unproven = patch.object(graph.binding, "retaining", return_value=None)
+    with unproven, patch.object(graph.binding, "remember", wrong):
         found = exact_effects(graph, tokens(), others(), METRIC, nodes)
     assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
 
