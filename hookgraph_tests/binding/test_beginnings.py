@@ -85,8 +85,8 @@ def test_what_enters_a_layer_that_begins_anew_is_edited_also_where_it_is_kept(qu
     places = (RESID_POST[0], RESID_PRE[1])
     before, at = (quilt.hook(x, torch.zeros_like).run({"input_ids": TOKENS}) for x in places)
     assert torch.equal(before.logits, at.logits)
-    assert quilt.binding.enterable("decoder", 1)
-    assert not quilt.binding.enterable("decoder", 2), "what is kept beside the stream was computed in layer 0"
+    assert not quilt.binding.why_closed("decoder", 1)
+    assert "later layers read what layer 0 computed" in quilt.binding.why_closed("decoder", 2)
 
 
 def test_a_layer_that_is_given_something_of_another_width_begins_the_stream():
