@@ -246,7 +246,7 @@ class HuggingFaceBinding(AbstractBinding):
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""
         spans = spans_of(inputs)
-        plain = all(not span.past and not any(span.padding) for span in spans.values())
+        plain = all(not span.past and not any(span.padding) and not span.ends for span in spans.values())
         return None if plain else Place(spans, alone=True)
 
     def following(self, place: Place) -> AbstractContextManager[None]:

@@ -88,9 +88,12 @@ def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, po
     mask = arguments.get(names["mask"])
     if isinstance(mask, Tensor) and mask.ndim == 2:
         past = past or max(0, mask.shape[1] - length)
-        if bool(mask[:, 0].all()):
-            return Span(past, length)
-        return Span(past, length, tuple((mask != 0).int().argmax(1).tolist()))
+        real, first, ends = (mask != 0).int(), (0,), ()
+        if not bool(real[:, 0].all()):
+            first = tuple(real.argmax(1).tolist())
+        if not bool(real[:, -1].all()):
+            ends = tuple((mask.shape[1] - past - real.flip(1).argmax(1)).tolist())
+        return Span(past, length, first, ends)
     if mask is None:
         return Span(past, length)
     numbers = arguments.get(positions)

@@ -40,11 +40,14 @@ class Span:
         length: how many columns this pass holds.
         padding: how many columns of padding stand before the first token of each row; one number if all
             rows have as many.
+        ends: how many columns of this pass stand before the padding behind the last token of each row; empty
+            where there is none.
     """
 
     past: int = 0
     length: int = 0
     padding: tuple[int, ...] = (0,)
+    ends: tuple[int, ...] = ()
 
 
 @final
@@ -87,7 +90,7 @@ def read_at(location: Location, value: Shaped[Tensor, "..."], place: Place) -> S
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class ByPosition:
-    """A hook that is also told which positions it is given: `fn(value, positions)`.
+    """A hook that is also told which positions it is given: `fn(value, positions)`, -1 where a row has none.
 
     Register it at `.at(pos=slice(0, None))`, all positions that a pass holds.
     """
@@ -127,16 +130,20 @@ class Placed:
         return part.apply(hook, value)
 
     def _positions(self, part: "_Part", value: Tensor) -> Int[Tensor, "batch pos"]:
-        """Which positions the columns of a part are."""
-        batch, size = value.shape[:2]
+        """Which positions the columns of a part are; -1 where a row has no token there."""
+        along = self.location.type.dims.index(Dimension.POS)
+        batch, size = len(value), value.shape[along]
         span = self.place.spans.get(self.location.root.type.stack, Span())
         shifts = torch.tensor(_shifts(self.location, Dimension.POS, span, size), device=value.device)
-        found = torch.arange(size, device=value.device) - shifts[:, None]
-        found = found.expand(batch, size)
-        for _, rows in part.rows:
-            found = rows.take(found, 1)
-        columns = dict(part.location.index).get(Dimension.POS, slice(None))
-        return found[:, columns]
+        columns = torch.arange(size, device=value.device)
+        found = (columns - shifts[:, None]).expand(batch, size)
+        if span.ends:
+            ends = torch.tensor(span.ends, device=value.device)[:, None] - max(0, span.length - size)
+            found = torch.where(columns < ends, found, -1)
+        for axis, rows in part.rows:
+            if axis == along:
+                found = torch.where(rows.held, rows.take(found, 1), -1)
+        return found[:, dict(part.location.index).get(Dimension.POS, slice(None))]
 
 
 @final

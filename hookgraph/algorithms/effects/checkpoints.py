@@ -1,6 +1,5 @@
 """A file that keeps what is done of long work over batches, so that it can be taken up again."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from hookgraph.errors import LoadError
 from hookgraph.graph import storage
-from hookgraph.graph.abstract import Prepared
 
 _KIND = "checkpoint of effects"
 
@@ -32,8 +30,8 @@ class Checkpoint:
     def __init__(self, path: str | Path, plan: Mapping[str, object]) -> None:
         self._path = Path(path)
         self._plan: Mapping[str, object] = json.loads(json.dumps(plan))
-        self.done: list[str] = []
-        """A digest of the inputs of each batch that is done."""
+        self.done: list[Mapping[str, str]] = []
+        """Of each batch that is done, short names of what it was made of: clean, corrupt, metric."""
 
     def resume(self) -> State | None:
         """What is kept; None where there is no file.
@@ -47,40 +45,42 @@ class Checkpoint:
         if header["plan"] != self._plan:
             changed = [k for k, v in self._plan.items() if header["plan"].get(k) != v]
             raise LoadError(
-                f"{self._path} is the checkpoint of other work, with another {', '.join(changed) or 'plan'}: "
-                "name another file, or delete this one to begin anew"
+                f"{self._path} is the checkpoint of other work, which differs in "
+                f"{', '.join(changed) or 'its plan'}: name another file, or delete this one to begin anew"
             )
         self.done = list(header["done"])
         return tensors, header["state"]
 
-    def recognise(self, number: int, inputs: Prepared) -> None:
+    def recognise(self, number: int, parts: Mapping[str, str]) -> None:
         """See that a batch that is done is the one that was done.
 
         Raises:
             LoadError: it is another one.
         """
-        if self.done[number] != digest(inputs):
+        done = self.done[number]
+        if done != parts:
+            changed = ", ".join(k for k, v in parts.items() if done.get(k) != v)
             raise LoadError(
-                f"batch {number} is not the one that {self._path} has: give the same pairs in the same "
-                "order, or another file"
+                f"batch {number} is not the one that {self._path} has, its {changed} differs: give the same "
+                "pairs and metric in the same order, or another file"
             )
 
-    def keep(self, inputs: Prepared, state: State) -> None:
+    def check_count(self, count: int) -> None:
+        """See that a stream that has ended gave every batch that is done.
+
+        Raises:
+            LoadError: it gave fewer.
+        """
+        if count < len(self.done):
+            raise LoadError(
+                f"{self._path} holds {len(self.done)} batches, the pairs are {count}: give all those that "
+                "it holds, in the same order, or another file"
+            )
+
+    def keep(self, parts: Mapping[str, str], state: State) -> None:
         """Write what there is after one more batch. A file that is there is replaced at once, or stays."""
-        self.done.append(digest(inputs))
+        self.done.append(parts)
         tensors, about = state
         beside = self._path.with_name(f"{self._path.name}.part")
         storage.write(beside, _KIND, tensors, {"plan": self._plan, "done": self.done, "state": about})
         os.replace(beside, self._path)
-
-
-def digest(inputs: Prepared) -> str:
-    """A short name of the contents of some inputs."""
-    found = hashlib.sha256()
-    for name in sorted(inputs):
-        value = inputs[name]
-        found.update(name.encode())
-        if isinstance(value, Tensor):
-            found.update(str((tuple(value.shape), value.dtype)).encode())
-            found.update(value.detach().cpu().contiguous().flatten().double().numpy().tobytes())
-    return found.hexdigest()[:16]

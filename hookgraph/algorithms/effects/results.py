@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _KIND = "patching effect"
 
 Remeasure = Callable[[Sequence[Location]], Float[Tensor, "... batch"]]
-"""Exact effects of nodes, each a part of a location."""
+"""Exact effects of nodes, each a part of a location; where there are none, a text says why."""
 
 
 @final
@@ -49,6 +50,11 @@ class Convention:
     splice_gradient: str = "identity"
     tolerance: float | None = None
 
+    @property
+    def signed(self) -> bool:
+        """Whether effects have a sign; those of AtP* are means of absolute values."""
+        return self.method != "atp_star"
+
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +70,9 @@ class PatchingEffect:
         residuals: per location and example, Σ effects of its site - [m(clean | site := corrupt) - m(clean)].
         incomplete: the locations whose residual is larger than the tolerance asked for.
         metadata: the model's name, revision and dtype.
-        standard_errors: of effects that are means over a stream of examples.
+        standard_errors: of effects that are means over a stream of examples; none after `.sum` and `.mean`,
+            since what nodes have in common does not show in them. Give the axes as `joint`, or add up
+            positions with `positions="summed"`, to have those of the sums.
     """
 
     effects: Attribution
@@ -76,7 +84,7 @@ class PatchingEffect:
     incomplete: tuple[Location, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     standard_errors: Attribution = field(default_factory=lambda: Attribution({}))
-    _remeasure: Remeasure | None = None
+    _remeasure: Remeasure | str = "it does not hold the model"
 
     @property
     def reduced(self) -> Mapping[Dimension, str]:
@@ -106,11 +114,14 @@ class PatchingEffect:
     def check(self, top: int = 10) -> Ranking:
         """The top nodes, each measured exactly as well: patched alone into the clean run.
 
+        Estimates without a sign stand beside the absolute value of what each example changes.
+
         Raises:
-            HookGraphError: the result was loaded from a file, or an axis other than the batch was averaged.
+            HookGraphError: the result was loaded from a file, is of pairs that are gone, or is exact already;
+                or an axis other than the batch was averaged.
         """
-        if self._remeasure is None:
-            raise HookGraphError("a loaded result cannot be checked: it does not hold the model")
+        if isinstance(self._remeasure, str):
+            raise HookGraphError(f"this result cannot be checked: {self._remeasure}")
         averaged = [d.value for d, how in self.reduced.items() if how == "mean" and d != Dimension.BATCH]
         if averaged:
             raise HookGraphError(
@@ -122,6 +133,7 @@ class PatchingEffect:
         nodes: list[Node] = []
         for node, per_example in zip(ranking, measured, strict=True):
             example = dict(node.location.index).get(Dimension.BATCH)
+            per_example = per_example if self.convention.signed else per_example.abs()
             if isinstance(example, int):
                 exact = per_example[example]
             else:
@@ -145,16 +157,21 @@ class PatchingEffect:
         axes = {location: self.dims(location) for location in self.effects}
         return plotting.draw(plotting.layer_maps(self.effects, axes, labels), figure=plotting.new_figure())
 
-    def __repr__(self) -> str:
+    def _told(self) -> list[str]:
+        """What is said of all nodes: how they were found, the total effect, and what is not trusted."""
         total = "" if self.total_effect is None else f", total effect {float(self.total_effect.mean()):+.4f}"
         lines = [f"{self.convention.method} over {len(self.effects)} locations{total}"]
         if self.incomplete:
             places = ", ".join(map(str, self.incomplete))
             lines.append(f"not within the tolerance of {self.convention.tolerance}: {places}")
-        return "\n".join([*lines, repr(self.top(8))])
+        return lines
+
+    def __repr__(self) -> str:
+        return "\n".join([*self._told(), repr(self.top(8))])
 
     def _repr_html_(self) -> str:
-        return self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        told = "".join(f"<p>{escape(line)}</p>" for line in self._told())
+        return told + self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
     def save(self, path: str | Path) -> None:
         """Write effects, deltas, gradients, residuals and conventions to a safetensors file.
@@ -208,6 +225,7 @@ class PatchingEffect:
                 tuple(map(Location.parse, header["incomplete"])),
                 header["metadata"],
                 group("standard_errors"),
+                "it was loaded from a file, and does not hold the model",
             )
         except LocationError as error:
             raise LoadError(

@@ -13,6 +13,7 @@ from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.editing import Hook
 from hookgraph.hooks.positions import ByPosition
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 AblationMode: TypeAlias = Literal["zero", "mean", "resample", "optimal"]
@@ -32,7 +33,8 @@ def ablate(
 
     * `zero`: x -> 0.
     * `mean`: x -> its mean over a data set, from `mean_activations`.
-    * `resample`: x[b] -> x[σ(b)] of the same pass, σ a permutation that moves every example; or, with what
+    * `resample`: x[b] -> x[σ(b)] of the same pass, σ a permutation that moves every example, token by token
+      where rows are padded: where row σ(b) has no such token, from the next row of the cycle; or, with what
       `sample_activations` drew from a data set, x -> some of that. Either is drawn from `seed` for the
       size of the batch: the same for every location and every pass.
     * `optimal`: x -> the constant with which the model does best, from `optimal_constants`.
@@ -46,7 +48,7 @@ def ablate(
 
     Raises:
         HookGraphError: an unknown mode, statistics of another kind or that lack a location; when it is run,
-            a batch of one example to resample.
+            a batch of one example to resample, or a position that a single row has.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: when it is run, a longer input than means per position were taken of.
 
@@ -56,13 +58,20 @@ def ablate(
     if mode not in get_args(AblationMode):
         raise HookGraphError(f"unknown ablation {mode!r}: {nearest(mode, get_args(AblationMode))}")
     for place in chosen_places(graph, at):
-        hook = _replacement(place, mode, statistics, seed)
-        if isinstance(hook, Constant) and hook.per_position:
-            # A column of a pass is another position while decoding, and behind padding.
-            graph = graph.hook(place.at(pos=slice(0, None)), ByPosition(hook.at))
-        else:
-            graph = graph.hook(place, hook)
+        graph = graph.hook(*placed(place, _replacement(place, mode, statistics, seed)))
     return graph
+
+
+def placed(place: Location, hook: Hook) -> tuple[Location, Hook]:
+    """Where a replacement is registered, and as what, so that it is told positions if it asks for them.
+
+    A column of a pass is another position while decoding, and behind padding.
+    """
+    if isinstance(hook, Constant) and hook.per_position:
+        return place.at(pos=slice(0, None)), ByPosition(hook.at)
+    if isinstance(hook, Shuffled) and Dimension.POS in place.type.dims:
+        return hook.location, ByPosition(hook.at)
+    return place, hook
 
 
 def _replacement(
@@ -76,7 +85,7 @@ def _replacement(
     if mode == "zero":
         return torch.zeros_like
     if mode == "resample" and statistics is None:
-        return Shuffled(seed)
+        return Shuffled.of(place, seed)
     if mode == "resample" and isinstance(statistics, ActivationSamples):
         return statistics.hook(place, seed)
     if mode in ("mean", "optimal") and isinstance(statistics, AblationStatistics):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hookgraph.algorithms.interventions.ablation import placed
 from hookgraph.algorithms.interventions.replacements import Constant
 from hookgraph.algorithms.interventions.statistics import AblationStatistics, with_optimal
 from hookgraph.algorithms.padding import real_tokens
@@ -68,7 +69,7 @@ def optimal_constants(
     optimizer = torch.optim.Adam(groups)
     ablated = graph
     for place in places:
-        ablated = ablated.hook(place, Constant(place, constants[place]))
+        ablated = ablated.hook(*placed(place, Constant(place, constants[place])))
     losses = [loss or _Divergence.of(graph, x) for x in batches]
     generator = torch.Generator().manual_seed(seed)
     with Progress("fitting constants", steps, shown=progress) as bar:

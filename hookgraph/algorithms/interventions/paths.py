@@ -99,6 +99,7 @@ def path_patching(
             finite_metric(paths.corrupt) - finite_metric(paths.clean),
             Convention(f"path patching to {', '.join(map(str, ends))}"),
             metadata=graph.binding.metadata,
+            _remeasure="it is exact already, and a path is no node that is patched alone",
         )
 
     return by_examples(graph, clean, corrupt, metric, batch_size, measure)

@@ -39,13 +39,66 @@ def moved(count: int, seed: int) -> Int[Tensor, " batch"]:
 @final
 @dataclass(frozen=True, slots=True)
 class Shuffled:
-    """x[b] -> x[σ(b)] of the same pass, σ drawn from `seed` for the size of the batch."""
+    """x[b] -> x[σ(b)] of the same pass, σ drawn from `seed` for the size of the batch.
 
+    Padding is nobody's value: where row σ(b) has no token at a position, the next row of the cycle gives one.
+
+    Args:
+        location: what is resampled; its positions, if it has some, are told apart.
+        seed: of the draw.
+    """
+
+    location: Location
     seed: int
+
+    @staticmethod
+    def of(place: Location, seed: int) -> "Shuffled":
+        """For a place: one position is a list of one, so that the value keeps the axis."""
+        if Dimension.POS not in place.type.dims:
+            return Shuffled(place, seed)
+        told = dict(place.index)
+        for dim in (Dimension.POS, Dimension.KEY_POS):
+            if dim in place.dims:
+                told.setdefault(dim, slice(0, None))
+        pos = told[Dimension.POS]
+        told[Dimension.POS] = (pos,) if isinstance(pos, int) else pos
+        return Shuffled(place.whole.at(**{d.value: i for d, i in told.items()}), seed)
 
     def __call__(self, value: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
         """The value of other examples."""
         return value[moved(len(value), self.seed).to(value.device)]
+
+    def at(
+        self, value: Shaped[Tensor, "batch ..."], positions: Int[Tensor, "batch pos"]
+    ) -> Shaped[Tensor, "batch ..."]:
+        """The value of other examples that have a token there.
+
+        Raises:
+            HookGraphError: a position is that of a single row, or keys of rows of different lengths are
+                exchanged.
+        """
+        held = positions >= 0
+        if bool(held.all()):
+            return self(value)
+        if Dimension.KEY_POS in self.location.dims:
+            raise HookGraphError(
+                f"{self.location.whole}: rows of different lengths have other keys, and cannot be exchanged: "
+                "pass rows of one length, or ablate attn.z"
+            )
+        order = moved(len(value), self.seed).to(value.device)
+        source = order[:, None].expand(held.shape)
+        columns = torch.arange(held.shape[1], device=value.device)
+        for _ in range(len(value)):
+            source = torch.where(held[source, columns], source, order[source])
+        alone = held & (source == torch.arange(len(value), device=value.device)[:, None])
+        if bool(alone.any()):
+            raise HookGraphError(
+                f"{self.location.whole}: position {int(positions[alone][0])} is that of one row only, and no "
+                "other can stand in: pass rows of one length, or draw tokens from a data set, with "
+                "statistics=sample_activations(graph, data, at)"
+            )
+        axis = self.location.dims.index(Dimension.POS)
+        return value.movedim(axis, 1)[source, columns].movedim(1, axis)
 
 
 @final

@@ -1,7 +1,9 @@
 """Effects over a stream of pairs: means equal those of one batch, and go on where they were interrupted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor
 import hookgraph as hg
 from hookgraph.algorithms import mean_patching_effect
 from hookgraph.algorithms.batches import Batch
+from hookgraph.algorithms.effects import means
 from hookgraph.algorithms.effects.footprint import Footprint
 from hookgraph.algorithms.effects.patching import patching_effect
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import HookGraphError, InputError, LoadError, MetricError, ShapeMismatchError
+from hookgraph.graph.measuring import Metric
+from hookgraph.hooks.editing import Hook
 from hookgraph.locations import ATTN_PATTERN, ATTN_Z, MLP_OUT, RESID_PRE
 from hookgraph_tests.families import bound
 from hookgraph_tests.unchecked import unchecked
@@ -77,15 +82,9 @@ def test_an_interrupted_run_is_taken_up_where_it_was(tmp_path: Path):
 
     with pytest.raises(KeyboardInterrupt):
         mean_patching_effect(graph(), breaking(), at=AT, checkpoint=file)
-    run: list[int] = []
-
-    def counted(logits: Tensor) -> Tensor:
-        run.append(len(logits))
-        return logits[:, -1, 3]
-
-    again = [(a, b, counted if i < 2 else m) for i, (a, b, m) in enumerate(divided())]  # pyright: ignore[reportAssignmentType]
-    found = mean_patching_effect(graph(), again, at=AT, checkpoint=file)
-    assert not run, "what is in the checkpoint is not run again"
+    with patch.object(means, "patching_effect", wraps=patching_effect) as run:
+        found = mean_patching_effect(graph(), divided(), at=AT, checkpoint=file)
+    assert run.call_count == 1, "what is in the checkpoint is not run again"
     for place in AT:
         assert torch.allclose(found.effects[place], whole.effects[place], rtol=0, atol=1e-12)
         assert torch.allclose(found.standard_errors[place], whole.standard_errors[place], rtol=0, atol=1e-12)
@@ -96,10 +95,80 @@ def test_an_interrupted_run_is_taken_up_where_it_was(tmp_path: Path):
 def test_a_checkpoint_of_other_work_or_of_other_pairs_is_refused(tmp_path: Path):
     file = tmp_path / "effects.safetensors"
     mean_patching_effect(graph(), divided(), at=AT, checkpoint=file)
-    with pytest.raises(LoadError, match="with another method"):
+    with pytest.raises(LoadError, match="differs in method"):
         mean_patching_effect(graph(), divided(), at=AT, method="ig", checkpoint=file)
     with pytest.raises(LoadError, match="batch 0 is not the one"):
         mean_patching_effect(graph(), divided()[1:], at=AT, checkpoint=file)
+
+
+def last(logits: Tensor) -> Tensor:
+    return logits[:, -1, 3]
+
+
+def other_last(logits: Tensor) -> Tensor:
+    return logits[:, -1, 4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pairs": [(ids(0, 2), ids(5, 2)), (ids(2, 2), ids(3, 2))]}, "batch 0 .* its corrupt differs"),
+        ({"pairs": [(ids(0, 2), None), (ids(2, 2), None)]}, "batch 0 .* its corrupt differs"),
+        ({"pairs": [(ids(0, 2), ids(1, 2))]}, "holds 2 batches, the pairs are 1"),
+        ({"metric": logit_diff(3, 6)}, "batch 0 .* its metric differs"),
+        ({"metric": other_last}, "batch 0 .* its metric differs"),
+        ({"hook": torch.zeros_like}, "differs in hooks"),
+        ({"hook": lambda x: x * 3}, "differs in hooks"),
+    ],
+)
+def test_a_checkpoint_is_not_taken_up_by_other_work(changed: dict[str, Any], message: str, tmp_path: Path):
+    file = tmp_path / "effects.safetensors"
+
+    work: dict[str, Any] = {
+        "pairs": [(ids(0, 2), ids(1, 2)), (ids(2, 2), ids(3, 2))],
+        "metric": last if changed.get("metric") is other_last else logit_diff(3, 5),
+        "hook": lambda x: x * 2,
+    }
+
+    def done(pairs: Sequence[Batch], metric: Metric, hook: Hook) -> Tensor:
+        hooked = graph().hook(MLP_OUT[1], hook)
+        return mean_patching_effect(hooked, pairs, metric, at=AT[:1], checkpoint=file).effects[AT[0]]
+
+    assert torch.equal(done(**work), done(**work))
+    with pytest.raises(LoadError, match=message):
+        done(**{**work, **changed})
+
+
+def test_pairs_with_and_without_corrupt_inputs_have_no_mean():
+    for mixed in ([(ids(0), ids(1)), (ids(2), None)], [(ids(0), None), (ids(2), ids(3))]):
+        with pytest.raises(InputError, match=r"has corrupt inputs, batch \d has none"):
+            mean_patching_effect(graph(), mixed, logit_diff(3, 5), at=AT[:1])
+
+
+def test_columns_that_are_other_positions_in_each_row_are_not_averaged():
+    mask = torch.ones(6, 5, dtype=torch.long)
+    mask[1, :2] = 0
+    pairs: list[Batch] = [tuple({"input_ids": ids(i), "attention_mask": mask} for i in (0, 1))]  # pyright: ignore[reportAssignmentType]
+    metric = logit_diff(3, 5)
+    with pytest.raises(InputError, match="with padding on the left a column is another position"):
+        mean_patching_effect(graph(), pairs, metric, at=AT[:1])
+    for at, positions in ((AT[1:2], "aligned"), (AT[:1], "summed")):
+        whole = patching_effect(graph(), *pairs[0][:2], metric, at).mean("batch")
+        found = mean_patching_effect(graph(), pairs, metric, at=at, positions=positions)
+        expected = whole.effects if positions == "aligned" else whole.effects.sum("pos")
+        assert torch.allclose(found.effects[at[0]], expected[at[0]], rtol=0, atol=1e-12)
+
+
+def test_mean_ablation_of_each_node_over_a_data_set():
+    statistics = hg.mean_activations(graph(), [ids(0), ids(2)], AT[:1])
+    pairs: list[Batch] = [(ids(0), None), (ids(2), None)]
+    metric = logit_diff(3, 5)
+    found = mean_patching_effect(graph(), pairs, metric, at=AT[:1], statistics=statistics)
+    each = [patching_effect(graph(), a, None, metric, AT[:1], statistics=statistics) for a, _ in pairs]  # pyright: ignore[reportAssignmentType]
+    expected = torch.cat([x.effects[AT[0]] for x in each]).mean(0)
+    assert torch.allclose(found.effects[AT[0]], expected, rtol=0, atol=1e-12)
+    assert found.convention.ablation == "mean"
+    assert found.sum("pos", "d_head").check(1)[0].exact is not None
 
 
 def test_a_batch_that_fails_loses_nothing_of_those_before(tmp_path: Path):
@@ -120,7 +189,7 @@ def test_the_top_of_a_mean_is_measured_exactly_over_all_pairs():
         index = dict(node.location.index)
         expected = exact.effects[ATTN_Z[1]][index[hg.Dimension.POS], index[hg.Dimension.HEAD]]
         assert node.exact == pytest.approx(float(expected), abs=1e-12)
-    with pytest.raises(HookGraphError, match="cannot be checked"):
+    with pytest.raises(HookGraphError, match="the pairs streamed through"):
         mean_patching_effect(graph(), iter(divided()), at=[ATTN_Z[1]]).check()
 
 

@@ -6,9 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookgraph.algorithms import ActivationSamples, ablate, mean_activations, sample_activations
+from hookgraph.algorithms import (
+    ActivationSamples,
+    ablate,
+    mean_activations,
+    optimal_constants,
+    sample_activations,
+)
+from hookgraph.algorithms.interventions.replacements import moved
+from hookgraph.algorithms.padding import real_tokens, weights_at
 from hookgraph.errors import HookGraphError, InputError, LocationError, ShapeMismatchError
-from hookgraph.locations import ATTN_OUT, ATTN_Z, MLP_OUT
+from hookgraph.locations import ATTN_OUT, ATTN_PATTERN, ATTN_Z, MLP_OUT
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph_tests.families import bound, tokens
 from hookgraph_tests.toy import toy_graph, toy_tokens
 
@@ -106,3 +115,63 @@ def test_means_per_position_follow_the_sequence_while_decoding_and_behind_paddin
     assert torch.allclose(together[0], ablated.run(ids[:1]).logits[0], atol=1e-10)
     with pytest.raises(ShapeMismatchError, match="position 9, its constants end at 8: use means over all"):
         ablated.run(tokens(1, 10))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_nobodys_value_to_resample(side: str):
+    graph, ids = bound("gpt2", torch.float64), tokens(3, 5)
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
+    padded = {"input_ids": ids * mask, "attention_mask": mask}
+    order, first = moved(3, seed=0).tolist(), 2 if side == "left" else 0
+    for place in (MLP_OUT[0], MLP_OUT[0].at(pos=1), ATTN_OUT[2].at(pos=[0, 1, 2])):
+        whole = place.whole
+        before = graph.run(padded, save=[whole])[whole]
+        after = ablate(graph, [place], "resample").run(padded, save=[whole])[whole]
+        chosen = dict(place.index).get(Dimension.POS, range(5))
+        for row in range(3):
+            for pos in (chosen,) if isinstance(chosen, int) else chosen:
+                if row == 1 and pos > 2:
+                    continue  # it has three tokens
+                other = order[row] if order[row] != 1 or pos <= 2 else order[1]
+                start, there = (first if i == 1 else 0 for i in (row, other))
+                assert torch.allclose(after[row, start + pos], before[other, there + pos], atol=1e-12)
+    both = {"input_ids": padded["input_ids"][:2], "attention_mask": mask[:2]}
+    with pytest.raises(HookGraphError, match="position 3 is that of one row only"):
+        ablate(graph, [MLP_OUT[0]], "resample").run(both)
+    with pytest.raises(HookGraphError, match="rows of different lengths have other keys"):
+        ablate(graph, [ATTN_PATTERN[0]], "resample").run(padded)
+
+
+def test_constants_are_fitted_where_they_are_put():
+    graph, ids = bound("gpt2", torch.float64), tokens(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    padded = {"input_ids": ids * mask, "attention_mask": mask}
+    means = mean_activations(graph, [tokens(4, 6, seed=3)], [MLP_OUT[0]], per_position=True)
+    seen: list[Tensor] = []
+
+    def loss(logits: Tensor) -> Tensor:
+        seen.append(logits.detach().clone())
+        return -logits[:, -1, 5]
+
+    optimal_constants(graph, [padded], [MLP_OUT[0]], means, steps=1, loss=loss, progress=False)
+    ablated = ablate(graph, [MLP_OUT[0]], statistics=means).run(padded).logits
+    assert torch.allclose(seen[0][mask.bool()], ablated[mask.bool()], rtol=0, atol=1e-12)
+
+
+def test_a_mask_of_tokens_says_nothing_of_patches():
+    ids, mask = torch.ones(2, 4, dtype=torch.long), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    patches, text = torch.ones(2, 4, 3), {"input_ids": ids, "attention_mask": mask}
+    pictures = {**text, "pixel_values": torch.ones(2, 3, 8, 8)}
+    decoding = {**text, "decoder_input_ids": ids}
+    kept = {
+        (stack, name): int(real_tokens(inputs, patches, stack).sum())
+        for stack in ("decoder", "encoder", "vision")
+        for name, inputs in {"text": text, "pictures": pictures, "decoding": decoding}.items()
+    }
+    expected = {("encoder", "pictures"): 8, ("decoder", "decoding"): 8}
+    for (stack, name), count in kept.items():
+        assert count == expected.get((stack, name), 8 if stack == "vision" else 7)
+    graph = bound("gpt2", torch.float64)
+    wide = {"attention_mask": torch.ones(2, 9), "input_ids": ids}
+    assert weights_at(graph, MLP_OUT[0], patches.double(), wide).shape == (2, 1, 1)
