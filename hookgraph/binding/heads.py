@@ -9,8 +9,17 @@ from hookgraph.binding.anchors import Role as Part
 from hookgraph.binding.blocks import Block, Update, is_softmax_over_positions
 from hookgraph.binding.findings import Findings, WeightSource
 from hookgraph.binding.interiors import bind_reading
-from hookgraph.binding.own_attention import WEIGHED, Found, own_attention
-from hookgraph.binding.projections import as_input, as_output, behind, is_projection
+from hookgraph.binding.layouts import Layout
+from hookgraph.binding.own_attention import WEIGHED, Found, of_pieces, own_attention
+from hookgraph.binding.projections import (
+    Reached,
+    as_input,
+    as_output,
+    as_weighted_input,
+    behind,
+    has_heads,
+    is_projection,
+)
 from hookgraph.binding.readers import bind_reader
 from hookgraph.binding.tracing import ALIASES, AttentionCall, Call, Trace, Value
 from hookgraph.ontology.locations import Location, LocationType
@@ -38,6 +47,10 @@ class _Inside:
     """How its tensors are reached in the model's own code, if it does not."""
     heads: int = 0
     """How many there are, if known."""
+    why: str = ""
+    """Why it is not reached where the attention function is called, if it is not."""
+    layout: Layout = ""
+    """How its tensors lie in the model's own code, once they have the axes of locations."""
 
     def reaches(self, part: Part) -> bool:
         """Whether a tensor is reached where attention is computed."""
@@ -56,6 +69,7 @@ class _Inside:
             role=part,
             overwritten=found.value.overwritten,
             operand=found.operand,
+            layout=self.layout,
         )
 
 
@@ -78,10 +92,8 @@ def bind_attention(
     if inside is None:
         found.absent("this model does not compute a softmax over positions", *parts, *before, layer=layer)
         return
-    if update.attention is not None and _calls(trace, update.attention) > 1:
-        reason = "the attention function is called more than once in this layer"
-        found.absent(reason, *parts, *before, layer=layer)
-        return
+    if inside.why:
+        found.absent(inside.why, types.scores, types.pattern, layer=layer)
     cross = "" if types.q_pre is not None else "x"
     heads: tuple[tuple[LocationType, _Optional, _Optional, Part, Value | None, str], ...] = (
         (types.q, types.q_pre, types.q_in, "query", inside.query, f"{cross}W_Q"),
@@ -98,14 +110,32 @@ def bind_attention(
     _bind_output(trace, found, types, layer, block, inside)
 
 
-def _calls(trace: Trace, attention: AttentionCall) -> int:
-    """How often one call of a module calls the attention function."""
-    return sum(a.call is attention.call for a in trace.attention_calls)
+def _calls(trace: Trace, attention: AttentionCall) -> list[AttentionCall]:
+    """The calls of the attention function in one call of a module."""
+    return [a for a in trace.attention_calls if a.call is attention.call]
+
+
+def _of_pieces(trace: Trace, calls: list[AttentionCall], block: Block) -> _Inside:
+    """An attention of which the function is called several times: on pieces, or with other values."""
+    own, out = of_pieces(trace, calls)
+    first = calls[0]
+    parts: tuple[tuple[Part, Value], ...] = (
+        ("query", first.query),
+        ("key", first.key),
+        ("value", first.value),
+    )
+    query, key, value = (own[x].value if x in own else piece for x, piece in parts)
+    why = "the attention function is called more than once in this layer"
+    lies: Layout = "" if block.grid.layout == "" else "one row"
+    return _Inside(first.call, query, key, value, out, False, "", own, why=why, layout=lies)
 
 
 def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
     call = update.attention
     if call is not None:
+        calls = _calls(trace, call)
+        if len(calls) > 1:
+            return _of_pieces(trace, calls, block)
         eager = _import_path(call.eager)
         return _Inside(call.call, call.query, call.key, call.value, call.out, False, eager, {})
     softmaxes = sorted((v for v in update.cone if is_softmax_over_positions(v)), key=lambda v: v.number)
@@ -174,15 +204,23 @@ def _bind_heads(
     """Queries, keys or values: as what a projection returns if nothing happens to them after it."""
     reached = None if value is None else as_output(trace, value, block.call, heads_first=True)
     if reached is not None and _has_heads(reached.view, value):
-        anchor = Anchor(location, "output", reached.call.path, reached.slot, reached.view)
-        found.add(on_call(trace, reached.call, anchor))
-        if is_projection(trace, reached.call):
-            found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
+        _add_heads(trace, found, location, weight, block, reached)
     elif inside.reaches(part):
         found.add(on_call(trace, inside.call, inside.anchor(location, part)))
     else:
         reason = "the model's own attention code computes on them after the projection"
-        found.absent(reason, location)
+        found.absent(inside.why or reason, location)
+
+
+def _add_heads(
+    trace: Trace, found: Findings, location: Location, weight: str, block: Block, reached: Reached
+) -> None:
+    """Heads as what a module returns, and the weight if that is a projection."""
+    layout = block.grid.layout_of(reached.call.outputs[reached.slot])
+    anchor = Anchor(location, "output", reached.call.path, reached.slot, reached.view, layout=layout)
+    found.add(on_call(trace, reached.call, anchor))
+    if is_projection(trace, reached.call):
+        found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
 
 
 def _has_heads(view: object, value: Value | None) -> bool:
@@ -208,17 +246,20 @@ def _bind_before_rotary(
         return
     first = inside.call.first
     for before in sorted(behind(value, first), key=lambda v: -v.number):
-        if before.tensor.ndim != 4 or sorted(before.tensor.shape) != sorted(value.tensor.shape):
+        if not has_heads(before, block.grid) or _sizes(before) != _sizes(value):
             continue  # latents from which keys and values are made may have as many numbers
         first_heads = before.tensor.shape[1] == value.tensor.shape[1]
         reached = as_output(trace, before, inside.call, heads_first=first_heads)
         if reached is not None and _has_heads(reached.view, before):
-            anchor = Anchor(location, "output", reached.call.path, reached.slot, reached.view)
-            found.add(on_call(trace, reached.call, anchor))
-            if is_projection(trace, reached.call):
-                found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
+            _add_heads(trace, found, location, weight, block, reached)
             return
     found.absent("no module returns the heads as they are before what is done to them last", location)
+
+
+def _sizes(value: Value) -> list[int]:
+    """The sizes of the axes of heads; where examples and positions share one, these are four too."""
+    shape = value.tensor.shape
+    return sorted((1, *shape) if len(shape) == 3 else shape)
 
 
 def _bind_scores(trace: Trace, found: Findings, types: AttentionTypes, layer: int, inside: _Inside) -> None:
@@ -239,19 +280,38 @@ def _bind_output(
     if out is not None:
         reached = as_input(trace, out, block.call, heads_first=inside.out_heads_first, heads=inside.heads)
     if reached is None:
-        reason = "something happens between z and the output projection"
-        found.absent(reason, types.result, layer=layer)
+        reason = inside.why or "something happens between z and the output projection"
         if inside.reaches("out"):
             found.add(on_call(trace, inside.call, inside.anchor(types.z[layer], "out")))
         else:
             found.absent(reason, types.z, layer=layer)
+        _bind_weighted_result(trace, found, types.result[layer], block, inside, reason)
         return
     reads: tuple[tuple[LocationType, Mechanism], ...] = ((types.z, "input"), (types.result, "head result"))
     for kind, mechanism in reads:
-        anchor = Anchor(kind[layer], mechanism, reached.call.path, reached.slot, reached.view)
+        layout = block.grid.layout_of(reached.call.inputs[reached.slot])
+        anchor = Anchor(kind[layer], mechanism, reached.call.path, reached.slot, reached.view, layout=layout)
         found.add(on_call(trace, reached.call, anchor))
     name = "W_O" if types.q_pre is not None else "xW_O"
     found.weigh(name, types.z[layer], WeightSource(reached.call.path, "input", reached.view))
+
+
+def _bind_weighted_result(
+    trace: Trace, found: Findings, location: Location, block: Block, inside: _Inside, reason: str
+) -> None:
+    """What each head writes where a gate or a norm stands before the projection: the projection's rows of
+    the head times what they are given.
+    """
+    out = inside.out
+    reached = None
+    if out is not None:
+        reached = as_weighted_input(trace, out, block.call, heads_first=inside.out_heads_first)
+    if reached is None:
+        found.absent(reason, location)
+        return
+    layout = block.grid.layout_of(reached.call.inputs[reached.slot])
+    anchor = Anchor(location, "head result", reached.call.path, reached.slot, reached.view, layout=layout)
+    found.add(on_call(trace, reached.call, anchor))
 
 
 def _import_path(function: Callable[..., Any]) -> str:

@@ -7,6 +7,7 @@ given and returned, seen by a plain PyTorch hook.
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias, final
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.functional import normalize
 
 from hookgraph.binding.findings import Layer, StreamStep
 from hookgraph.binding.huggingface import HuggingFaceBinding
+from hookgraph.binding.layouts import Layout, arranged
+from hookgraph.binding.mechanisms import PassState
 from hookgraph.binding.norms import affine_of, normalised
 from hookgraph.binding.tracing import tensors_in
 from hookgraph.binding.views import Columns, Span
@@ -97,21 +100,27 @@ def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
     anchors = binding.findings.anchors.values()
     paths = {a.module for a in anchors if a.mechanism in watched or a.location.type.name in _PROJECTED}
     paths |= {w.module for w in binding.findings.weights.values() if w.side != "table"}
-    paths -= {a.module for a in anchors if a.calls > 1 or a.layout}
+    layouts: dict[str, Layout] = {a.module: a.layout for a in anchors if a.layout}
+    paths -= {a.module for a in anchors if a.calls > 1 or layouts.get(a.module, a.layout) != a.layout}
     repeated = {a.module for a in anchors if a.calls > 1}
     layers = binding.findings.experts.values()
     paths |= {p for e in layers if e.experts not in repeated for p in (e.experts, e.whole) if p}
 
+    state = PassState(binding.findings.counted)
+
     def keep(path: str) -> Callable[..., None]:
+        layout: Layout = layouts.get(path, "")
+
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             given = next((t for t in tensors_in((args, kwargs)) if t.is_floating_point()), None)
             if isinstance(output, Tensor) and given is not None:
-                seen[path] = (given, output)
+                seen[path] = (arranged(layout, given, state.batch), arranged(layout, output, state.batch))
 
         return hook
 
     find = binding.model.get_submodule
-    with installed(*(lambda p=p: find(p).register_forward_hook(keep(p), with_kwargs=True) for p in paths)):
+    hooks = [partial(find(p).register_forward_hook, keep(p), with_kwargs=True) for p in paths]
+    with installed(partial(binding.model.register_forward_pre_hook, state.enter, with_kwargs=True), *hooks):
         yield seen
 
 

@@ -74,9 +74,9 @@ def _hook(
     if anchor.mechanism == "norm scale":
         return partial(_norm_scale, anchor, tap, state), "output", True
     if anchor.mechanism == "head result":
-        return _head_result_hook(module, anchor, tap), "output", True
+        return _head_result_hook(module, anchor, tap, state), "output", True
     if anchor.mechanism == "head input":
-        return _head_input_hook(anchor, tap), "output", True
+        return _head_input_hook(anchor, tap, state), "output", True
     change = (
         partial(_in_place, anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
     )
@@ -246,17 +246,18 @@ def _norm_scale(
     return y + ((y - bias) * excess).to(y.dtype)
 
 
-def _head_result_hook(module: nn.Module, anchor: Anchor, tap: Tap) -> Callable[..., Any]:
+def _head_result_hook(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
     view = anchor.view
     if view is None:
         raise ValueError(f"{anchor.location}: the head result needs the columns of the heads")
     weight = view.get(affine_map(module)[0].mT[None])[0]
-    return partial(_head_result, anchor, tap, view.get, weight)
+    return partial(_head_result, anchor, tap, state, view.get, weight)
 
 
 def _head_result(
     anchor: Anchor,
     tap: Tap,
+    state: PassState,
     heads_of: _Change,
     weight: Tensor,
     module: nn.Module,
@@ -265,25 +266,26 @@ def _head_result(
     y: Tensor,
 ) -> Tensor | None:
     """y = Σ_h r_h + b with r_h = z_h W_O[h]; with r' in place of r, y' = y + Σ_h (r'_h - r_h)."""
-    z = heads_of(element(args, kwargs, anchor.slot))
+    z = heads_of(_shaped(anchor, state, element(args, kwargs, anchor.slot)))
     result = einsum(z, weight, "batch pos head d, out head d -> batch pos head out")
     value = _apart(result, tap)
     new = tap(value)
     if new is value and not tap.tracks_gradient:
         return None
-    return y + (new - result).sum(2)
+    return y + restored(anchor.layout, (new - result).sum(2))
 
 
-def _head_input_hook(anchor: Anchor, tap: Tap) -> Callable[..., Any]:
+def _head_input_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
     view = anchor.view
     if not isinstance(view, Columns):
         raise ValueError(f"{anchor.location}: what a head reads needs the columns of the heads")
-    return partial(_head_input, anchor, tap, view)
+    return partial(_head_input, anchor, tap, state, view)
 
 
 def _head_input(
     anchor: Anchor,
     tap: Tap,
+    state: PassState,
     view: Columns,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -291,7 +293,7 @@ def _head_input(
     y: Tensor,
 ) -> Tensor | None:
     """q_h = x W_Q[h] + b; with x'_h in place of head h's x, q'_h = q_h + (x'_h - x) W_Q[h]."""
-    x = element(args, kwargs, anchor.slot)
+    x = _shaped(anchor, state, element(args, kwargs, anchor.slot))
     copies = x.unsqueeze(2).expand(-1, -1, view.count, -1)
     value = _apart(copies, tap)
     new = tap(value)
@@ -299,4 +301,5 @@ def _head_input(
         return None
     weight = view.get(affine_map(module)[0][None])[0]
     change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
-    return view.put(y, view.get(y) + change)
+    before = _shaped(anchor, state, y)
+    return restored(anchor.layout, view.put(before, view.get(before) + change))

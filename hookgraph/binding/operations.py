@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-Kind: TypeAlias = Literal["product", "softmax", "fused"]
-"""A product of two tensors, a softmax, or a fused attention."""
+Kind: TypeAlias = Literal["product", "softmax", "fused", "split"]
+"""A product of two tensors, a softmax, a fused attention, or a split into pieces that attend each alone."""
 
 RESULT: Final = -1
 """Instead of the number of an operand: what a function returns."""
@@ -22,6 +22,7 @@ INSIDE: Final = -2
 """Instead of the number of an operand: what a fused attention computes on the way."""
 
 _SOFTMAX: Final = frozenset({torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax})
+_SPLIT: Final = frozenset({torch.split, torch.Tensor.split})
 _MATMUL: Final = frozenset(
     {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
 )
@@ -76,6 +77,8 @@ def form_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     """What a call of a function is; None if it is none of those that attention goes through."""
     if func in _SOFTMAX:
         return Form("softmax", _slots(("input",), args))
+    if func in _SPLIT:
+        return Form("split", _slots(("tensor",), args))
     if func is scaled_dot_product_attention:
         form = Form("fused", _slots(_FUSED[:3], args))
         return form._replace(terms=_FUSED_TERMS.get(_axes(form, args, kwargs), ()))
@@ -134,7 +137,7 @@ class Noticing(TorchFunctionMode):
     def __init__(
         self,
         begin: Callable[[], int],
-        end: Callable[[int, Form, tuple[Tensor, ...], Tensor], None],
+        end: Callable[[int, Form, tuple[Tensor, ...], object], None],
     ) -> None:
         super().__init__()
         self._begin, self._end = begin, end

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from hookgraph.binding.anchors import Anchor, Role, Way
 from hookgraph.binding.attention import TapsByCall, Turn, kept_masked, tap_heads
 from hookgraph.binding.caching import NewStates
+from hookgraph.binding.layouts import arranged, restored
 from hookgraph.binding.mechanisms import PassState, aside
 from hookgraph.binding.operations import RESULT, Kind, Operand, form_of, fused_arguments
 from hookgraph.binding.views import Axes, View
@@ -99,12 +100,14 @@ class OwnCode:
         masks = role == "scores" and tap.edits
         # What is masked must be known after an edit in place too; what the model overwrites is kept from it.
         before = raw.clone() if masks or anchor.overwritten else raw
-        value = before if view is None else view.get(before)
+        shaped = before if view is None else view.get(before)
+        value = arranged(anchor.layout, shaped, self._state.batch)
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return raw
         if masks:
             new = kept_masked(raw if view is None else view.get(raw), new)
+        new = restored(anchor.layout, new)
         result = new if view is None else view.put(raw, new)
         return result.clone() if anchor.overwritten else result
 

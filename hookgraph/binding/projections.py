@@ -1,10 +1,19 @@
 """Where a value of the trace can be reached: as what a module returns or what a projection is given."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hookgraph.binding.layouts import Grid
 from hookgraph.binding.tracing import ALIASES, Call, Slot, Trace, Value, alias_root
 from hookgraph.binding.views import Columns, View, view_along
+
+_WEIGHTING = frozenset({"mul", "div", "native_layer_norm", "native_dropout"})
+"""Operations that leave each feature where it is."""
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_int_mm", "_scaled_mm"})
 
@@ -61,6 +70,54 @@ def as_input(
     return None
 
 
+def as_weighted_input(trace: Trace, value: Value, within: Call, *, heads_first: bool) -> Reached | None:
+    """Heads as what a projection inside `within` is given after a gate or a norm, each feature in its place.
+
+    Args:
+        trace: the pass.
+        value: heads, before or after positions.
+        within: where to look.
+        heads_first: whether heads lie before positions.
+    """
+    if value.tensor.ndim != 4:
+        return None
+    count, width = value.tensor.shape[1 if heads_first else 2], value.tensor.shape[3]
+    numbers = torch.arange(count * width).view((count, 1, width) if heads_first else (count, width))
+    places = {value: numbers.expand(value.tensor.shape).contiguous()}
+    for later in trace.values[value.number + 1 : within.last]:
+        found = _placed(later, places)
+        if found is not None:
+            places[later] = found
+    for call in trace.inside(within):
+        for slot, given in call.inputs.items():
+            flat = places.get(given)
+            if flat is None or flat.ndim != 3 or not is_projection(trace, call):
+                continue
+            same = flat.shape[-1] == count * width and bool((flat == torch.arange(count * width)).all())
+            return Reached(call, slot, Columns(0, count, width, width)) if same else None
+    return None
+
+
+def _placed(value: Value, places: Mapping[Value, Int[Tensor, "..."]]) -> Int[Tensor, "..."] | None:
+    """The number of the feature that each element of a value comes from, if it is one of those weighted."""
+    if value.op in ALIASES:
+        source = value.inputs[0] if value.inputs else value
+        if source not in places or source.tensor.numel() != value.tensor.numel() or value.replay is None:
+            return None
+        moved = value.replay(places[source])
+        return moved if isinstance(moved, Tensor) and not moved.is_floating_point() else places[source]
+    if value.op not in _WEIGHTING:
+        return None
+    return next(
+        (places[v] for v in value.inputs if v in places and v.tensor.shape == value.tensor.shape), None
+    )
+
+
+def has_heads(value: Value, grid: Grid) -> bool:
+    """Whether a value has as many axes as heads of every example and position have."""
+    return value.tensor.ndim == 4 or (value.tensor.ndim == 3 and grid.layout == "flat")
+
+
 def behind(value: Value, first: int) -> set[Value]:
     """Everything from number `first` on that `value` was computed from, itself included."""
     seen: set[Value] = set()
@@ -76,8 +133,10 @@ def behind(value: Value, first: int) -> set[Value]:
 
 def _heads_of(value: Value, given: Value, *, heads_first: bool, heads: int) -> View:
     """The view of a flat tensor as heads, if that is what it holds."""
-    tensor = value.tensor
-    if given.tensor.ndim != 3:
+    tensor, flat = value.tensor, given.tensor
+    if flat.ndim == 2:  # examples and positions on one axis
+        flat = flat[None]
+    if flat.ndim != 3:
         return None
     if tensor.ndim == 3 and heads and tensor.shape[0] % heads == 0:
         tensor = tensor.unflatten(0, (-1, heads))
@@ -86,10 +145,10 @@ def _heads_of(value: Value, given: Value, *, heads_first: bool, heads: int) -> V
     if heads_first:
         tensor = tensor.transpose(1, 2)
     count, width = tensor.shape[-2:]
-    if given.tensor.shape != (*tensor.shape[:2], count * width):
+    if flat.shape != (*tensor.shape[:2], count * width):
         return None
     columns = Columns(0, count, width, width)
-    return columns if bool((columns.get(given.tensor) == tensor).all()) else None
+    return columns if bool((columns.get(flat) == tensor).all()) else None
 
 
 def is_projection(trace: Trace, call: Call) -> bool:

@@ -6,7 +6,14 @@ The copies are one tensor seen several times, until some head's copy is edited.
 from hookgraph.binding.anchors import Anchor, on_call
 from hookgraph.binding.blocks import Block
 from hookgraph.binding.findings import Findings, WeightSource
-from hookgraph.binding.projections import Reached, as_output, behind, floating_input, is_projection
+from hookgraph.binding.projections import (
+    Reached,
+    as_output,
+    behind,
+    floating_input,
+    has_heads,
+    is_projection,
+)
 from hookgraph.binding.tracing import ALIASES, Call, Trace, Value
 from hookgraph.binding.views import Columns, view_along
 from hookgraph.ontology.locations import Location
@@ -35,23 +42,24 @@ def bind_reader(
     if heads is None:
         found.absent("the heads do not show in the model's own attention code", location)
         return
-    reached = _projection(trace, heads, owner)
+    reached = _projection(trace, heads, owner, block)
     if reached is None:
         found.absent("no single projection returns these heads", location)
         return
     read = floating_input(reached.call)
-    if read is None or read[1].tensor.ndim != 3 or read[1].tensor.shape[-1] != block.width:
+    if read is None or read[1].tensor.ndim not in (2, 3) or read[1].tensor.shape[-1] != block.width:
         found.absent("the projection does not read the stream, but a latent or another axis", location)
         return
-    anchor = Anchor(location, "head input", reached.call.path, read[0], reached.view)
+    layout = block.grid.layout_of(read[1])
+    anchor = Anchor(location, "head input", reached.call.path, read[0], reached.view, layout=layout)
     found.add(on_call(trace, reached.call, anchor))
     found.weigh(weight, location, WeightSource(reached.call.path, "output", reached.view))
 
 
-def _projection(trace: Trace, heads: Value, owner: Call) -> Reached | None:
+def _projection(trace: Trace, heads: Value, owner: Call, block: Block) -> Reached | None:
     """The last projection that the heads were computed from, and where they lie in what it returns."""
     for value in sorted(behind(heads, owner.first), key=lambda v: -v.number):
-        if value.tensor.ndim != 4 or value.tensor.numel() != heads.tensor.numel():
+        if not has_heads(value, block.grid) or value.tensor.numel() != heads.tensor.numel():
             continue
         first = value.tensor.shape[1] == heads.tensor.shape[1]
         reached = as_output(trace, value, owner, heads_first=first) or _scaled(trace, value, owner, first)

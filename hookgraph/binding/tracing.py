@@ -215,9 +215,9 @@ class Trace:
         self._alive.append(tensor)
         return value
 
-    def _notice(self, first: int, form: Form, operands: tuple[Tensor, ...], result: Tensor) -> None:
+    def _notice(self, first: int, form: Form, operands: tuple[Tensor, ...], result: object) -> None:
         values = tuple(self.value_of(t) for t in operands)
-        out, last = self.value_of(result), len(self.values)
+        out, last = self.value_of(next(tensors_in(result))), len(self.values)
         self.operations.append(Operation(form, tuple(self._stack), values, out, first, last))
 
     def before_mutation(self, tensor: Tensor) -> None:

@@ -130,9 +130,9 @@ def view_along(source: Value, path: Iterable[Value], *, heads_first: bool) -> tu
         heads_first: whether the last one has its heads before its positions.
     """
     shape = source.tensor.shape
-    features = shape[-1] if source.tensor.ndim == 3 else source.tensor.numel()
-    numbers = torch.arange(features)
-    numbers = (numbers.expand(shape) if source.tensor.ndim == 3 else numbers.view(shape)).contiguous()
+    flat = source.tensor.ndim in (2, 3)
+    numbers = torch.arange(shape[-1] if flat else source.tensor.numel())
+    numbers = (numbers.expand(shape) if flat else numbers.view(shape)).contiguous()
     start = numbers
     for step in path:
         result = None if step.replay is None else step.replay(numbers)
@@ -144,6 +144,8 @@ def view_along(source: Value, path: Iterable[Value], *, heads_first: bool) -> tu
         numbers = numbers.transpose(1, 2)
     if numbers.shape == start.shape and bool((numbers == start).all()):
         return True, None
+    if source.tensor.ndim == 2:
+        return _columns(numbers.reshape(1, *numbers.shape[-3:])) if _by_row(numbers, shape) else (False, None)
     if source.tensor.ndim == 4:
         swapped = start.transpose(1, 2)
         same = numbers.shape == swapped.shape and bool((numbers == swapped).all())
@@ -153,6 +155,12 @@ def view_along(source: Value, path: Iterable[Value], *, heads_first: bool) -> tu
     if numbers.ndim == 3 and numbers.shape[:2] != shape[:2]:
         numbers = numbers.transpose(1, 2)  # features before positions, as convolutions take them
     return _columns(numbers) if numbers.shape[:2] == shape[:2] else (False, None)
+
+
+def _by_row(numbers: Int[Tensor, "..."], shape: tuple[int, ...]) -> bool:
+    """Whether heads lie behind the one axis that examples and positions share."""
+    rows = numbers.shape[-3] if numbers.ndim >= 3 else 0
+    return rows == shape[0] and numbers.shape[:-3].numel() == 1
 
 
 def _columns(numbers: Int[Tensor, "batch pos *chosen"]) -> tuple[bool, View]:

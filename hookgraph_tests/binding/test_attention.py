@@ -14,11 +14,12 @@ from hookgraph.ontology.transformer import (
     ATTN_OUT,
     ATTN_PATTERN,
     ATTN_Q,
+    ATTN_RESULT,
     ATTN_SCORES,
     ATTN_V,
     ATTN_Z,
 )
-from hookgraph_tests.families import FAMILIES, LAYERS, bound, build, model_of, tokens
+from hookgraph_tests.families import FAMILIES, LAYERS, binding_of, bound, build, model_of, tokens
 from hookgraph_tests.tiny import build as tiny
 
 IDS = tokens(2, 7)
@@ -263,3 +264,19 @@ def test_rows_of_padding_stay_numbers_where_scores_are_looked_at():
     inputs = {"input_ids": tokens(1, 6), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
     logits = graph.run(inputs, save=[ATTN_PATTERN[0]]).logits
     torch.testing.assert_close(logits[:, 2:], graph.run(inputs).logits[:, 2:], rtol=1e-5, atol=1e-6)
+
+
+def test_behind_a_gate_heads_write_what_the_projection_makes_of_them():
+    model = tiny("causal", "afmoe")
+    graph = bind(model, check=False)
+    projection = model.get_submodule(binding_of(graph).findings.anchors[ATTN_RESULT[0]].module)
+    returned: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda module, args, output: returned.append(output))
+    with torch.no_grad():
+        model(IDS)
+    whole = graph.run(IDS, save=[ATTN_RESULT[0], ATTN_OUT[1]])[ATTN_RESULT[0]]
+    silent = graph.hook(ATTN_RESULT[0].at(head=1), torch.zeros_like)
+    silent.run(IDS, save=[ATTN_OUT[1]])
+    handle.remove()
+    torch.testing.assert_close(whole.sum(2), returned[0])
+    torch.testing.assert_close(whole.sum(2) - whole[:, :, 1], returned[-1])

@@ -7,7 +7,19 @@ from hookgraph.binding import bind
 from hookgraph.binding.packing import counted_by, examples_in, repeated
 from hookgraph.errors import InputError
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.transformer import ATTN_Q, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
+from hookgraph.ontology.transformer import (
+    ATTN_K,
+    ATTN_Q,
+    ATTN_RESULT,
+    ATTN_V,
+    ATTN_V_IN,
+    ATTN_Z,
+    MLP_OUT,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+)
+from hookgraph.ontology.weights import W_O
 from hookgraph_tests.tiny import build
 
 SIZES = torch.tensor([[1, 4, 4], [1, 2, 8]])
@@ -59,6 +71,25 @@ def test_an_edit_of_one_picture_leaves_the_other_as_it_is(tower: HookGraph):
     edited = tower.hook(RESID_PRE[0], doubled).run(example, save=[RESID_POST[1]])[RESID_POST[1]]
     assert edited[0].equal(plain[0])
     assert not torch.isclose(edited[1], plain[1]).all()
+
+
+def test_heads_of_a_packed_stream_attend_picture_by_picture(tower: HookGraph):
+    run = tower.run(tower.binding.example, save=[ATTN_Q[0], ATTN_K[0], ATTN_V[0], ATTN_Z[0], ATTN_RESULT[0]])
+    q, k, v, z = (run[kind[0]] for kind in (ATTN_Q, ATTN_K, ATTN_V, ATTN_Z))
+    pattern = (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v), atol=1e-5, rtol=1e-4)
+    wide = torch.einsum("bphd,hdm->bphm", z, tower.binding.weight(W_O, 0))
+    torch.testing.assert_close(run[ATTN_RESULT[0]], wide)
+
+
+def test_an_edit_of_the_heads_of_one_picture_leaves_the_other_as_it_is(tower: HookGraph):
+    example = tower.binding.example
+    plain = tower.run(example, save=[RESID_POST[0]])[RESID_POST[0]]
+    for kind in (ATTN_Q, ATTN_V, ATTN_V_IN, ATTN_RESULT):
+        hooked = tower.hook(kind[0], lambda x: torch.cat([x[:1], 2 * x[1:]]))
+        edited = hooked.run(example, save=[RESID_POST[0]])[RESID_POST[0]]
+        torch.testing.assert_close(edited[0], plain[0])
+        assert not torch.allclose(edited[1], plain[1])
 
 
 def test_examples_end_to_end_in_one_row_are_told_apart():
