@@ -30,8 +30,9 @@ _SPARSE = 0.25
 class Attribution(Mapping[Location, Tensor]):
     """A number for every node of some locations: latents and errors, heads, neurons, positions.
 
-    Arithmetic and comparisons are by location, with another attribution of the very same locations and
-    axes, or with a number. Nothing is dropped and nothing broadcast: what does not match is an error.
+    Arithmetic and comparisons, `==` too, are by location, with another attribution of the very same
+    locations and axes, or with a number. Nothing is dropped and nothing broadcast: what does not match is an
+    error.
 
     >>> from hookgraph.locations import ATTN_Z
     >>> effect = Attribution({ATTN_Z[0]: torch.tensor([[[[1.0, -3.0]]]])})
@@ -112,6 +113,9 @@ class Attribution(Mapping[Location, Tensor]):
     def __truediv__(self, other: "Attribution | Number") -> "Attribution":
         return self._with(other, operator.truediv)
 
+    def __rtruediv__(self, other: Number) -> "Attribution":
+        return self.map(lambda value: other / value)
+
     def __neg__(self) -> "Attribution":
         return self.map(torch.neg)
 
@@ -130,25 +134,56 @@ class Attribution(Mapping[Location, Tensor]):
     def __le__(self, other: "Attribution | Number") -> "Attribution":
         return self._with(other, operator.le)
 
+    def __eq__(self, other: object) -> "Attribution":  # pyright: ignore[reportIncompatibleMethodOverride] (as tensors do)
+        known = isinstance(other, Attribution | int | float)
+        return self._with(other, operator.eq) if known else NotImplemented
+
+    def __ne__(self, other: object) -> "Attribution":  # pyright: ignore[reportIncompatibleMethodOverride]
+        known = isinstance(other, Attribution | int | float)
+        return self._with(other, operator.ne) if known else NotImplemented
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] (as of any mapping)
+
+    def __bool__(self) -> bool:
+        """Whether there are locations.
+
+        Raises:
+            HookGraphError: it is a mask, which holds at some nodes and not at others.
+        """
+        if self.is_mask:
+            raise HookGraphError(
+                "a mask is neither true nor false: `.count()` says at how many nodes it holds, and "
+                "`(~mask).count() == 0` whether at all of them"
+            )
+        return len(self) > 0
+
     def __and__(self, other: "Attribution") -> "Attribution":
+        _check_masks("&", self, other)
         return self._with(other, operator.and_)
 
     def __or__(self, other: "Attribution") -> "Attribution":
+        _check_masks("|", self, other)
         return self._with(other, operator.or_)
 
     def __invert__(self) -> "Attribution":
         return self.map(torch.logical_not)
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether it says where something holds, as comparisons do."""
+        return len(self) > 0 and all(v.dtype == torch.bool for v in self.values())
+
     def where(self, mask: "Attribution") -> "Attribution":
         """These numbers where a mask holds, zero elsewhere: `effect.where(abs(effect) > 0.1)`."""
+        _check_masks("where", mask)
         return self._with(mask, lambda value, chosen: torch.where(chosen, value, torch.zeros_like(value)))
 
     def dot(self, other: "Attribution") -> Float[Tensor, "..."]:
-        """Σ over all locations and nodes of the products: per example if there is a batch axis."""
+        """Σ over all locations and nodes of the products: per example if there is a batch axis, 0 of none."""
         products = self * other
         per_example = all(products.dims(x)[:1] == (Dimension.BATCH,) for x in products)
-        parts = [v.flatten(1).sum(1) if per_example else v.sum() for v in products.values()]
-        return torch.stack(parts).sum(0)
+        parts = [v.reshape(len(v), -1).sum(1) if per_example else v.sum() for v in products.values()]
+        return torch.stack(parts).sum(0) if parts else torch.zeros(())
 
     def norm(self) -> Float[Tensor, "..."]:
         """The Euclidean norm over all locations and nodes: per example if there is a batch axis."""
@@ -194,7 +229,7 @@ class Attribution(Mapping[Location, Tensor]):
         """The k nodes with the largest |number|. Reduce axes first to say what a node is."""
         ranked: list[tuple[float, Location, int]] = []
         for location, value in self.items():
-            flat = value.flatten()
+            flat = value.flatten().to(torch.uint8) if value.dtype == torch.bool else value.flatten()
             best = flat.abs().topk(min(k, flat.numel())).indices.tolist()
             ranked += [(float(flat[place]), location, place) for place in best]
         ranked.sort(key=lambda item: -abs(item[0]))
@@ -240,7 +275,11 @@ class Attribution(Mapping[Location, Tensor]):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        if not self.is_mask:
+            return self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        held, nodes = self.count(), sum(v.numel() for v in self.values())
+        shown = self.top(min(20, held))._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return f"<p>mask over {len(self)} locations, holds at {held} of {nodes} nodes</p>{shown}"
 
     def pack(self, prefix: str) -> tuple[dict[str, Shaped[Tensor, "..."]], list[str]]:
         """Tensors to store, those with few numbers other than zero as indices and values; and the order."""
@@ -310,3 +349,14 @@ def _indices(value: Tensor) -> Iterator[tuple[int, ...]]:
 
 def _told(reduced: Mapping[Dimension, str]) -> str:
     return ", ".join(f"{how} over {dim}" for dim, how in reduced.items()) or "nothing reduced"
+
+
+def _check_masks(what: str, *masks: object) -> None:
+    """Refuse numbers where masks are combined or used.
+
+    Raises:
+        HookGraphError: one of them is no mask.
+    """
+    for mask in masks:
+        if not isinstance(mask, Attribution) or (len(mask) and not mask.is_mask):
+            raise HookGraphError(f"{what} takes a mask, such as `abs(effect) > 0.1`, not numbers")

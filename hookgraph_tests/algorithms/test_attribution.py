@@ -55,6 +55,40 @@ def test_contraction_is_over_everything_but_the_batch():
     assert a.mean("batch").dot(b.mean("batch")).shape == ()
 
 
+def test_contraction_needs_no_axis_beside_the_batch_and_no_location():
+    a = drawn().sum("pos", "d_head", "head", "latent", "d_model")
+    assert torch.allclose(a.dot(a), sum((v * v for v in a.values()), torch.zeros(2)), rtol=1e-13)
+    assert a.norm().shape == (2,)
+    assert Attribution({}).norm() == 0
+
+
+def test_comparing_for_equality_makes_a_mask():
+    a, b = drawn(0), drawn(1)
+    assert (a == a * 1).count() == sum(v.numel() for v in a.values())
+    assert same(a != b, {k: a[k] != b[k] for k in a})
+    assert same(a == 0, {k: a[k] == 0 for k in a})
+    assert a != "something else"
+    with pytest.raises(HookGraphError, match="a mask is neither true nor false"):
+        bool(a == b)
+    assert a
+    assert not Attribution({})
+    assert same(1 / a, {k: 1 / a[k] for k in a})
+
+
+def test_masks_are_shown_and_ranked():
+    mask = abs(drawn()) > 1
+    assert [n.effect for n in mask.top(3)] == [1, 1, 1]
+    assert f"holds at {mask.count()} of 102 nodes" in mask._repr_html_()  # pyright: ignore[reportPrivateUsage]
+    assert mask.top(1)[0].location in mask.nonzero()
+
+
+def test_numbers_are_no_mask():
+    a = drawn()
+    for use in (lambda: a & a, lambda: (a > 0) | a, lambda: a.where(a)):
+        with pytest.raises(HookGraphError, match="takes a mask, such as"):
+            use()
+
+
 def test_reduced_axes_are_named_and_gone():
     reduced = drawn().sum("pos", "d_head").mean("batch")
     assert {str(k.type): reduced.dims(k) for k in reduced} == {
@@ -161,4 +195,6 @@ def test_an_effect_at_an_undeclared_location_is_refused(tmp_path: Path):
 
 
 def test_an_incomplete_effect_says_so():
-    assert "not within the tolerance of 0.1: mlp.out[1]/sae/latents" in repr(effect())
+    for told in (repr(effect()), effect()._repr_html_()):  # pyright: ignore[reportPrivateUsage]
+        assert "not within the tolerance of 0.1: mlp.out[1]/sae/latents" in told
+        assert "total effect" in told

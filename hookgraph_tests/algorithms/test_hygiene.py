@@ -52,7 +52,7 @@ from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import AlreadyAttachedError, HookGraphError, MetricError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
-from hookgraph.locations import ATTN_OUT, ATTN_Z, LOGITS, MLP_OUT, RESID_POST
+from hookgraph.locations import ATTN_OUT, ATTN_Z, MLP_OUT, RESID_POST
 from hookgraph_tests.families import bound, layers_of, model_of, tokens
 
 CLEAN, CORRUPT = tokens(), tokens(seed=1)
@@ -118,7 +118,7 @@ ALGORITHMS = {
     "exact_effects": Algorithm(lambda g, m: exact_effects(g, CLEAN, CORRUPT, m, [ATTN_Z[1].at(head=0)])),
     "activation_patching": Algorithm(lambda g, m: activation_patching(g, CLEAN, CORRUPT, m, [RESID_POST[1]])),
     "path_patching": Algorithm(
-        lambda g, m: path_patching(g, CLEAN, CORRUPT, m, [ATTN_OUT[0]], [MLP_OUT[2], LOGITS])
+        lambda g, m: path_patching(g, CLEAN, CORRUPT, m, [ATTN_OUT[0]], [MLP_OUT[1], MLP_OUT[2]])
     ),
     "causal_tracing": Algorithm(
         lambda g, m: causal_tracing(g, CLEAN, m, [1], [MLP_OUT[1]], samples=2, window=2)

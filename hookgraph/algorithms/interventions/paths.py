@@ -20,7 +20,7 @@ from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.algorithms.streams import own_update, updates_of_all_stacks
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -51,9 +51,10 @@ def path_patching(
        clean value; note what the receivers are. So the change reaches them along the stream alone.
     2. Run clean with the receivers at those values, and everything else free.
 
-    effect = m(2) - m(clean), for each sender apart. What a receiver does goes on along every path; the
-    receivers are patched together. Senders are packed into one batch; the first pass runs from the layer
-    of the sender to the last receiver, the second from the layer of the first receiver on.
+    effect = m(2) - m(clean), for each sender apart. The receivers are patched together: what
+    one does goes on along every path but those through later receivers, which stay at what was noted.
+    Senders are packed into one batch; the first pass runs from the layer of the sender to the last
+    receiver, the second from the layer of the first receiver on.
 
     Args:
         graph: the hooked model.
@@ -70,7 +71,8 @@ def path_patching(
         Effects of the senders over (batch, *over). A sender that precedes no receiver has effect 0.
 
     Raises:
-        HookGraphError: there is no sender or receiver, or no sender precedes any receiver.
+        HookGraphError: there is no sender or receiver, no sender precedes any receiver, or all that a
+            receiver does goes through a later one, where it would be undone.
         LocationError: no sender has an axis named in `over`.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
@@ -81,6 +83,7 @@ def path_patching(
     starts, ends = chosen_places(graph, senders), chosen_places(graph, receivers)
     if not any(s.root.precedes(e.root) for s in starts for e in ends):
         raise HookGraphError(f"no sender precedes a receiver: nothing leads from {starts[0]} to {ends[0]}")
+    _check_apart(graph, ends)
     axes = axes_of(starts, over)
 
     def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
@@ -103,6 +106,23 @@ def path_patching(
         )
 
     return by_examples(graph, clean, corrupt, metric, batch_size, measure)
+
+
+def _check_apart(graph: HookGraph, receivers: Sequence[Location]) -> None:
+    """Refuse receivers of which one undoes all that another does.
+
+    Raises:
+        HookGraphError: one is the stream, or what follows it, behind another, or the update of its branch.
+    """
+    updates = updates_of_all_stacks(graph)
+    for early, late in product(receivers, repeat=2):
+        meets = late.type == LOGITS.type or late.root.type.stack == early.root.type.stack
+        through = own_update(late, updates) is None or late.root == own_update(early, updates)
+        if meets and through and early.root.precedes(late.root):
+            raise HookGraphError(
+                f"all that receiver {early} does goes through receiver {late}, which is held at what reaches "
+                f"it directly: {early} would count for nothing. Patch the paths to each in calls of their own"
+            )
 
 
 def _nodes(place: Location, axes: Sequence[Dimension], value: Tensor) -> list[Sender]:
@@ -183,8 +203,7 @@ class _Paths:
         seen: dict[Location, Tensor] = {}
         entry, held = self.entries[nodes[0][0]], self._held(nodes, reached, seen)
         if reached == (LOGITS,):  # what is read there is the answer
-            run = run_copies(held, self.clean, entry, copies, metric=self.metric)
-            return finite_metric(run).view(copies, -1) - clean
+            return _measured(run_copies(held, self.clean, entry, copies, metric=self.metric), nodes) - clean
         if entry is None:
             held.run(self.graph.binding.prepare(dict(self.clean.inputs), copies=copies), save=reached)
         else:
@@ -194,7 +213,7 @@ class _Paths:
             patched = patched.hook(receiver, SetCopies(range(copies), seen[receiver], len(clean)))
         first = min(reached, key=lambda x: x.order)
         run = run_copies(patched, self.clean, self.entries[first], copies, metric=self.metric)
-        return finite_metric(run).view(copies, -1) - clean
+        return _measured(run, nodes) - clean
 
     def _held(
         self, nodes: Sequence[Sender], reached: Sequence[Location], seen: dict[Location, Tensor]
@@ -215,3 +234,22 @@ class _Paths:
             if after:
                 graph = graph.hook(update, SetCopies(after, self.clean[update], batch))
         return graph
+
+
+def _measured(run: Run, nodes: Sequence[Sender]) -> Float[Tensor, "... batch"]:
+    """The metric of each copy, one for each sender.
+
+    Raises:
+        MetricError: it is not a number in some example.
+    """
+    if run.metric is None:
+        raise ValueError("this run was not measured")
+    found = run.metric.view(len(nodes), -1)
+    wrong = (~found.isfinite()).nonzero().tolist()
+    if wrong:
+        copy, example = wrong[0]
+        raise MetricError(
+            f"the metric is not a finite number in example {example} where {nodes[copy][0]} is patched: look "
+            "at its logits there"
+        )
+    return found

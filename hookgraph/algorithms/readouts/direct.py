@@ -59,7 +59,8 @@ def direct_logit_attribution(
             that none of them divides are one part each.
 
     Raises:
-        HookGraphError: an unknown `by`, or there is no dictionary to tell latents apart.
+        HookGraphError: an unknown `by`, there is no dictionary to tell latents apart, or an update with one
+            is to be divided among heads or neurons too.
         MetricError: a position or token is out of range, there is not one per example, or the stream is
             not finite.
         UnknownLocationError: the model lacks what is needed, such as the scale of its last norm.
@@ -73,7 +74,14 @@ def direct_logit_attribution(
     rest: dict[Location, Tensor] = {}
     splits = by_writers(frozen, kinds)
     if "latent" in kinds:
-        splits.update(by_latents(frozen))
+        latents = by_latents(frozen)
+        both = [str(x) for x in latents if x in splits]
+        if both:
+            raise HookGraphError(
+                f"{', '.join(both)} has a dictionary, and is divided among {' and '.join(kinds)} at once, "
+                "which would count it twice: ask for one of them at a time"
+            )
+        splits |= latents
     for update, (pieces, left) in splits.items():
         del parts[update]
         parts.update(pieces)
@@ -153,8 +161,9 @@ class _Answer:
     def check(self, tokens: Tokens | None, vocabulary: int) -> None:
         """Refuse a token that does not exist."""
         found = torch.as_tensor([] if tokens is None else tokens)
-        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
-            raise MetricError(f"token {int(found.max())} is out of range, there are {vocabulary} logits")
+        wrong = found[(found < 0) | (found >= vocabulary)]
+        if wrong.numel():
+            raise MetricError(f"token {int(wrong[0])} is out of range, there are {vocabulary} logits")
 
     def of(self, table: Float[Tensor, "d_model vocab"]) -> Float[Tensor, "..."]:
         """Columns of a table, as rows, one for all examples or one per example."""

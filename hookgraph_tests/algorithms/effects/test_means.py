@@ -214,7 +214,7 @@ def test_means_are_saved_and_loaded(tmp_path: Path):
 )
 def test_what_is_no_stream_of_pairs_is_refused(pairs: list[Batch], error: type[Exception], message: str):
     with unchecked(), pytest.raises(error, match=message):
-        mean_patching_effect(graph(), pairs, at=AT)
+        mean_patching_effect(graph(), pairs, at=(x for x in AT))  # pyright: ignore[reportArgumentType] (used once)
 
 
 def test_rows_are_as_many_as_fit_into_what_is_allowed():

@@ -203,6 +203,14 @@ def test_integration_over_inputs_adds_up_at_the_embedding():
     assert torch.allclose(got.effects[RESID_PRE[1]].sum((1, 2)), got.total_effect, rtol=0.3)
 
 
+def test_estimates_without_a_sign_are_checked_against_absolute_values():
+    graph, ids, other = bound("gpt2", torch.float64), tokens(), tokens(seed=1)
+    found = patching_effect(graph, ids, other, logit_diff(5, 7), [MLP_OUT[2].at(pos=-1)], "atp_star")
+    by_example = exact_effects(graph, ids, other, logit_diff(5, 7), [MLP_OUT[2].at(pos=-1)])[0]
+    node = found.mean("batch").check(1)[0]
+    assert node.exact == pytest.approx(float(by_example.abs().mean()), rel=1e-12)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pattern_of_a_patched_query_or_key_is_exact_in_atp_star(family: str):
     """With a metric linear in the pattern's row, the effect through the pattern is the whole effect."""

@@ -110,6 +110,12 @@ def test_resampling_takes_the_value_of_another_example():
     assert torch.equal(zero, graph.hook(MLP_OUT[1], torch.zeros_like).run(ids).logits)
 
 
+def test_a_sweep_is_exact_and_not_checked():
+    found = activation_patching(toy_graph(), toy_tokens(), None, logit_diff(1, 2), [ATTN_OUT[0]])
+    with pytest.raises(HookGraphError, match="it is exact already: every node"):
+        found.check()
+
+
 def test_fitted_constants_do_better_than_means():
     graph, data, at = bound("gpt2", torch.float64), [tokens(4)], [MLP_OUT[0]]
     before = [p.requires_grad for p in model_of(graph).parameters()]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hookgraph.algorithms import path_patching
 from hookgraph.algorithms.metrics import logit_diff
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import (
@@ -44,7 +44,7 @@ RECEIVERS = {
     "what an MLP writes": [MLP_OUT[1].at(pos=-1)],
     "the stream": [RESID_POST[1].at(pos=2)],
     "the logits": [LOGITS],
-    "a head and the logits": [ATTN_Z[2].at(head=0), LOGITS],
+    "heads of two layers": [ATTN_Q_IN[1].at(head=2), ATTN_Q_IN[2].at(head=0)],
 }
 
 
@@ -139,3 +139,25 @@ def test_what_cannot_be_asked_is_refused():
     graph, ids = toy_graph(), toy_tokens()
     with pytest.raises(HookGraphError, match="no sender precedes a receiver"):
         path_patching(graph, ids, OTHER, MEASURE, [MLP_OUT[1]], [ATTN_OUT[0]])
+    model = bound("gpt2", torch.float64)
+    for late in (LOGITS, RESID_POST[1], MLP_OUT[1]):
+        with pytest.raises(HookGraphError, match=r"all that receiver mlp\.in\[1\] does goes through"):
+            path_patching(model, tokens(), tokens(seed=1), MEASURE, [ATTN_OUT[0]], [late, MLP_IN[1]])
+
+
+def test_a_metric_that_is_no_number_on_a_path_names_example_and_sender():
+    graph = bound("gpt2", torch.float64)
+    clean, corrupt = tokens(), tokens(seed=1)
+    lowest = graph.run(clean, metric=MEASURE).metric.min() - 1e-3  # pyright: ignore[reportOptionalMemberAccess]
+
+    def root(logits: Tensor) -> Tensor:
+        return (MEASURE(logits) - lowest).sqrt()
+
+    with pytest.raises(MetricError, match=r"in example [01] where attn\.z\[0\] is patched"):
+        path_patching(graph, clean, corrupt, root, [ATTN_Z[0]], [LOGITS], over=["head", "pos"])
+
+
+def test_an_effect_along_a_path_is_exact_and_not_checked():
+    found = path_patching(toy_graph(), toy_tokens(), OTHER, logit_diff(1, 2), [ATTN_OUT[0]], [LOGITS])
+    with pytest.raises(HookGraphError, match="it is exact already, and a path is no node"):
+        found.check()

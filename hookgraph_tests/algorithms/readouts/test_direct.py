@@ -136,6 +136,14 @@ def test_bad_requests_are_refused():
     graph = bound("gpt2", torch.float64)
     with pytest.raises(MetricError, match="token 48 is out of range"):
         direct_logit_attribution(graph, tokens(), 48)
+    with pytest.raises(MetricError, match="token -1 is out of range"):
+        direct_logit_attribution(graph, tokens(), [5, -1])
+    spliced = graph.inject(Coordinates(ATTN_OUT[1], "c", orthonormal(32, 32)))
+    with pytest.raises(
+        HookGraphError, match=r"attn\.out\[1\] has a dictionary, and is divided among head and"
+    ):
+        direct_logit_attribution(spliced, tokens(), 5, by=["head", "latent"])
+    assert ATTN_Z[0] in direct_logit_attribution(spliced, tokens(), 5, by="head").parts
     with pytest.raises(MetricError, match="pos=6 is out of range"):
         direct_logit_attribution(graph, tokens(), 3, pos=6)
     with pytest.raises(MetricError, match="3 answers for a batch of 2"):
