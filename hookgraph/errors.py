@@ -7,6 +7,7 @@ HookGraphError
 ├── InputError               inputs that cannot be run: text without a tokenizer, no tokens, ...
 ├── ShapeMismatchError       an edit, or a corrupt input, whose shape or dtype does not fit
 ├── MetricError              a metric that is not one number per example, or has no gradient
+├── MemoryLimitError         a pass that does not fit in memory, however few rows it has
 ├── AlreadyAttachedError     the model is attached already
 ├── SubgraphError            a subgraph that cannot be injected: name taken, site unknown, overlap
 ├── BindingError             an invariant failed at bind: which, where, by how much
@@ -44,6 +45,10 @@ class ShapeMismatchError(HookGraphError):
 
 class MetricError(HookGraphError):
     """A metric that does not return one number per example, or has no gradient at a location."""
+
+
+class MemoryLimitError(HookGraphError):
+    """A pass that does not fit in memory with the fewest rows that it can have."""
 
 
 class AlreadyAttachedError(HookGraphError):

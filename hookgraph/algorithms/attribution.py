@@ -335,10 +335,10 @@ def _absolute(part: object, i: int, count: int) -> int:
         return part[i]
     if not isinstance(part, slice):
         return i
-    start, step = part.start or 0, part.step or 1
-    if start < 0 and step == 1 and (part.stop is None or part.stop < 0):
-        # Counted from its end, since a start before the first entry means the first.
-        return (part.stop or 0) - count + i
+    start, stop, step = part.start or 0, part.stop, part.step or 1
+    if start < 0 and (stop is None or stop < 0) and count < len(range(start, stop or 0, step)):
+        # It begins before the first entry, so with that one; in single steps it is counted from its end.
+        start = 0 if step > 1 else (stop or 0) - count
     return start + i * step
 
 

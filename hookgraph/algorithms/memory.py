@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import MemoryLimitError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,18 +20,19 @@ def in_pieces(
     not repeated.
 
     Raises:
-        HookGraphError: a single item does not fit.
+        MemoryLimitError: a single item does not fit.
     """
     done = 0
     while done < len(items):
         piece = items[done : done + size]
         try:
             result = work(piece)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError, MemoryLimitError) as error:
+            # Work in pieces itself, it may fit with fewer items around it.
+            if not is_out_of_memory(error) or (len(piece) == 1 and isinstance(error, MemoryLimitError)):
                 raise
             if len(piece) == 1:
-                raise HookGraphError(
+                raise MemoryLimitError(
                     "out of memory with the smallest batch that can be run: use fewer examples at once, "
                     f"shorter inputs or fewer locations ({error})"
                 ) from error
@@ -44,7 +45,7 @@ def in_pieces(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is exhausted, on an accelerator or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, MemoryLimitError)):
         return True
     text = str(error)
     return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hookgraph.errors import MetricError
-from hookgraph.graph.measuring import Reads, take
+from hookgraph.graph.measuring import Reads, take, widened
 
 Tokens: TypeAlias = int | Sequence[int] | Tensor
 """One token id, or position, for all examples, or one per example."""
@@ -41,7 +41,7 @@ class PositionedMetric(ABC):
         Raises:
             MetricError: a position is out of range, or there is not one entry per example.
         """
-        reads = self.reads
+        reads, logits = self.reads, widened(logits)
         return self.of(logits if reads is None else take(logits, reads))
 
     def rows(self, chosen: slice) -> "PositionedMetric":
@@ -215,7 +215,8 @@ def kl_to(reference: Logits, pos: Tokens | None = -1) -> KullbackLeibler:
         pos: one position for all examples, one per example, or None.
     """
     read = reference if pos is None else take(reference, _reads(pos))
-    return KullbackLeibler(read.detach().log_softmax(-1), pos)
+    wide = torch.promote_types(read.dtype, torch.float32)
+    return KullbackLeibler(read.detach().to(wide).log_softmax(-1), pos)
 
 
 def cross_entropy(tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> CrossEntropy:

@@ -1,5 +1,7 @@
 """Clean and corrupt inputs: what must agree before they are compared."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,28 +14,55 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
     """Both inputs as the model takes them.
 
     Raises:
-        ShapeMismatchError: they have other shapes or another attention mask.
+        ShapeMismatchError: they have other shapes, another mask, or other positions.
     """
     first = graph.binding.prepare(clean)
     if corrupt is None:
         return first, None
     second = graph.binding.prepare(corrupt)
-    for name in sorted({*first, *second}):
-        a, b = first.get(name), second.get(name)
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else None for x in (a, b)]
+    ours, theirs = _tensors(first), _tensors(second)
+    for name in sorted({*ours, *theirs}):
+        a, b = ours.get(name), theirs.get(name)
+        if "mask" in name:
+            _check_masks(name, a, b)
+            continue
+        shapes = [None if x is None else tuple(x.shape) for x in (a, b)]
         if shapes[0] != shapes[1]:
             raise ShapeMismatchError(
                 f"clean and corrupt differ in {name}: {shapes[0]} and {shapes[1]}. "
                 "Positions are compared one by one, so both need as many tokens"
             )
-        if (
-            name == "attention_mask"
-            and isinstance(a, Tensor)
-            and isinstance(b, Tensor)
-            and not torch.equal(a, b)
-        ):
+        if name == "position_ids" and a is not None and b is not None and not torch.equal(a, b):
             raise ShapeMismatchError(
-                "clean and corrupt have different attention masks: pad both alike, since a position that is "
-                "masked in one only cannot be compared"
+                "clean and corrupt have different position_ids: positions are compared one by one, so both "
+                "need the same"
             )
     return first, second
+
+
+def _check_masks(name: str, a: Tensor | None, b: Tensor | None) -> None:
+    """A mask that is not given masks nothing.
+
+    Raises:
+        ShapeMismatchError: the masks are not the same.
+    """
+    given = a if a is not None else b
+    if given is None:
+        return
+    a, b = (torch.ones_like(given) if x is None else x for x in (a, b))
+    if not torch.equal(a, b):
+        raise ShapeMismatchError(
+            f"clean and corrupt have different attention masks ({name}): pad both alike, since a position "
+            "that is masked in one only cannot be compared"
+        )
+
+
+def _tensors(inputs: Prepared, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of inputs by name, those of masks by kind of layer too."""
+    found: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            found[prefix + name] = value
+        elif isinstance(value, Mapping):
+            found |= _tensors(value, f"{prefix}{name}.")
+    return found

@@ -1,5 +1,6 @@
 """What is attributed, prepared: places, the sites that they form, and their clean and corrupt values."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from hookgraph.algorithms.copies import finite_metric
 from hookgraph.algorithms.pairs import prepare_pair
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import HookGraphError, LocationError, nearest
 from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
+from hookgraph.hooks.masking import masked_cells
+from hookgraph.ontology.autoencoder import ERROR, LATENTS
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
@@ -29,7 +32,8 @@ def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
     """The places to attribute, each once.
 
     Raises:
-        HookGraphError: there is none, or one is a gradient or a part of the batch.
+        HookGraphError: there is none, or one is a gradient, a part of the batch, or a slice of which one end
+            is counted from the end of the axis and the other is not.
         UnknownLocationError: the graph has no such location.
     """
     places = list(dict.fromkeys([at] if isinstance(at, Location) else at))
@@ -41,7 +45,27 @@ def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
             raise HookGraphError(f"{place} is a gradient: name the activation")
         if any(dim == Dimension.BATCH for dim, _ in place.index):
             raise HookGraphError(f"{place} is a part of the batch: give those examples only")
+        for dim, part in place.index:
+            if isinstance(part, slice) and (part.start or 0) < 0 <= (-1 if part.stop is None else part.stop):
+                raise HookGraphError(
+                    f"{place}: {dim} is counted from the end and from the beginning, so nodes cannot be told "
+                    "apart by number: give both ends alike, or a list"
+                )
     return places
+
+
+def axes_of(places: Sequence[Location], over: Sequence[str]) -> tuple[Dimension, ...]:
+    """Axes by name.
+
+    Raises:
+        LocationError: no place has one of them, or it is the batch.
+    """
+    names = (over,) if isinstance(over, str) else tuple(over)
+    known = {d.value for place in places for d in place.dims} - {Dimension.BATCH.value}
+    for name in names:
+        if name not in known:
+            raise LocationError(f"no location has an axis {name!r}: {nearest(name, known)}")
+    return tuple(Dimension(name) for name in names)
 
 
 @final
@@ -137,20 +161,32 @@ class Contrast:
 
     @cached_property
     def deltas(self) -> dict[Location, Float[Tensor, "..."]]:
-        """corrupt - clean at each place."""
-        return {place: self.corrupt[place] - self.clean[place] for place in self.places}
+        """corrupt - clean at each place; 0 for scores that are masked, which no patch is to unmask."""
+        return {place: _difference(place, self.clean[place], self.corrupt[place]) for place in self.places}
 
     def sites(self) -> list[list[Location]]:
-        """The places that are moved together: those of one subgraph at one site; any other one alone."""
+        """The places that are moved together: latents of a dictionary and its error; any other one alone."""
         found: dict[object, list[Location]] = {}
+        seen = Counter[tuple[object, ...]]()
         for place in self.places:
-            found.setdefault((place.site, place.subgraph) if place.site else place, []).append(place)
+            kind = (place.site, place.subgraph, place.type.name)
+            # Parts of latents beside all of them are moved apart: nothing is moved twice.
+            together = (place.site, place.subgraph, seen[kind])
+            seen[kind] += 1
+            found.setdefault(together if place.type in (LATENTS, ERROR) else place, []).append(place)
         return list(found.values())
 
     def entry(self, site: Sequence[Location]) -> Location | None:
         """The boundary before a site."""
         found = [self.entries[place] for place in site]
         return None if None in found else min((x for x in found if x), key=lambda x: x.order)
+
+
+def _difference(place: Location, clean: Tensor, corrupt: Tensor) -> Tensor:
+    delta = corrupt - clean
+    if not place.type.name.endswith("scores"):
+        return delta
+    return delta.masked_fill(masked_cells(clean), 0.0)
 
 
 def contracted(place: Location, effect: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

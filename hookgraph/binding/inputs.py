@@ -15,6 +15,9 @@ from hookgraph.binding.remembering import Remembered, Retained
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
 
+_ROWS: Final = ("input_ids", "inputs_embeds")
+"""The arguments that have a row per example, whatever others have."""
+
 _SLIP: Final = 0.8
 """How alike two names are of which one is taken for a slip of the other."""
 
@@ -87,7 +90,9 @@ def prepare(
     """
     arguments = dict(_arguments(tokenizer, inputs))
     accepted.check(arguments)
-    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    # The tokens come first: their rows are the examples, where positions may be given once for all.
+    names = sorted(arguments, key=lambda name: name not in _ROWS)
+    arguments = {k: _moved(arguments[k], device) for k in names}
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):
         _check_ids(ids, vocabulary)
@@ -101,6 +106,12 @@ def prepare(
     if copies == 1:
         return arguments
     return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if type(value) is dict:  # masks by kind of layer
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _first_position(model: PreTrainedModel) -> int:
@@ -175,6 +186,8 @@ def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     batch = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), 1)
 
     def again(value: object) -> object:
+        if type(value) is dict:  # masks by kind of layer
+            return {k: again(v) for k, v in value.items()}
         if isinstance(value, Remembered | Retained):
             return value.repeated(copies)
         if isinstance(value, Tensor) and value.shape[:1] == (batch,):

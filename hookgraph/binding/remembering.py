@@ -97,10 +97,12 @@ class Retained:
 def retaining(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """Inputs of which a pass retains what `remember` needs, so that this takes no pass of its own.
 
-    None where `remember` would not remember anything. The model has to be one whose later positions leave
-    earlier ones alone.
+    None where `remember` would not look at the inputs, or where modules were hooked by others, or given
+    another forward. The model has to be one whose later positions leave earlier ones alone, which what others
+    did to it may have changed: then a pass over the first positions by themselves tells.
     """
-    if _divided(inputs) is None:
+    foreign = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    if foreign or _divided(inputs) is None:
         return None
     return {**inputs, "use_cache": True, "past_key_values": Retained(model.config)}
 

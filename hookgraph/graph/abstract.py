@@ -250,6 +250,11 @@ class AbstractSubgraph(ABC):
         return False
 
     @property
+    def splice_gradient(self) -> str:
+        """How a gradient goes through its sites, where that is not what its computation says; or empty."""
+        return ""
+
+    @property
     @abstractmethod
     def locations(self) -> tuple[Location, ...]:
         """The locations it brings into being, each made by `TYPE().within(site, self.name)`."""

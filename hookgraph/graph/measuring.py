@@ -135,12 +135,18 @@ def tokens_read(metric: Metric | None) -> Int[Tensor, "..."] | None:
     return metric.tokens if isinstance(metric, TokenMetric) else None
 
 
+def widened(logits: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    """Logits of half precision in single precision: differences of metrics are small."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def measure(metric: Metric, logits: Float[Tensor, "batch ..."], *, taken: bool) -> Float[Tensor, " batch"]:
     """One number per example. `taken`: the logits are those of the positions that the metric reads.
 
     Raises:
         MetricError: the metric is something else.
     """
+    logits = widened(logits)
     found = metric.of(logits) if taken and isinstance(metric, ReadingMetric) else metric(logits)
     if not isinstance(found, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
         raise MetricError(f"the metric returned {type(found).__name__}; return one number per example")

@@ -92,6 +92,11 @@ class AutoencoderGraph(AbstractSubgraph):
         return isinstance(self._coder, Autoencoder) and self._coder.expectation is None
 
     @property
+    def splice_gradient(self) -> SpliceGradient:
+        """What the gradient through the splice is."""
+        return self.splice.gradient
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre where the encoder tells it, latents, reconstruction, and the error unless dropped."""
         pre = (self.latents_pre,) if self._coder.has_pre else ()

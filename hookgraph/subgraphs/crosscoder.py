@@ -146,6 +146,11 @@ class CrosscoderGraph(AbstractSubgraph):
         return True
 
     @property
+    def splice_gradient(self) -> SpliceGradient:
+        """What the gradient through the splice is."""
+        return self.splice.gradient
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre, latents, and the reconstructions and errors of what is written."""
         rest = () if self.splice.error == "dropped" else self.errors.values()

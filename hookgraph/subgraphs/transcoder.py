@@ -82,6 +82,11 @@ class TranscoderGraph(AbstractSubgraph):
         return isinstance(self._coder, Autoencoder) and self._coder.expectation is None
 
     @property
+    def splice_gradient(self) -> SpliceGradient:
+        """What the gradient through the splice is."""
+        return self.splice.gradient
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """latents_pre where the encoder tells it, latents, reconstruction, and the error unless dropped."""
         pre = (self.latents_pre,) if self._coder.has_pre else ()
@@ -235,6 +240,11 @@ class CrossLayerTranscoderGraph(AbstractSubgraph):
     def pointwise(self) -> bool:
         """Each position is encoded by itself."""
         return True
+
+    @property
+    def splice_gradient(self) -> SpliceGradient:
+        """What the gradient through the splice is."""
+        return self.splice.gradient
 
     @property
     def locations(self) -> tuple[Location, ...]:

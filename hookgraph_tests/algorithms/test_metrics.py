@@ -130,3 +130,16 @@ def test_what_does_not_fit_the_logits_is_refused(metric: PositionedMetric, messa
 def test_copies_cannot_be_divided():
     with pytest.raises(MetricError, match="divide the metric itself"):
         Tiled(metrics.prob(1), 2, 2).rows(slice(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_measured_in_single_precision(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 3, 40, generator=generator)).to(dtype)
+    other = (logits.float() + 0.05 * torch.randn(2, 3, 40, generator=generator)).to(dtype)
+    for metric in (metrics.kl_to(logits), metrics.log_prob(3), metrics.prob(3), metrics.logit_diff(3, 5)):
+        found = measure(metric, other, taken=False)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, measure(metric, other.float(), taken=False))
+    assert (measure(metrics.kl_to(logits), other, taken=False) > 0).all()
+    assert torch.equal(metrics.kl_to(logits)(other), metrics.kl_to(logits.float())(other.float()))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 _SAME = 1e-12
-"""A node that changes by no more than this share of the largest change at its place has no effect."""
+"""What changes by no more than this share of itself is the same: rounding."""
 
 
 def measured_exactly(
@@ -27,7 +28,7 @@ def measured_exactly(
     wanted: dict[Location, list[tuple[list[int], Location]]] = {}
     shapes: dict[Location, list[int]] = {}
     for place in contrast.places:
-        moving = _moving(place, deltas[place], joint)
+        moving = _moving(place, contrast, joint)
         shapes[place] = [len(deltas[place]), *moving.shape]
         axes = [(d, d in place.type.joint or d in joint) for d in place.dims[1:]]
         wanted[place] = []
@@ -57,9 +58,10 @@ def counted(nodes: Sequence[Location], places: Sequence[Location]) -> set[Locati
     return {node for node in nodes if node.whole not in parts}
 
 
-def _moving(place: Location, delta: Tensor, joint: Sequence[str]) -> Bool[Tensor, "..."]:
+def _moving(place: Location, contrast: Contrast, joint: Sequence[str]) -> Bool[Tensor, "..."]:
     """Which nodes differ in any example: over the axes of the place but the batch."""
-    moved = delta.abs().amax(0)
+    delta = contrast.deltas[place].abs()
+    size = torch.maximum(contrast.clean[place].abs(), contrast.corrupt[place].abs())
+    moved = (delta > _SAME * size).any(0)
     together = [i for i, d in enumerate(place.dims[1:]) if d in place.type.joint or d in joint]
-    moved = moved.amax(together, keepdim=True) if together else moved
-    return moved > _SAME * moved.max() if moved.numel() else moved.bool()
+    return moved.amax(together, keepdim=True) if together else moved

@@ -57,7 +57,8 @@ def exact_effects(
         statistics: means of the whole locations, from `mean_activations`, where `corrupt` is None.
         columns: those of the nodes whose positions count columns of the batch, padding included; those of
             the others count the tokens of each row, as everywhere.
-        batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        batch_size: how many rows are run at once, at most, but one copy of the batch. Where memory does not
+            suffice, fewer are.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
@@ -103,17 +104,35 @@ def effects_of(
     with Progress("exact patching", len(apart), shown=progress) as bar:
         for start, group in by_start(apart, length):
             ordered = sorted(group, key=lambda node: _order(contrast.entries[node.whole]))
-            part = tail(contrast, start)
+            rows = max(1, batch_size // batch)
+            part = tail(contrast, start) if rows > 1 else None  # one copy of a tail stays as it is
+            rows -= part is not None
 
             def work(piece: Sequence[Location], start: int = start, part: Contrast | None = part) -> Gains:
                 gains = None if part is None else _tail_gains(part, piece, start, length)
                 return _sweep(contrast, piece, piece, by_row) if gains is None else gains
 
-            for piece, effects in in_pieces(ordered, max(1, batch_size // batch), work):
+            for piece, effects in in_pieces(ordered, rows, work):
+                _check_finite(piece, effects)
                 found.update(zip(piece, effects, strict=True))
                 bar.advance(len(piece))
     empty = contrast.measured.new_zeros(0, batch)
     return torch.stack([found[node] for node in nodes]) if nodes else empty
+
+
+def _check_finite(nodes: Sequence[Location], effects: Gains) -> None:
+    """Whether the metric stayed a number.
+
+    Raises:
+        MetricError: it did not, with the node where it was patched.
+    """
+    fine = effects.isfinite().all(1)
+    if not bool(fine.all()):
+        node = nodes[int((~fine).nonzero()[0])]
+        raise MetricError(
+            f"the metric is not a finite number where {node} is patched: a log or a root of what may fall "
+            "below 0, or an overflow in half precision, are usual reasons"
+        )
 
 
 def _check_rows(contrast: Contrast) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.memory import in_pieces
-from hookgraph.errors import MetricError
+from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, ReadingMetric
@@ -31,6 +31,7 @@ def by_examples(
 
     Raises:
         MetricError: the batch has to be divided, and the metric cannot be.
+        HookGraphError: it has to be divided, and hooks may hold values of it, or mix its examples.
     """
     first = graph.binding.prepare(clean)
     second = None if corrupt is None else graph.binding.prepare(corrupt)
@@ -43,6 +44,12 @@ def by_examples(
             raise MetricError(
                 f"{count} examples have to be run {len(rows)} at a time, and this metric cannot be divided: "
                 "use one of hookgraph.metrics, give it a method rows(slice), or pass fewer examples"
+            )
+        if graph.registrations:
+            raise HookGraphError(
+                f"{count} examples have to be run {len(rows)} at a time, and the graph has hooks, which may "
+                f"hold values of all of them or mix them: allow batch_size={count} or more memory, or pass "
+                "fewer examples"
             )
         chosen = slice(rows[0], rows[-1] + 1)
         part = None if second is None else rows_of(second, chosen, count)
@@ -59,7 +66,11 @@ def batch_of(inputs: Prepared) -> int:
 def rows_of(inputs: Prepared, chosen: slice | Int[Tensor, " batch"], count: int) -> Prepared:
     """Some of the examples, in an order."""
     return {
-        name: v[chosen] if isinstance(v, Tensor) and v.ndim and len(v) == count else v
+        name: rows_of(v, chosen, count)
+        if type(v) is dict  # masks by kind of layer
+        else v[chosen]
+        if isinstance(v, Tensor) and v.ndim and len(v) == count
+        else v
         for name, v in inputs.items()
     }
 

@@ -27,14 +27,14 @@ def rows_that_fit(
 ) -> int:
     """How many examples a pass that keeps the gradients of some places may have: at most `batch_size`.
 
-    One pass over one example is run and measured; over all of them, where the metric cannot be divided.
+    One pass over one example is run and measured; over all of them, where they cannot be divided.
 
     Raises:
         HookGraphError: one example takes more than `max_memory`.
     """
     inputs = graph.binding.prepare(clean)
     count = batch_of(inputs)
-    if isinstance(metric, ReadingMetric):
+    if isinstance(metric, ReadingMetric) and not graph.registrations:
         inputs, metric, rows = rows_of(inputs, slice(0, 1), count), metric.rows(slice(0, 1)), 1
     else:
         rows = count

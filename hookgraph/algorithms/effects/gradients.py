@@ -1,19 +1,21 @@
 """Effects from gradients: at the clean point, or averaged on the way from clean to corrupt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.copies import per_copy, run_copies
+from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies
 from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weights
+from hookgraph.algorithms.effects.tails import same
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast, contracted
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import HookGraphError, MetricError
+from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.dimensions import Dimension
@@ -97,10 +99,11 @@ def integrated(contrast: Contrast, path: Path, progress: bool | None) -> Estimat
 def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None) -> Estimate:
     """delta · the mean of dm/dnode while the embeddings move from clean to corrupt: `steps` passes in all.
 
-    Those of an encoder and of images move together with those of the decoder.
+    Those of an encoder move together with those of the decoder. The residual at an embedding is what the
+    effects of all of them add up to, less m(corrupt) - m(clean).
 
     Raises:
-        HookGraphError: the graph has no embeddings, or hooks them.
+        HookGraphError: the graph has no embeddings, hooks them, or inputs differ that no embedding carries.
     """
     graph = contrast.graph
     embeddings = [x for x in graph.locations if x.type.name == EMBED.type.name]
@@ -109,23 +112,48 @@ def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None
     clean = graph.run(contrast.inputs, save=embeddings)
     other = contrast.other
     corrupt = None if other is None else graph.run(other, save=embeddings)
+    ends = {x: torch.zeros_like(clean[x]) if corrupt is None else corrupt[x] for x in embeddings}
+    change = _at_end(contrast, graph, ends)
     nodes, weights = nodes_and_weights(path.quadrature, path.steps)
     batch = len(contrast.measured)
+    wanted = list(dict.fromkeys([*contrast.places, *embeddings]))
     means: Tensors = {}
     with Progress("integrated gradients", path.steps, shown=progress) as bar:
 
         def work(piece: Sequence[int]) -> Run:
             edited = per_copy(graph, batch)
-            for place in embeddings:
-                end = torch.zeros_like(clean[place]) if corrupt is None else corrupt[place]
+            for place, end in ends.items():
                 edited = edited.hook(place, SetTo(_between(clean[place], end, nodes[list(piece)])))
-            save = [place.grad for place in contrast.places]
+            save = [place.grad for place in wanted]
             return run_copies(edited, contrast.base, None, len(piece), metric=contrast.metric, save=save)
 
         for piece, run in in_pieces(range(path.steps), max(1, path.batch_size // batch), work):
-            _accumulate(means, contrast.places, run, weights[list(piece)])
+            _accumulate(means, wanted, run, weights[list(piece)])
             bar.advance(len(piece))
-    return estimate(contrast, means)
+    parts = [((end - clean[x]) * means[x]).reshape(batch, -1).sum(1) for x, end in ends.items()]
+    residual = torch.stack(parts).sum(0) - change
+    found = estimate(contrast, {place: means[place] for place in contrast.places})
+    return replace(found, residuals=dict.fromkeys(embeddings, residual))
+
+
+def _at_end(contrast: Contrast, graph: HookGraph, ends: Tensors) -> Float[Tensor, " batch"]:
+    """How much the metric changes if every embedding is at its end, with nothing else changed.
+
+    Raises:
+        HookGraphError: that is not what the corrupt inputs change.
+    """
+    edited = graph
+    for place, end in ends.items():
+        edited = edited.hook(place, SetTo(end))
+    clean, other, total = contrast.measured, contrast.other, contrast.total
+    end = finite_metric(edited.run(contrast.inputs, metric=contrast.metric, logits=False))
+    if other is not None and total is not None and not same(end, clean + total):
+        moved = ", ".join(map(str, ends))
+        raise HookGraphError(
+            f"ig_inputs moves {moved} from clean to corrupt, and that alone does not make the clean inputs "
+            "the corrupt ones: they differ in something else that the model reads, such as a picture. Use ig"
+        )
+    return end - clean
 
 
 def _mean_gradients(contrast: Contrast, site: Sequence[Location], path: Path, steps: int) -> Tensors:
@@ -168,14 +196,12 @@ def _endpoint(contrast: Contrast, site: Sequence[Location]) -> Float[Tensor, " b
     for place in site:
         graph = graph.hook(place, SetTo(contrast.corrupt[place]))
     run = run_copies(graph, contrast.base, contrast.entry(site), 1, metric=contrast.metric)
-    if run.metric is None:
-        raise ValueError("the run was measured")
-    return run.metric
+    return finite_metric(run)
 
 
 def _total(contrast: Contrast, site: Sequence[Location], grads: Tensors) -> Float[Tensor, " batch"]:
     """The sum of the effects at a site, per example."""
-    parts = [((contrast.corrupt[p] - contrast.clean[p]) * grads[p]).flatten(1).sum(1) for p in site]
+    parts = [(contrast.deltas[p] * grads[p]).reshape(len(grads[p]), -1).sum(1) for p in site]
     return torch.stack(parts).sum(0)
 
 
@@ -184,6 +210,17 @@ def _small(residual: Float[Tensor, " batch"], change: Float[Tensor, " batch"], t
 
 
 def estimate(contrast: Contrast, grads: Tensors) -> Estimate:
-    """delta · gradient at every place."""
+    """delta · gradient at every place.
+
+    Raises:
+        MetricError: one is not a finite number.
+    """
     deltas = contrast.deltas
-    return Estimate({p: contracted(p, deltas[p] * grads[p]) for p in contrast.places}, grads)
+    effects = {p: contracted(p, deltas[p] * grads[p]) for p in contrast.places}
+    for place, effect in effects.items():
+        if not bool(effect.isfinite().all()):
+            raise MetricError(
+                f"the gradient of the metric at {place} is not a finite number: a log or a root of what may "
+                "fall to 0, or an overflow in half precision, are usual reasons"
+            )
+    return Estimate(effects, grads)

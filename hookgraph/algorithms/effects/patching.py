@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.effects import rules
-from hookgraph.algorithms.effects.enumeration import counted, measured_exactly
+from hookgraph.algorithms.effects.enumeration import counted, has_positions, measured_exactly
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.footprint import rows_that_fit
@@ -25,10 +25,12 @@ from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.sites import Contrast, chosen_places
-from hookgraph.errors import HookGraphError, nearest
+from hookgraph.errors import HookGraphError, LocationError, MetricError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
+from hookgraph.ontology.autoencoder import ERROR
+from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 Method: TypeAlias = Literal["attrib", "ig", "ig_inputs", "exact", "atp_star", "relp"]
@@ -92,7 +94,9 @@ def patching_effect(
         Effects over the axes of each location, (batch, pos, ...), to be reduced by name.
 
     Raises:
-        HookGraphError: an unknown method, means beside corrupt inputs, or means for `ig_inputs`.
+        HookGraphError: an unknown method, means beside corrupt inputs, or means for `ig_inputs`; a batch with
+            hooks that has to be divided; inputs that `ig_inputs` cannot move.
+        LocationError: no axis is called like a joint one.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
         MetricError: the metric is not one finite number per example, or does not depend on a location.
@@ -109,6 +113,8 @@ def patching_effect(
             "ig_inputs moves the embeddings to those of corrupt inputs: means of nodes are none"
         )
     places = chosen_places(graph, at)
+    joint = _axes(joint)
+    _check_places(graph, clean, places, method)
     if max_memory is not None:
         batch_size = rows_that_fit(graph, clean, metric, places, max_memory, batch_size)
     path = Path(quadrature, steps, tolerance, batch_size)
@@ -128,7 +134,7 @@ def patching_effect(
             instead=means_instead(graph, clean, statistics),
         )
         estimate = _estimate(method, contrast, path, joint, progress)
-        return _result(contrast, estimate, _convention(method, path, ablation))
+        return _result(contrast, estimate, _convention(graph, method, path, ablation))
 
     found = by_examples(graph, clean, corrupt, metric, batch_size, measure)
     reduced = [dim for dim in joint if any(dim in found.dims(x) for x in found.effects)]
@@ -161,13 +167,55 @@ def _estimate(
             return rules.relp(contrast)
 
 
-def _convention(method: Method, path: Path, ablation: str) -> Convention:
+def _axes(joint: Sequence[str]) -> tuple[str, ...]:
+    """Axes by name, also those that only some places have.
+
+    Raises:
+        LocationError: there is no such axis, or it is the batch.
+    """
+    names = (joint,) if isinstance(joint, str) else tuple(joint)
+    known = {d.value for d in Dimension} - {Dimension.BATCH.value}
+    for name in names:
+        if name not in known:
+            raise LocationError(f"no joint axis is called {name!r}: {nearest(name, known)}")
+    return names
+
+
+def _check_places(graph: HookGraph, clean: Inputs, places: Sequence[Location], method: Method) -> None:
+    """Refuse places of which the effects would say something else than their names.
+
+    Raises:
+        HookGraphError: a location stands beside some of its positions, in a batch in which positions of the
+            columns are not those of the tokens.
+        MetricError: a method that follows gradients is to follow one that a dictionary does not pass on.
+    """
+    parts = {place.whole for place in places if has_positions(place)}
+    both = parts & {place.whole for place in places if not has_positions(place)}
+    if both and graph.binding.place(graph.binding.prepare(clean)) is not None:
+        raise HookGraphError(
+            f"{both.pop()} and some of its positions: in a batch with padding on the left the first count "
+            "columns, the others tokens: ask for them one after the other"
+        )
+    constant = {
+        (s.name, x) for s in graph.subgraphs if s.splice_gradient == "reconstruction" for x in s.sites
+    }
+    for place in places:
+        if method != "exact" and place.type == ERROR and (place.subgraph, place.site) in constant:
+            raise MetricError(
+                f"{place} is a constant where splice_gradient='reconstruction': inject the dictionary with "
+                "'identity', or leave its error out"
+            )
+
+
+def _convention(graph: HookGraph, method: Method, path: Path, ablation: str) -> Convention:
     integral = method in _INTEGRALS
+    gradients = sorted({s.splice_gradient for s in graph.subgraphs} - {""})
     return Convention(
         method,
         ablation=ablation,
         quadrature=path.quadrature if integral else "",
         steps=path.steps if integral else 0,
+        splice_gradient=", ".join(gradients) or "identity",
         tolerance=path.tolerance if method == "ig" else None,
     )
 

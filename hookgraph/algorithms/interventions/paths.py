@@ -14,11 +14,11 @@ from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies, til
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.packing import Index, Note, SetCopies, SetEntries
-from hookgraph.algorithms.interventions.sweeps import TOGETHER, axes_of
+from hookgraph.algorithms.interventions.sweeps import TOGETHER
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
-from hookgraph.algorithms.sites import chosen_places
+from hookgraph.algorithms.sites import axes_of, chosen_places
 from hookgraph.algorithms.streams import own_update, updates_of_all_stacks
 from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.abstract import Inputs

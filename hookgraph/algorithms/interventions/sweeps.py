@@ -14,8 +14,8 @@ from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.pairs import prepare_pair
-from hookgraph.algorithms.sites import chosen_places
-from hookgraph.errors import HookGraphError, LocationError, MetricError, nearest
+from hookgraph.algorithms.sites import axes_of, chosen_places
+from hookgraph.errors import HookGraphError, MetricError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -114,20 +114,6 @@ def activation_patching(
         )
 
     return by_examples(graph, start, other, metric, batch_size, measure)
-
-
-def axes_of(places: Sequence[Location], over: Sequence[str]) -> tuple[Dimension, ...]:
-    """Axes by name.
-
-    Raises:
-        LocationError: no place has one of them, or it is the batch.
-    """
-    names = (over,) if isinstance(over, str) else tuple(over)
-    known = {d.value for place in places for d in place.dims} - {Dimension.BATCH.value}
-    for name in names:
-        if name not in known:
-            raise LocationError(f"nothing to patch has an axis {name!r}: {nearest(name, known)}")
-    return tuple(Dimension(name) for name in names)
 
 
 def _moving(

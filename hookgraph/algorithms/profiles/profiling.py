@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hookgraph.algorithms.copies import per_copy, run_copies
 from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weights
-from hookgraph.algorithms.interventions.sweeps import axes_of, nodes_over
+from hookgraph.algorithms.interventions.sweeps import nodes_over
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.profiles.results import PathProfile
 from hookgraph.algorithms.progress import Progress
-from hookgraph.algorithms.sites import Contrast, chosen_places
+from hookgraph.algorithms.sites import Contrast, axes_of, chosen_places
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric

@@ -49,13 +49,53 @@ def test_a_pass_that_runs_out_of_memory_midway_is_run_with_fewer_rows(
         assert torch.allclose(found.effects[place], expected.effects[place], rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("method", ["ig", "ig_inputs", "exact"])
+def test_where_passes_inside_do_not_fit_with_one_copy_the_batch_is_divided(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+):
+    """The first passes fit with all examples; those over copies only with fewer examples."""
+    graph, at = bound("gpt2", torch.float64), [ATTN_Z[1]]
+    expected = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at, method, steps=2, joint=JOINT[:1])
+    forward, passes = HuggingFaceBinding.forward, list[int]()
+
+    def scarce(binding: HuggingFaceBinding, inputs: Prepared) -> Tensor:
+        ids = inputs["input_ids"]
+        assert isinstance(ids, Tensor)
+        passes.append(len(ids))
+        if len(ids) > 2 and len(passes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(binding, inputs)
+
+    monkeypatch.setattr(HuggingFaceBinding, "forward", scarce)
+    found = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at, method, steps=2, joint=JOINT[:1])
+    assert torch.allclose(found.effects[at[0]], expected.effects[at[0]], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_no_pass_has_more_rows_than_asked_for(size: int, monkeypatch: pytest.MonkeyPatch):
+    forward, rows = HuggingFaceBinding.forward, list[int]()
+
+    def counted(binding: HuggingFaceBinding, inputs: Prepared) -> Tensor:
+        ids = inputs["input_ids"]
+        assert isinstance(ids, Tensor)
+        rows.append(len(ids))
+        return forward(binding, inputs)
+
+    monkeypatch.setattr(HuggingFaceBinding, "forward", counted)
+    graph = bound("gpt2", torch.float64)
+    patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]], "exact", joint=["d_head"], batch_size=size)
+    assert max(rows) == size
+
+
 @EACH
 def test_in_half_precision_effects_are_those_of_single_precision_up_to_its_rounding(method: Method):
     graphs = bound("llama", torch.bfloat16), bound("llama")
     at = [ATTN_Q[1], ATTN_Z[1], MLP_OUT[0]] if method == "atp_star" else [ATTN_Z[1], MLP_OUT[0]]
     several = [patching_effect(x, CLEAN, CORRUPT, MEASURE, at, method, joint=JOINT) for x in graphs]
     a, b = (torch.cat([found.effects[x].flatten().float() for x in at]) for found in several)
-    assert several[0].effects[at[-1]].dtype == torch.bfloat16
+    # What is measured is in single precision, gradients are not.
+    expected = torch.float32 if method == "exact" else torch.bfloat16
+    assert several[0].effects[at[-1]].dtype == expected
     assert bool(a.isfinite().all())
     assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.98
 

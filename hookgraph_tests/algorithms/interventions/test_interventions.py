@@ -161,7 +161,7 @@ def test_a_steering_vector_is_the_mean_difference_at_real_tokens(pos: int | None
 
 def test_bad_requests_are_refused():
     graph, ids = toy_graph(), toy_tokens()
-    with pytest.raises(LocationError, match="nothing to patch has an axis 'head'"):
+    with pytest.raises(LocationError, match="no location has an axis 'head'"):
         activation_patching(graph, ids, OTHER, MEASURE, [ATTN_OUT[0]], over=["head"])
     with pytest.raises(HookGraphError, match="denoising runs the corrupt inputs"):
         activation_patching(graph, ids, None, MEASURE, [ATTN_OUT[0]], direction="denoising")
