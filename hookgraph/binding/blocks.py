@@ -13,7 +13,7 @@ from typing import final
 from torch import nn
 
 from hookgraph.binding.interleaved import bypassed_layers, interleaved_layers
-from hookgraph.binding.layouts import Grid, grid_of
+from hookgraph.binding.layouts import Grid, grid_of, grid_of_pictures
 from hookgraph.binding.paths import STREAM_AXES, PathFinder, Step, cone_of
 from hookgraph.binding.shares import Term, terms_of
 from hookgraph.binding.tracing import AttentionCall, Call, Trace, Value, alias_root
@@ -64,9 +64,17 @@ class Block:
     @property
     def streams(self) -> int:
         """How many residual streams there are."""
+        if self.grid.axes:
+            return 1
         if self.entering.tensor.ndim == STREAM_AXES:
             return self.entering.tensor.shape[0 if self.grid.layout == "streams first" else 2]
         return max((u.spread for u in self.updates), default=0) or 1
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether streams are mixed, or take a share each of what is added; pictures too have four axes."""
+        mixed = any(s.kind == "mix" for s in self.steps) or any(u.spread for u in self.updates)
+        return mixed or self.grid.layout == "streams first"
 
     def streams_of(self, value: Value) -> View:
         """Several streams on the last axis of a tensor; None if there is one, or an axis for them."""
@@ -211,10 +219,14 @@ def _resolve(trace: Trace, call: Call, after: Call | None = None, *, begins: boo
         grid = grid_of(trace, entering)
         finder = PathFinder(trace, call, entering, grid, begins=begins)
         for leaving in (v for v in call.outputs.values() if v.is_activation and v in handed_on):
+            if begins and leaving.tensor.shape[:-1] != entering.tensor.shape[:-1]:
+                continue  # a stage with other positions
             steps = finder.path(leaving)
             if steps and any(s.kind == "add" for s in steps):
                 block = Block(call, entering, leaving, steps, grid=grid, begins=begins)
                 block.updates = _updates(trace, block)
+                if entering.tensor.ndim == STREAM_AXES and not block.has_streams:
+                    block.grid = grid_of_pictures(trace, entering)
                 return block
     return None
 

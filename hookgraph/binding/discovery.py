@@ -159,7 +159,7 @@ def _bind_block(
     middles = _bind_middles(trace, found, stack, layer, block, roles)
     stream = _stream(block, places, middles, point)
     by_name = call.named or isinstance(slot_out, str)
-    shared = block.ends is not None or by_name or trace.calls_of(call.module) > 1
+    shared = block.ends is not None or bool(block.grid.axes) or by_name or trace.calls_of(call.module) > 1
     found.layers.setdefault(stack.RESID_PRE.stack, []).append(
         Layer(
             first.path,

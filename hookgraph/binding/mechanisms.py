@@ -52,7 +52,7 @@ class PassState:
 
 def needs_state(anchor: Anchor) -> bool:
     """Whether an anchor's hook must know of the pass it is in."""
-    return anchor.layout in ("flat", "one row") or anchor.calls > 1
+    return anchor.layout in ("flat", "one row", "frames") or anchor.calls > 1
 
 
 def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Handle:
@@ -162,7 +162,7 @@ def _through_view(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Te
     if anchor.limit:
         _check_limit(anchor, new)
     result = new if view is None else view.put(shaped, new)
-    result = restored(anchor.layout, result)
+    result = restored(anchor.layout, result, raw)
     return result.clone() if anchor.overwritten else result
 
 
@@ -186,7 +186,7 @@ def _in_place(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Tensor
         return tap(raw)
     shaped = _shaped(anchor, state, raw.clone())
     new = tap(shaped) if view is None else view.put(shaped, tap(view.get(shaped)))
-    return raw.copy_(restored(anchor.layout, new))
+    return raw.copy_(restored(anchor.layout, new, raw))
 
 
 def _positional(
@@ -239,7 +239,7 @@ def _norm_scale(
     new = tap(value)
     if new is value and not tap.tracks_gradient:
         return None
-    flat = restored(anchor.layout, new)
+    flat = restored(anchor.layout, new, scale)
     bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
     # Both are s'/s - 1. Unedited, the first one adds exactly nothing, to gradients either.
     excess = (flat - scale) / scale.detach() if new is value else flat / scale - 1
@@ -272,7 +272,7 @@ def _head_result(
     new = tap(value)
     if new is value and not tap.tracks_gradient:
         return None
-    return y + restored(anchor.layout, (new - result).sum(2))
+    return y + restored(anchor.layout, (new - result).sum(2), y)
 
 
 def _head_input_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
@@ -302,4 +302,4 @@ def _head_input(
     weight = view.get(affine_map(module)[0][None])[0]
     change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
     before = _shaped(anchor, state, y)
-    return restored(anchor.layout, view.put(before, view.get(before) + change))
+    return restored(anchor.layout, view.put(before, view.get(before) + change), y)

@@ -107,7 +107,7 @@ class OwnCode:
             return raw
         if masks:
             new = kept_masked(raw if view is None else view.get(raw), new)
-        new = restored(anchor.layout, new)
+        new = restored(anchor.layout, new, shaped)
         result = new if view is None else view.put(raw, new)
         return result.clone() if anchor.overwritten else result
 

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.binding import bind
+from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.transformer import ATTN_OUT, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM, Row
@@ -95,3 +96,8 @@ def test_a_layer_that_is_given_something_of_another_width_begins_the_stream():
     assert RESID_PRE[0] not in graph.locations
     assert "the layer is given no stream: it begins one" in graph.binding.why_absent(RESID_PRE[0])
     assert {RESID_MID[0], RESID_POST[0], RESID_PRE[1], RESID_POST[1]} <= set(graph.locations)
+
+
+def test_a_stage_that_changes_positions_begins_no_stream():
+    with pytest.raises(BindingError, match="no list of layers feeds"):
+        bind(build("base", "convnextv2"), cached=False)

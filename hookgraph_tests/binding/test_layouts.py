@@ -246,3 +246,76 @@ def test_how_a_stream_lies_is_found_where_no_tokens_tell(kind: type[LoomForCausa
     run = graph.run({"input_values": fibres}, save=[RESID_PRE[0], RESID_POST[0]])
     assert run[RESID_PRE[0]].shape == run[RESID_POST[0]].shape == (2, 6, 32)
     torch.testing.assert_close(run[RESID_PRE[0]], model.get_submodule("spool")(fibres).detach())
+
+
+class Flat(nn.Module):
+    """A module over positions on one axis that is given rows and columns of them."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        """What the module inside makes of it."""
+        return self.inside(cloth.flatten(1, 2)).unflatten(1, cloth.shape[1:3])
+
+
+class Carpet(Spun):
+    """Fibres in rows and columns."""
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        for row in self.cloth:
+            row.weft = Flat(Weft(config))
+
+
+class Tile(nn.Module):
+    """Adds what a convolution makes of a picture."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.even, self.press = nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        """The picture with its update."""
+        return cloth + self.press(self.even(cloth))
+
+
+class Mosaic(Spun):
+    """Fibres in rows and columns, behind their features."""
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.cloth = nn.ModuleList(Tile(config.threads) for _ in range(config.rows))
+
+    def forward(self, input_values: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_values).movedim(-1, 1)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth.movedim(1, -1))))
+
+
+class Film(Spun):
+    """Fibres in frames, which the layers take for examples of their own."""
+
+    def forward(self, input_values: Tensor) -> CausalLMOutput:
+        """Logits for every position of every frame."""
+        logits = super().forward(input_values.flatten(0, 1)).logits
+        return CausalLMOutput(logits=None if logits is None else logits.unflatten(0, input_values.shape[:2]))
+
+
+@pytest.mark.parametrize("kind", [Carpet, Mosaic, Film])
+def test_positions_on_two_axes_are_positions(kind: type[LoomForCausalLM]):
+    model = kind(LoomConfig(echo=False, rows=2)).double().eval()
+    fibres = torch.randn(2, 3, 4, 2, dtype=torch.float64)
+    graph = bind(model, cached=False, example={"input_values": fibres})
+    assert {x.layer for x in graph.locations if x.type in (RESID_PRE, RESID_POST)} == {0, 1}
+    run = graph.run({"input_values": fibres}, save=[RESID_PRE[0], RESID_POST[1]])
+    spun = model.get_submodule("spool")(fibres).detach()
+    torch.testing.assert_close(run[RESID_PRE[0]], spun.flatten(1, 2))
+    assert run[RESID_POST[1]].shape == (2, 12, 32)
+    zeroed = graph.hook(RESID_POST[1].at(pos=5), torch.zeros_like).run({"input_values": fibres})
+    other = (zeroed.logits != graph.run({"input_values": fibres}).logits).any(-1).flatten(1)
+    assert other.nonzero()[:, 1].tolist() == [5, 5], "an edit of one position is one of that position"
+    assert graph.binding.why_closed("decoder", 1)
