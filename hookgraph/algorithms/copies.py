@@ -1,7 +1,8 @@
 """Passes over several copies of a run's batch, from the last boundary before what they change."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
@@ -12,6 +13,7 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, Tiled
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import Hook
+from hookgraph.hooks.positions import ByPosition
 from hookgraph.ontology.locations import Location
 
 
@@ -53,14 +55,21 @@ def per_copy(graph: HookGraph, batch: int) -> HookGraph:
 
 
 def _each_copy(hook: Hook, batch: int) -> Hook:
-    def each(value: Tensor) -> Tensor | None:
-        if len(value) == batch:
-            return hook(value)
-        parts = [part.clone() for part in value.split(batch)]
-        news = [hook(part) for part in parts]
-        return torch.cat([part if new is None else new for part, new in zip(parts, news, strict=True)])
+    if isinstance(hook, ByPosition):
+        return ByPosition(partial(_called_each, hook.fn, batch))
+    return partial(_called_each, hook, batch)
 
-    return each
+
+def _called_each(
+    hook: Callable[..., Tensor | None], batch: int, value: Tensor, *told: Tensor
+) -> Tensor | None:
+    """What a hook returns that is called with one copy at a time, and with what it is told of its rows."""
+    if len(value) == batch:
+        return hook(value, *told)
+    parts = [part.clone() for part in value.split(batch)]
+    rows = zip(*(x.split(batch) for x in told), strict=True) if told else [()] * len(parts)
+    news = [hook(part, *row) for part, row in zip(parts, rows, strict=True)]
+    return torch.cat([part if new is None else new for part, new in zip(parts, news, strict=True)])
 
 
 def finite_metric(run: Run) -> Float[Tensor, " batch"]:

@@ -13,9 +13,12 @@ from hookgraph.algorithms import (
     optimal_constants,
     sample_activations,
 )
+from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.interventions.replacements import moved
+from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.padding import real_tokens, weights_at
 from hookgraph.errors import HookGraphError, InputError, LocationError, ShapeMismatchError
+from hookgraph.hooks.editing import SetTo
 from hookgraph.locations import ATTN_OUT, ATTN_PATTERN, ATTN_Z, MLP_OUT
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph_tests.families import bound, tokens
@@ -141,6 +144,20 @@ def test_padding_is_nobodys_value_to_resample(side: str):
         ablate(graph, [MLP_OUT[0]], "resample").run(both)
     with pytest.raises(HookGraphError, match="rows of different lengths have other keys"):
         ablate(graph, [ATTN_PATTERN[0]], "resample").run(padded)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_copies_of_a_padded_batch_are_resampled_like_the_batch(side: str):
+    graph, mask = bound("gpt2", torch.float64), torch.ones(3, 5, dtype=torch.long)
+    mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
+    clean, corrupt = ({"input_ids": tokens(3, 5, i) * mask, "attention_mask": mask} for i in (0, 1))
+    metric = logit_diff([3, 4, 5], 6, pos=[4, 4 if side == "left" else 2, 4])
+    ablated, nodes = ablate(graph, [MLP_OUT[1]], "resample"), [ATTN_Z[0].at(head=i) for i in (0, 3)]
+    other, before = ablated.run(corrupt, save=nodes), ablated.run(clean, metric=metric).metric
+    after = [ablated.hook(x, SetTo(other[x])).run(clean, metric=metric).metric for x in nodes]
+    found = exact_effects(ablated, clean, corrupt, metric, nodes)
+    expected = torch.stack([x - before for x in after])  # pyright: ignore[reportOperatorIssue]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_constants_are_fitted_where_they_are_put():
