@@ -52,12 +52,13 @@ def test_every_value_comes_back_as_it_was(kind: Any):
         st.tuples(st.text(), st.text(), st.none() | st.integers()), st.from_type(WeightSource), max_size=3
     ),
     st.dictionaries(st.tuples(st.text(), st.integers()), st.from_type(ExpertLayer), max_size=2),
+    st.dictionaries(st.tuples(st.text(), st.integers()), st.text(), max_size=2),
     st.integers(),
 )
 def test_findings_come_back_as_they_were(
-    anchors: Any, reasons: Any, layers: Any, weights: Any, experts: Any, batch: int
+    anchors: Any, reasons: Any, layers: Any, weights: Any, experts: Any, closed: Any, batch: int
 ):
-    assert survives(Findings(anchors, reasons, layers, weights, experts, batch), Findings)
+    assert survives(Findings(anchors, reasons, layers, weights, experts, closed, batch), Findings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
