@@ -122,7 +122,7 @@ def test_updates_that_are_told_apart_by_a_record_are_conserved():
         (
             {"location": "echo.post", "mechanism": "output", "module": f"{ROW}.echo", "view": {
                 "is": "Columns", "start": 0, "count": 4, "stride": 8, "width": 8}},
-            r"echo.post\[0\] fails 'shape' by 1 \(tolerance 0\): 4 axes, of sizes 1 7 4 8, for batch pos d_mlp",
+            r"echo.post\[0\] fails 'shape' by 1 \(tolerance 0\): 4 axes, of sizes 1 7 4 8, for batch pos",
         ),
     ],
 )  # fmt: skip

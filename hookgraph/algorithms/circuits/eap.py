@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.batches import Batch, PairBatch, batches
 from hookgraph.algorithms.circuits.blocks import Block
-from hookgraph.algorithms.circuits.components import Reader, Writer, readers_of, writers_of
+from hookgraph.algorithms.circuits.components import Reader, Writer, check_sum, readers_of, writers_of
 from hookgraph.algorithms.circuits.reading import Pass, Readings
 from hookgraph.algorithms.circuits.results import Edges, Pair
 from hookgraph.algorithms.circuits.running import CircuitRunner
@@ -66,7 +66,8 @@ def edge_attribution(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        HookGraphError: an unknown method, or a model in which no location tells what an update reads.
+        HookGraphError: an unknown method, or a model in which no location tells what an update reads, or
+            whose stream is not the sum of what is added to it, as in BERT.
         UnknownLocationError: the model lacks the embedding, or what an update reads.
         InputError: there are no pairs.
         MetricError: nothing is measured, or not one number per example.
@@ -81,6 +82,8 @@ def edge_attribution(
     examples = 0
     with Progress("edge attribution", None, shown=progress) as bar:
         for batch in batches(pairs, metric):
+            if not examples:
+                check_sum(graph, batch.clean)
             found, count = work.batch(batch)
             examples += count
             for pair, score in found.items():

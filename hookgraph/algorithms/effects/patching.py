@@ -193,7 +193,7 @@ def _check_places(graph: HookGraph, clean: Inputs, places: Sequence[Location], m
     both = parts & {place.whole for place in places if not has_positions(place)}
     if both and graph.binding.place(graph.binding.prepare(clean)) is not None:
         raise HookGraphError(
-            f"{both.pop()} and some of its positions: in a batch with padding on the left the first count "
+            f"{both.pop()} and some of its positions: in a batch with padding the first count "
             "columns, the others tokens: ask for them one after the other"
         )
     constant = {

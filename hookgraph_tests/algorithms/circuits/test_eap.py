@@ -42,6 +42,7 @@ from hookgraph.locations import (
 from hookgraph.ontology.locations import Location
 from hookgraph_tests.families import FAMILIES, LAYERS, bound, layers_of, model_of, tokens
 from hookgraph_tests.planted_circuits import EDGES, PLANTED
+from hookgraph_tests.tiny.models import build
 from hookgraph_tests.unchecked import unchecked
 
 METRIC = logit_diff(3, 5)
@@ -322,5 +323,8 @@ def test_what_cannot_be_scored_or_run_is_refused():
     wrong: Any = "eap-ig"
     with unchecked(), pytest.raises(HookGraphError, match="unknown method 'eap-ig': did you mean"):
         edge_attribution(graph, [(CLEAN, CORRUPT)], METRIC, wrong)
+    normed = bind(build("causal", "bert"), check=False)
+    with pytest.raises(HookGraphError, match=r"\[1\] is not resid.pre\[0\] and what is added to it"):
+        edge_attribution(normed, [(CLEAN, CORRUPT)], METRIC)
     without = edge_attribution(graph, [(CLEAN, None)], METRIC)
     assert len(without) == len(scores)
