@@ -1,6 +1,6 @@
 """Attribution against the same work written plainly: raw hooks, full forward passes, every logit.
 
-W6 to W9 of the specification, on a random model of GPT-2 small's size. Run it with
+W5 to W9 of the specification, on a random model of GPT-2 small's size. Run it with
 `python -m benchmarks.attribution`.
 """
 
@@ -62,6 +62,36 @@ def _keeping(subject: Subject, seen: Hooked) -> list[Any]:
         hooks.append(block.attn.c_proj.register_forward_pre_hook(given(f"z{i}")))
         hooks.append(block.mlp.register_forward_hook(returned(f"mlp{i}")))
     return hooks
+
+
+def gradients(subject: Subject) -> Iterator[Comparison]:
+    """W5: gradients at every attn.out, mlp.out and resid.post, by one backward pass."""
+    kinds = (at.ATTN_OUT, at.MLP_OUT, at.RESID_POST)
+    places = [place for kind in kinds for place in subject.graph.every(kind)]
+
+    def plain() -> Sequence[Tensor]:
+        seen: list[list[Tensor]] = [[], [], []]
+
+        def keep(number: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                seen[number].append(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        parts = [(0, b.attn) for b in subject.blocks] + [(1, b.mlp) for b in subject.blocks]
+        parts += [(2, b) for b in subject.blocks]
+        with registered([module.register_forward_hook(keep(number)) for number, module in parts]):
+            total = measured(_logits(subject, subject.ids)).sum()
+        return torch.autograd.grad(total, [x for found in seen for x in found])
+
+    def ours() -> Sequence[Tensor]:
+        wanted = [place.grad for place in places]
+        run = subject.graph.run(subject.ids, save=wanted, metric=METRIC, logits=False)
+        return [run[x] for x in wanted]
+
+    yield Comparison(
+        "W5 gradients at every attn.out, mlp.out and resid.post", plain, ours, limit=0.85, exact=False
+    )
 
 
 def nodes(subject: Subject) -> Iterator[Comparison]:
@@ -288,9 +318,9 @@ def latents(subject: Subject) -> Iterator[Comparison]:
 
 
 def comparisons(only: str = "") -> Iterator[tuple[Subject, Comparison]]:
-    """W6 to W9: those whose name contains `only`."""
+    """W5 to W9: those whose name contains `only`."""
     shapes = (
-        ("small 2x64", 64, (nodes,)),
+        ("small 2x64", 64, (gradients, nodes)),
         ("small 1x17", 17, (lambda s: integral(s, 10, 0.55), lambda s: integral(s, 50, 0.45))),
         ("small 1x15", 15, (exact,)),
         ("small 2x32", 32, (latents,)),
