@@ -66,8 +66,12 @@ def _misdirection(
         key = int(live[0, head, last].argmin())  # not the largest: some models subtract it from the row
         score = scores[0, head, last, key]
         by_q, by_k = torch.autograd.grad(score, (q, k), retain_graph=True, allow_unused=True)
-        if by_q is None or by_k is None:
-            return 1.0
+        if (
+            by_q is None
+            or by_k is None
+            or not (by_q[0, last, head].any() and by_k[0, key, head // group].any())
+        ):
+            return 1.0  # these scores are not made of them
         own, keys = q[0, last, head].detach(), k[0, :, head // group].detach()
         pairs = [torch.stack([keys[key], other]) for other in keys]
         along_k = min(_outside(by_q[0, last, head], pair) for pair in pairs)

@@ -62,6 +62,8 @@ def _seeded(func: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[st
     """What a function draws first of all; the generators are left as they were."""
     places = [x.device for x in args if isinstance(x, Tensor)]
     device = torch.device(kwargs.get("device") or (places[0] if places else "cpu"))
+    if kwargs.get("generator") is not None:
+        return func(*args, **{**kwargs, "generator": torch.Generator(device).manual_seed(0)})
     with fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         torch.manual_seed(0)
         return func(*args, **kwargs)

@@ -92,6 +92,9 @@ def bind_attention(
     if inside is None:
         found.absent("this model does not compute a softmax over positions", *parts, *before, layer=layer)
         return
+    if inside.why and inside.query is None:
+        found.absent(inside.why, *parts, *before, layer=layer)
+        return
     if inside.why:
         found.absent(inside.why, types.scores, types.pattern, layer=layer)
     cross = "" if types.q_pre is not None else "x"
@@ -147,6 +150,10 @@ def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
         key=lambda c: len(c.parents) if any(True for _ in c.module.children()) else -1,
         default=block.call,
     )
+    keys = softmax.tensor.shape[-1]
+    taken = sum(owner.first <= v.number < owner.last and v.tensor.shape[-1] == keys for v in softmaxes)
+    if taken > 1:  # for each head, for some queries, or as a difference: one of them is not the whole
+        return _Inside(owner, None, None, None, None, True, "", {}, why=f"the softmax is taken {taken} times")
     own = own_attention(trace, block, owner, softmax)
     if softmax.op == "_softmax":
         product, scores = _consuming_product(trace, softmax, owner), _producing_product(softmax, block)
@@ -166,7 +173,7 @@ def _by_head(value: Value, heads: int) -> Value:
     """The tensor, behind views and transpositions, that has heads on the second of its four axes."""
     here = value
     best = value
-    while here.op in ALIASES and here.inputs:
+    while here.op in ALIASES and here.inputs and here.inputs[0].tensor.numel() == value.tensor.numel():
         here = here.inputs[0]
         if here.tensor.ndim == 4 and here.tensor.shape[1] == heads:
             best = here

@@ -61,7 +61,8 @@ class OwnCode:
         self._states = NewStates(module, self._kept, self._change, lambda: None) if looks else None
         self._handles = (
             module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
+            # Before hooks of others, which may compute what is counted.
+            module.register_forward_hook(self._leave, always_call=True, prepend=True),
         )
 
     def remove(self) -> None:
@@ -77,6 +78,8 @@ class OwnCode:
         mode.__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._active:  # a hook before ended the pass, or raised
+            return
         mode = self._active.pop()
         mode.__exit__(None, None, None)
         if output is not None:  # it did not raise

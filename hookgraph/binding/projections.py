@@ -83,7 +83,9 @@ def as_weighted_input(trace: Trace, value: Value, within: Call, *, heads_first: 
         return None
     count, width = value.tensor.shape[1 if heads_first else 2], value.tensor.shape[3]
     numbers = torch.arange(count * width).view((count, 1, width) if heads_first else (count, width))
-    places = {value: numbers.expand(value.tensor.shape).contiguous()}
+    # They lie in memory as the heads do, so that views of these are views of the numbers.
+    lying = torch.empty_like(value.tensor, dtype=torch.long).copy_(numbers.expand(value.tensor.shape))
+    places: dict[Value, Int[Tensor, "..."]] = {value: lying}
     for later in trace.values[value.number + 1 : within.last]:
         found = _placed(later, places)
         if found is not None:

@@ -66,3 +66,12 @@ def test_draws_are_the_same_in_each_pass_and_each_row_and_disturb_no_others():
     for alone, rows in zip(one, several, strict=True):
         assert_close(rows, alone.expand_as(rows), rtol=0, atol=0)
         assert alone.unique().numel() > 1
+
+
+def test_draws_of_a_generator_of_their_own_are_held_too():
+    generator = torch.Generator().manual_seed(1)
+    with HeldDraws() as draws:
+        one, other = (torch.randn([2, 3], generator=generator) for _ in range(2))
+    assert draws.count == 2
+    assert torch.equal(one, other)
+    assert torch.equal(one[0], one[1])

@@ -10,6 +10,7 @@ from hookgraph.binding.kernels import other_kernel
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import LocationType
 from hookgraph.ontology.transformer import (
+    ATTN_IN,
     ATTN_K,
     ATTN_OUT,
     ATTN_PATTERN,
@@ -85,6 +86,28 @@ def test_hooks_of_others_that_compute_inside_are_noticed():
         graph.run(IDS, save=[ATTN_Q[0]], metric=lambda x: x[:, 0, 0])
     handle.remove()
     assert graph.run(IDS, save=[ATTN_Q[0]])[ATTN_Q[0]].shape == (2, 6, 4, 8)
+
+
+def test_hooks_of_others_on_the_module_itself_see_what_it_returns_and_are_not_counted():
+    graph = bind(build("causal", "gptj"), check=False)
+    seen: list[Tensor] = []
+
+    def beside(module: torch.nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        seen.append((output[0] @ output[0].mT).softmax(-1))
+
+    handle = module_of(graph, ATTN_SCORES).register_forward_hook(beside)
+    run = graph.run(IDS, save=[ATTN_SCORES[0]], metric=lambda x: x[:, 0, 0])
+    handle.remove()
+    assert len(seen) == 1
+    assert torch.equal(run[ATTN_SCORES[0]], graph.run(IDS, save=[ATTN_SCORES[0]])[ATTN_SCORES[0]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pass_that_ends_before_attention_begins_leaves_nothing_behind():
+    graph = bind(build("causal", "gptj"), check=False)
+    hooked = graph.hook(ATTN_SCORES[1], lambda x: x)
+    plain = graph.run(IDS, save=[ATTN_IN[1]])
+    assert torch.equal(hooked.run(IDS, save=[ATTN_IN[1]])[ATTN_IN[1]], plain[ATTN_IN[1]])
 
 
 def test_scores_that_are_a_sum_of_products_have_no_queries():

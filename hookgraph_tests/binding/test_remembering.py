@@ -77,3 +77,13 @@ def test_nothing_is_retained_where_it_is_not_known_to_be_what_first_positions_le
     assert unproven.remember(ids, 3) is not None
     assert graph.retaining({"input_ids": ids, "attention_mask": mask}) is None
     assert graph.hook(graph.locations[0], lambda x: x).retaining(ids) is None
+
+
+def test_hooks_that_transformers_leaves_on_a_model_are_none_of_others():
+    model = build("llama", torch.float64)
+    graph = bind(model)
+    model(tokens(), output_hidden_states=True)
+    assert graph.retaining(tokens()) is not None
+    handle = model.register_forward_hook(lambda m, args, output: None)
+    assert graph.retaining(tokens()) is None
+    handle.remove()
