@@ -15,7 +15,7 @@ from hookgraph.algorithms.effects.examples import by_examples
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.sites import axes_of, chosen_places
-from hookgraph.errors import HookGraphError, MetricError, nearest
+from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -99,8 +99,6 @@ def activation_patching(
         every = [node for found in nodes.values() for node in found]
         kept = {"columns": counted(every, places), "batch_size": batch_size, "progress": progress}
         effects = exact_effects(graph, start, other, metric, every, **kept)
-        if not bool(effects.isfinite().all()):
-            raise MetricError("the metric is not a finite number where a node is patched: look at its logits")
         sign = "clean - corrupt" if denoising else "corrupt - clean"
         stands_in = "zero" if corrupt is None else "clean" if denoising else "corrupt"
         return PatchingEffect(
