@@ -18,6 +18,7 @@ from hookgraph.binding.attention import TapsByCall, Turn, kept_masked, tap_heads
 from hookgraph.binding.caching import NewStates
 from hookgraph.binding.layouts import arranged, restored
 from hookgraph.binding.mechanisms import PassState, aside
+from hookgraph.binding.modes import WhileRunning
 from hookgraph.binding.operations import RESULT, Kind, Operand, form_of, fused_arguments
 from hookgraph.binding.views import Axes, View
 from hookgraph.errors import BindingError
@@ -55,35 +56,23 @@ class OwnCode:
         self._watch = watch
         self.seen: dict[Role, bool] = {}
         """Whether keys and values were those that a cache handed back, when last watched."""
-        self._active: list[_Watching] = []
         self._kept: frozenset[Role] = frozenset(role for role, a in anchors.items() if a.kept == "states")
         looks = watch or bool(_STATES & anchors.keys())
         self._states = NewStates(module, self._kept, self._change, lambda: None) if looks else None
-        self._handles = (
-            module.register_forward_pre_hook(self._enter),
-            # Before hooks of others, which may compute what is counted.
-            module.register_forward_hook(self._leave, always_call=True, prepend=True),
-        )
+        self._running = WhileRunning(module, self._watching, self._left)
 
     def remove(self) -> None:
         """Stop looking at the module."""
-        for handle in self._handles:
-            handle.remove()
+        self._running.remove()
         if self._states is not None:
             self._states.remove()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        mode = _Watching(self._turn.next(), self._anchors, self._state, self._tap)
-        self._active.append(mode)
-        mode.__enter__()
+    def _watching(self) -> "_Watching":
+        return _Watching(self._turn.next(), self._anchors, self._state, self._tap)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._active:  # a hook before ended the pass, or raised
-            return
-        mode = self._active.pop()
-        mode.__exit__(None, None, None)
+    def _left(self, mode: "_Watching", output: object) -> None:
         if output is not None:  # it did not raise
-            mode.check(type(module).__name__, self._kept if self._is_cached else frozenset[Role]())
+            mode.check(type(self._module).__name__, self._kept if self._is_cached else frozenset[Role]())
 
     @property
     def _is_cached(self) -> bool:
@@ -91,11 +80,11 @@ class OwnCode:
 
     def _change(self, role: Role, raw: Tensor) -> Tensor:
         """Call the tap on what a cache is about to take, heads before positions."""
-        return aside(tap_heads, self._state, self._active[-1].taps.get(role), raw)
+        return aside(tap_heads, self._state, self._running.current.taps.get(role), raw)
 
     def _tap(self, role: Role, view: View, raw: Tensor) -> Tensor:
         """Call the tap on a tensor, unless it was called as the cache took what it is made of."""
-        tap, anchor = self._active[-1].taps.get(role), self._anchors[role]
+        tap, anchor = self._running.current.taps.get(role), self._anchors[role]
         if self._watch and role in _STATES and self._is_cached:
             self.seen[role] = self._is_handed_back(role, view, raw)
         if tap is None or (role in self._kept and self._is_cached):

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from hookgraph.binding.attention import TapsByCall, Turn
 from hookgraph.binding.mechanisms import PassState
+from hookgraph.binding.modes import WhileRunning
 from hookgraph.hooks.taps import Tap
 
 _PRODUCTS: Final = frozenset(
@@ -31,24 +32,14 @@ class OwnProduct:
     def __init__(self, module: nn.Module, taps: TapsByCall, state: PassState) -> None:
         self._turn = Turn(taps, state)
         self._state = state
-        self._active: list[_ProductTap] = []
-        self._handles = (
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True, prepend=True),
-        )
+        self._running = WhileRunning(module, self._tap)
 
     def remove(self) -> None:
         """Stop looking at the module."""
-        for handle in self._handles:
-            handle.remove()
+        self._running.remove()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        mode = _ProductTap(self._turn.next().get("product"), self._state)
-        self._active.append(mode)
-        mode.__enter__()
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._active.pop().__exit__(None, None, None)
+    def _tap(self) -> "_ProductTap":
+        return _ProductTap(self._turn.next().get("product"), self._state)
 
 
 @final

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from hookgraph.binding.edits import replace_rows, rows_of, unmasked
 from hookgraph.graph.conformance import Gap, Proof
@@ -51,7 +49,7 @@ def check_replays(
             continue
         tolerance = _TOLERANCE.get(clean[location].dtype, _TOLERANCE[torch.float32])
         try:
-            error = _error(graph, example, location, clean[location], generator)
+            error = _error(graph, example, clean, location, generator)
             note = "" if error <= tolerance else f"a pass that begins here is off by {error:.1g}"
         except Exception as failure:
             error, note = float("inf"), f"no pass begins here: {type(failure).__name__}: {failure}"
@@ -66,15 +64,15 @@ def check_replays(
 def _error(
     graph: HookGraph,
     example: Mapping[str, Any],
+    clean: Run,
     location: Location,
-    value: Float[Tensor, "..."],
     generator: torch.Generator,
 ) -> float:
     """By how much the logits of a replay differ from those of a whole pass, relative to their size."""
+    value = clean[location]
     noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value)
     both = torch.cat([value, value * (0.5 + noise)])
-    base = graph.run(example, save=[location])
     whole = graph.hook(location, replace_rows(0, both)).run(rows_of(graph, example, 2)).logits
-    again = graph.replay(base, location, value=both).logits
+    again = graph.replay(clean, location, value=both).logits
     size = unmasked(whole).abs().max().clamp_min(1e-9)
     return float((unmasked(again) - unmasked(whole)).abs().max() / size)
