@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hookgraph.binding import bind
-from hookgraph.binding.examples import example_inputs
+from hookgraph.binding.resolving.examples import example_inputs
 
 LIMIT = 2.0
 """Seconds that `bind` may take beyond one forward pass."""

@@ -42,6 +42,7 @@ CUT = {
     "subgraphs": {"hookgraph.binding", "transformers", "accelerate"},
     "algorithms": {"hookgraph.binding", "hookgraph.subgraphs", "transformers", "accelerate"},
 }
+BINDING_ROOMS = ("tracing", "data", "running", "resolving", "proving")
 HUGGINGFACE_USERS = {"binding", "demo", "cli"}
 OPTIONAL = {"matplotlib", "networkx", "pymoo", "scipy", "pandas"}
 HUGGINGFACE_NAMES = re.compile(
@@ -126,6 +127,20 @@ def imports_go_down_the_ranks(tree: Tree) -> list[str]:
             if RANKS.get(target, sys.maxsize) > RANKS[part]:
                 found.append(f"{path}:{seen.line}: {part!r} imports {seen.target}, of higher rank")
     return found
+
+
+def rooms_of_binding_follow_one_another(tree: Tree) -> list[str]:
+    """A room imports those before it; what lies in no room comes after all of them."""
+    order = {f"hookgraph.binding.{room}": i for i, room in enumerate(BINDING_ROOMS)}
+    return [
+        f"{path}:{seen.line}: {own.split('.')[-1]!r} imports {seen.target}, of a later room"
+        for path in tree
+        for own in [".".join(module_of(path).split(".")[:3])]
+        if own in order
+        for seen in imports_of(path, tree)
+        if seen.reaches("hookgraph.binding")
+        and order.get(".".join(seen.target.split(".")[:3]), len(order)) > order[own]
+    ]
 
 
 def ontology_needs_the_standard_library_only(tree: Tree) -> list[str]:
@@ -300,6 +315,7 @@ def unquoted_nodes(module: ast.Module) -> Iterator[tuple[int, ast.AST]]:
 
 RULES: tuple[Rule, ...] = (
     imports_go_down_the_ranks,
+    rooms_of_binding_follow_one_another,
     ontology_needs_the_standard_library_only,
     cut_edges_stay_cut,
     huggingface_is_imported_where_models_are_bound,
@@ -390,6 +406,18 @@ GUILTY = (
         "metrics.py:1: 'algorithms' imports hookgraph,",
     ),
     Guilty(imports_go_down_the_ranks, "hookgraph/extra.py", "", "'extra' has no rank"),
+    Guilty(
+        rooms_of_binding_follow_one_another,
+        "hookgraph/binding/tracing/trace.py",
+        "from hookgraph.binding.data.views import View",
+        "trace.py:1: 'tracing' imports hookgraph.binding.data.views, of a later room",
+    ),
+    Guilty(
+        rooms_of_binding_follow_one_another,
+        "hookgraph/binding/proving/twins.py",
+        "from hookgraph.binding import bind",
+        "twins.py:1: 'proving' imports hookgraph.binding, of a later room",
+    ),
     Guilty(
         ontology_needs_the_standard_library_only,
         "hookgraph/ontology/locations.py",

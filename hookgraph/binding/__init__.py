@@ -1,7 +1,7 @@
 """Bind a HuggingFace model: trace it once, resolve every location, prove each, freeze the result."""
 
 from hookgraph.binding.binding import bind, check
-from hookgraph.binding.family import Family
-from hookgraph.binding.huggingface import HuggingFaceBinding
+from hookgraph.binding.data.family import Family
+from hookgraph.binding.running.huggingface import HuggingFaceBinding
 
 __all__ = ["Family", "HuggingFaceBinding", "bind", "check"]

@@ -7,15 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hookgraph.binding import cache, conformance, proving
-from hookgraph.binding.cache_use import see_cache
-from hookgraph.binding.compiled import as_written
-from hookgraph.binding.discovery import discover
-from hookgraph.binding.examples import candidates, one_row, unrunnable
-from hookgraph.binding.family import Family, apply
-from hookgraph.binding.findings import Findings
-from hookgraph.binding.huggingface import HuggingFaceBinding
-from hookgraph.binding.tracing import Trace, evaluating
+from hookgraph.binding import cache
+from hookgraph.binding.data.family import Family, apply
+from hookgraph.binding.data.findings import Findings
+from hookgraph.binding.proving import conformance, proving
+from hookgraph.binding.resolving.cache_use import see_cache
+from hookgraph.binding.resolving.discovery import discover
+from hookgraph.binding.resolving.examples import candidates, one_row, unrunnable
+from hookgraph.binding.running.compiled import as_written
+from hookgraph.binding.running.huggingface import HuggingFaceBinding
+from hookgraph.binding.tracing.trace import Trace, evaluating
 from hookgraph.errors import BindingError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.hook_graph import HookGraph

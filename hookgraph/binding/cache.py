@@ -24,9 +24,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hookgraph.binding.family import Family
-from hookgraph.binding.findings import Findings
-from hookgraph.binding.records import decode, encode
+from hookgraph.binding.data.family import Family
+from hookgraph.binding.data.findings import Findings
+from hookgraph.binding.data.records import decode, encode
 from hookgraph.graph.conformance import ConformanceReport
 
 _LIMIT: Final = 500

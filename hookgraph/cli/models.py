@@ -9,8 +9,8 @@ from rich.text import Text
 
 from hookgraph.binding import Family, bind
 from hookgraph.binding.binding import check as check_all
-from hookgraph.binding.examples import example_inputs
 from hookgraph.binding.loading import load_model
+from hookgraph.binding.resolving.examples import example_inputs
 from hookgraph.cli.arguments import Debug, Model, chosen_layers, place
 from hookgraph.cli.telling import terminal, told
 from hookgraph.demo.telling import tell

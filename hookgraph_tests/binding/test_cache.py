@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from hookgraph.binding import Family, bind, cache, proving
-from hookgraph.binding.examples import example_inputs
+from hookgraph.binding import Family, bind, cache
+from hookgraph.binding.proving import proving
+from hookgraph.binding.resolving.examples import example_inputs
 from hookgraph_tests.families import FAMILIES, Size, tokens
 from hookgraph_tests.families import build as build_of
 

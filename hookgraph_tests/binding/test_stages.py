@@ -2,7 +2,8 @@
 
 import pytest
 
-from hookgraph.binding import bind, conformance
+from hookgraph.binding import bind
+from hookgraph.binding.proving import conformance
 from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.transformer import FINAL_LN_OUT, RESID_POST, RESID_PRE

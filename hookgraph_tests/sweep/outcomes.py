@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hookgraph.binding import HuggingFaceBinding, bind
-from hookgraph.binding.blocks import is_softmax_over_positions
-from hookgraph.binding.examples import example_inputs
-from hookgraph.binding.tracing import Trace
+from hookgraph.binding.resolving.blocks import is_softmax_over_positions
+from hookgraph.binding.resolving.examples import example_inputs
+from hookgraph.binding.tracing.trace import Trace
 from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import STACKS

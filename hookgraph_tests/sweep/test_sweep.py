@@ -8,8 +8,8 @@ import pytest
 import transformers
 from transformers import LlamaConfig
 
-from hookgraph.binding.examples import example_inputs
-from hookgraph.binding.tracing import Trace
+from hookgraph.binding.resolving.examples import example_inputs
+from hookgraph.binding.tracing.trace import Trace
 from hookgraph_tests.sweep import page, processes
 from hookgraph_tests.sweep.outcomes import Outcome, general, is_convolutional, outcome_of
 from hookgraph_tests.tiny import TABLES, architectures, build, swept

@@ -1,0 +1,1 @@
+"""Prove a binding on values and edited values, where that is cheap."""

@@ -1,0 +1,217 @@
+"""Prove that an edit has the effect that its gradient says: finite differences against autograd."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hookgraph.binding.proving.edits import inside_kernel, live, replace_rows, rows_of, unmasked
+from hookgraph.binding.proving.watching import Watch
+from hookgraph.binding.running.outputs import per_example
+from hookgraph.errors import MetricError
+from hookgraph.graph.conformance import Proof
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric
+from hookgraph.graph.run import Run
+from hookgraph.ontology.locations import Location
+
+_STEPS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 4e-2)
+"""Sizes of the finite differences, relative to the value: small ones for models that compute in double
+precision throughout, larger ones for those that go through single precision inside."""
+
+_DEAD: Final = "the logits do not depend on it"
+_CUT: Final = "an edit changes the logits, but the model computes them without gradients from here on"
+
+_POINTS: Final = 3
+"""How many other points are tried where a choice, as of experts, changes within the smallest step."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Precision:
+    """How exactly a pass can be measured.
+
+    Args:
+        tolerance: of a slope, relative to it.
+        rounding: the relative error of a pass: ten roundings.
+        reason: why it is not better.
+    """
+
+    tolerance: float
+    rounding: float
+    reason: str = ""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The slope at a location by finite differences, one for each step, and by autograd."""
+
+    found: Float[Tensor, "..."]
+    slope: float
+    error: float
+    chosen_anew: bool
+    """Whether something else was chosen at one of the steps."""
+
+
+def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> list[Proof]:
+    """Finite difference = gradient, along a direction that is half gradient, half random.
+
+    What is inside a fused kernel is edited in passes of its own: those may leave it for one that goes
+    through single precision. Integers have no gradient; what an edit of them does is told by the algebra.
+    """
+    locations = [x for x in clean if clean[x].is_floating_point()]
+    generator = torch.Generator().manual_seed(2)
+    shape = tuple(clean.logits.shape[1:])
+    weights = torch.randn(shape, generator=generator).to(clean.logits)
+
+    def metric(logits: Tensor) -> Tensor:
+        return (unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
+
+    proofs: list[Proof] = []
+    for inside in (False, True):
+        group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
+        try:
+            found = _check_group(graph, example, group, metric, generator) if group else []
+        except Exception:
+            dead = _without_gradient(graph, example, list(group), metric)
+            if not dead:
+                raise
+            cut = _effective(graph, example, [x for x, why in dead.items() if not why], metric)
+            notes = {x: why or (_CUT if x in cut else _DEAD) for x, why in dead.items()}
+            proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
+            alive = {x: value for x, value in group.items() if x not in dead}
+            found = _check_group(graph, example, alive, metric, generator) if alive else []
+        proofs += found
+    return proofs
+
+
+def _check_group(
+    graph: HookGraph,
+    example: Mapping[str, Any],
+    values: Mapping[Location, Tensor],
+    metric: Metric,
+    generator: torch.Generator,
+) -> list[Proof]:
+    precision, measured = _measure(graph, example, values, metric, generator)
+    proofs: list[Proof] = []
+    for location, found in measured.items():
+        note = precision.reason
+        for _ in range(_POINTS):
+            if found.error <= precision.tolerance or not found.chosen_anew:
+                break
+            note = "at another point, as a choice changes within the step at this one"
+            moved = graph.hook(location, _mover(location, generator))
+            value = moved.run(example, save=[location])
+            precision, again = _measure(moved, example, value, metric, generator)
+            found = again[location]
+        holds = found.error <= precision.tolerance
+        if not holds:
+            note = f"finite difference {float(found.found[-1]):.4g}, gradient {found.slope:.4g}"
+            note += ", where a choice changes" if found.chosen_anew else ""
+        proofs.append(Proof(location, "edit = gradient", holds, found.error, precision.tolerance, note))
+    return proofs
+
+
+def _mover(location: Location, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A hook that moves a value a little, always to the same place."""
+    seed = int(torch.randint(1 << 30, (1,), generator=generator))
+
+    def move(value: Tensor) -> Tensor:
+        own = torch.Generator().manual_seed(seed)
+        noise = torch.randn((1, *value.shape[1:]), generator=own, dtype=torch.float64).to(value)
+        return torch.where(live(location, value), value * (1 + 0.05 * noise), value)
+
+    return move
+
+
+def _measure(
+    graph: HookGraph,
+    example: Mapping[str, Any],
+    values: Mapping[Location, Tensor],
+    metric: Metric,
+    generator: torch.Generator,
+) -> tuple[_Precision, dict[Location, _Measured]]:
+    """The slopes at all locations, in one pass backwards and one over all edits."""
+    with Watch() as plain:
+        gradients = graph.run(example, save=[x.grad for x in values], metric=metric)
+    per_location = 2 * len(_STEPS)
+    hooked, slopes, sizes = graph, dict[Location, float](), dict[Location, float]()
+    for number, (location, value) in enumerate(values.items()):
+        gradient = gradients[location.grad]
+        direction = _direction(location, gradient, value, generator)
+        slopes[location] = float((gradient.double() * direction.double()).sum())
+        sizes[location] = float(torch.where(live(location, value), value, 0).double().norm().clamp_min(1e-3))
+        steps = [sign * step * sizes[location] for step in _STEPS for sign in (1.0, -1.0)]
+        edits = torch.cat([value + step * direction for step in steps])
+        hooked = hooked.hook(location, replace_rows(number * per_location, edits))
+    count = len(values) * per_location
+    with Watch() as edited:
+        outcome = metric(hooked.run(rows_of(graph, example, count)).logits).double()
+    anew = edited.changed(plain, count).view(len(values), -1).any(-1)
+    # The logits may have several rows per example, as one per codebook.
+    outcome = outcome.view(len(values), len(_STEPS), 2, -1).sum(-1).cpu()
+    precision = _precision(next(iter(values.values())).dtype, plain.narrowed)
+    measured: dict[Location, _Measured] = {}
+    for number, location in enumerate(values):
+        found, error = _compared(outcome[number], sizes[location], slopes[location], precision)
+        measured[location] = _Measured(found, slopes[location], error, bool(anew[number]))
+    return precision, measured
+
+
+def _compared(
+    outcome: Float[Tensor, "step 2"], size: float, slope: float, precision: _Precision
+) -> tuple[Float[Tensor, "..."], float]:
+    """The slopes that were found, and by how much the best one is off."""
+    steps = torch.tensor(_STEPS, dtype=torch.float64) * size
+    found = (outcome[:, 0] - outcome[:, 1]) / (2 * steps)
+    # Each two neighbours as well, extrapolated to a step of zero.
+    ratios = (steps[1:] / steps[:-1]) ** 2
+    found = torch.cat([found, (ratios * found[:-1] - found[1:]) / (ratios - 1)])
+    # Slopes below this are lost in rounding.
+    floor = precision.rounding * float(outcome.abs().max()) / float(steps[-1]) / precision.tolerance
+    return found, float((found - slope).abs().min()) / max(abs(slope), floor, 1e-12)
+
+
+def _precision(dtype: torch.dtype, narrowed: int) -> _Precision:
+    if dtype != torch.float64:
+        return _Precision(5e-2, 1.2e-6, f"measured in {str(dtype).removeprefix('torch.')}")
+    if narrowed:
+        return _Precision(2e-3, 1.2e-6, f"the model goes through lower precision in {narrowed} operations")
+    return _Precision(1e-5, 2e-15)
+
+
+def _without_gradient(
+    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
+) -> dict[Location, str]:
+    """The locations at which the metric has no gradient, with what the model's own backward pass raises."""
+    try:
+        graph.run(example, save=[x.grad for x in locations], metric=metric)
+    except Exception as error:
+        if len(locations) == 1:
+            own = "" if isinstance(error, MetricError) else f"{type(error).__name__}: {error}"
+            return {locations[0]: own and f"there is no gradient: {own}"}
+        half = len(locations) // 2
+        parts = (locations[:half], locations[half:])
+        return {k: v for part in parts for k, v in _without_gradient(graph, example, part, metric).items()}
+    return {}
+
+
+def _effective(
+    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
+) -> list[Location]:
+    """The locations at which an edit changes the metric."""
+    generator = torch.Generator().manual_seed(3)
+    plain = metric(graph.run(example).logits)
+    moved = (graph.hook(x, _mover(x, generator)).run(example) for x in locations)
+    return [x for x, run in zip(locations, moved, strict=True) if not metric(run.logits).equal(plain)]
+
+
+def _direction(location: Location, gradient: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    noise = torch.where(live(location, value), noise, 0)
+    mixed = gradient / gradient.norm().clamp_min(1e-30) + noise / noise.norm().clamp_min(1e-30)
+    return (mixed / mixed.norm().clamp_min(1e-30)).to(value.dtype)

@@ -1,0 +1,1 @@
+"""From a trace to anchors: which location is reached where, and why others are absent."""

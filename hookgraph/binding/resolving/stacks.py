@@ -1,0 +1,92 @@
+"""Which chain of layers is which stack: told by what each reads."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from hookgraph.binding.resolving.blocks import Block
+from hookgraph.binding.running.outputs import read_output
+from hookgraph.binding.tracing.trace import Trace, Value
+from hookgraph.ontology.transformer import ENCODER, VISION, TransformerStack
+
+_PICTURE_AXES = 4
+"""Batch, channel, height, width; films have one more."""
+
+
+def joined(chains: Mapping[str, list[Block]]) -> list[list[Block]]:
+    """The chains, with the stages of one as one: lists at the same place in the members of some list, each
+    of which reads what the one before returns.
+    """
+    found: list[list[Block]] = []
+    last: dict[tuple[str, str], list[Block]] = {}
+    for path, blocks in sorted(chains.items(), key=lambda pair: pair[1][0].call.number):
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+        place = (
+            (".".join(parts[: numbers[-1]]), ".".join(parts[numbers[-1] + 1 :])) if numbers else (path, "")
+        )
+        before = last.get(place)
+        if before is None or before[-1].leaving not in values_behind(blocks[0].entering):
+            last[place] = blocks
+            found.append(blocks)
+            continue
+        stage = before[-1].stage + 1
+        before += [replace(block, stage=stage) for block in blocks]
+    return found
+
+
+def main_chain(trace: Trace, chains: Sequence[list[Block]]) -> list[Block]:
+    """The stack whose names need no prefix: the last one that reads tokens, if any does, of those from which
+    what is read of the output was computed.
+    """
+    read = values_behind(trace.value_of(read_output(trace.output)))
+    leading = [blocks for blocks in chains if blocks[-1].leaving in read] or chains
+    reading = [blocks for blocks in leading if _tokens_behind(trace, blocks)]
+    return max(reading or leading, key=lambda blocks: blocks[-1].call.last)
+
+
+def name_stacks(
+    trace: Trace, others: Sequence[list[Block]], *, crossed: bool
+) -> Iterator[tuple[TransformerStack, list[Block]]]:
+    """The name of each other stack, as far as there are names.
+
+    Args:
+        trace: the pass.
+        others: the chains that are not the main one.
+        crossed: whether the main one attends to another. That is the encoder: the last of the others.
+    """
+    rest = sorted(others, key=lambda blocks: blocks[-1].call.last)
+    names = [VISION, ENCODER]
+    if crossed:
+        names.remove(ENCODER)
+        yield ENCODER, rest.pop()
+    for blocks in sorted(rest, key=lambda blocks: not _pictures_behind(trace, blocks)):
+        fitting = VISION if _pictures_behind(trace, blocks) else ENCODER
+        name = fitting if fitting in names else next(iter(names), None)
+        if name is None:
+            return
+        names.remove(name)
+        yield name, blocks
+
+
+def values_behind(value: Value) -> set[Value]:
+    """Everything that a value was computed from, itself included."""
+    seen: set[Value] = set()
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here not in seen:
+            seen.add(here)
+            waiting.extend(here.inputs)
+    return seen
+
+
+def _tokens_behind(trace: Trace, blocks: list[Block]) -> bool:
+    """Whether the first layer was computed from an embedding of integers that the model was given."""
+    tokens = {v for v in trace.root.inputs.values() if not v.tensor.is_floating_point()}
+    looked_up = [v for v in values_behind(blocks[0].entering) if v.op == "embedding"]
+    return any(tokens & values_behind(i) for v in looked_up for i in v.inputs)
+
+
+def _pictures_behind(trace: Trace, blocks: list[Block]) -> bool:
+    given = {v for v in trace.root.inputs.values() if v.tensor.ndim >= _PICTURE_AXES}
+    return bool(given & values_behind(blocks[0].entering))

@@ -1,0 +1,1 @@
+"""Passes of a bound model: anchors carried out by hooks, inputs, outputs, caches, resumed passes."""

@@ -1,0 +1,197 @@
+"""Token ids, keyword arguments or text -> keyword arguments of the model."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hookgraph.binding.running.remembering import Remembered, Retained
+from hookgraph.binding.tracing.packing import repeated
+from hookgraph.errors import InputError, nearest
+from hookgraph.graph.abstract import Inputs
+
+_ROWS: Final = ("input_ids", "inputs_embeds")
+"""The arguments that have a row per example, whatever others have."""
+
+_SLIP: Final = 0.8
+"""How alike two names are of which one is taken for a slip of the other."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The keyword arguments that a model knows.
+
+    Args:
+        names: those of its signature.
+        more: whether it takes others as well, to hand them on.
+        first_position: the number of the first position.
+    """
+
+    names: frozenset[str]
+    more: bool
+    first_position: int = 0
+
+    @staticmethod
+    def by(model: PreTrainedModel) -> "Accepted":
+        """What a model's `forward` says."""
+        parameters = inspect.signature(model.forward).parameters.values()
+        open_ended = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        names = frozenset(p.name for p in parameters) - frozenset(open_ended)
+        return Accepted(names, any(p.kind is p.VAR_KEYWORD for p in parameters), _first_position(model))
+
+    def check(self, arguments: Iterable[str]) -> None:
+        """Refuse what the model does not know, or, if it hands others on, what is nearly a name it knows.
+
+        Raises:
+            InputError: naming the argument and those near to it.
+        """
+        for name in arguments:
+            if name in self.names or (self.more and not self._slip(name)):
+                continue
+            raise InputError(f"the model takes no argument {name!r}: {nearest(name, self.names)}")
+
+    def _slip(self, name: str) -> bool:
+        """Whether a name is nearly a known one; with a word more or less, it is one of its own."""
+        words = name.count("_")
+        return bool(get_close_matches(name, [x for x in self.names if x.count("_") == words], 1, _SLIP))
+
+
+def prepare(
+    inputs: Inputs,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    accepted: Accepted,
+    vocabulary: int,
+    device: torch.device,
+    copies: int,
+    counted: str = "",
+) -> dict[str, Any]:
+    """Keyword arguments of a model, on a device, the whole batch repeated `copies` times.
+
+    Where the attention mask shows padding on the left, position ids are derived from it.
+
+    Args:
+        inputs: what to run.
+        tokenizer: what makes token ids of text, if there is one.
+        accepted: the keyword arguments that the model knows.
+        vocabulary: how many tokens the model embeds.
+        device: where the model is.
+        copies: how often the batch is repeated.
+        counted: the argument that has a row per example, where examples lie one after another on one axis.
+
+    Raises:
+        InputError: the inputs cannot be run, with the reason.
+    """
+    arguments = dict(_arguments(tokenizer, inputs))
+    accepted.check(arguments)
+    # The tokens come first: their rows are the examples, where positions may be given once for all.
+    names = sorted(arguments, key=lambda name: name not in _ROWS)
+    arguments = {k: _moved(arguments[k], device) for k in names}
+    ids = arguments.get("input_ids")
+    if isinstance(ids, Tensor):
+        _check_ids(ids, vocabulary)
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
+        mask = None
+    if mask is not None and "position_ids" in accepted.names and "position_ids" not in arguments:
+        arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + accepted.first_position
+    if "use_cache" in accepted.names:
+        arguments.setdefault("use_cache", False)
+    if copies == 1:
+        return arguments
+    return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if type(value) is dict:  # masks by kind of layer
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Where positions are counted from: behind the one for padding, if their embedding has one."""
+    count = getattr(model.config, "max_position_embeddings", None)
+    words = embedding_of(model)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == count:
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    """The module that embeds tokens; None where the model does not say."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs: where its weights are, or where they are brought for each pass."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    # accelerate keeps the weights elsewhere, and tells where it brings them.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(place) for place in places if place is not None), torch.device("cpu"))
+
+
+def vocabulary_size(model: PreTrainedModel, embedding: nn.Module | None) -> int:
+    """How many tokens the embedding of a model has; a large number where neither of them says."""
+    weight = getattr(embedding, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        return weight.shape[0]
+    inner = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {}) or {}]
+    sizes = [getattr(config, "vocab_size", None) for config in (model.config, *inner)]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), 1 << 31)
+
+
+def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Mapping[str, Any]:
+    if isinstance(inputs, Tensor):
+        return {"input_ids": inputs}
+    if isinstance(inputs, Mapping):
+        return inputs
+    if isinstance(inputs, str) or (isinstance(inputs, list) and all(isinstance(x, str) for x in inputs)):
+        if tokenizer is None:
+            raise InputError("text needs a tokenizer: bind(model, tokenizer=...), or pass token ids")
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        return tokenizer(texts, return_tensors="pt", padding=len(texts) > 1)
+    raise InputError(
+        f"cannot run {type(inputs).__name__}: pass token ids (a tensor), keyword arguments of the model "
+        "(a dict or BatchEncoding), or text"
+    )
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(f"token ids are integers, not {str(ids.dtype).removeprefix('torch.')}")
+    if ids.ndim != 2:
+        raise InputError(f"token ids have shape (batch, pos), not {tuple(ids.shape)}")
+    if ids.numel() == 0:
+        raise InputError(f"there are no tokens: token ids have shape {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        span = f"{int(ids.min())} to {int(ids.max())}"
+        raise InputError(f"token ids range from {span}, but the vocabulary has {vocabulary} tokens")
+
+
+def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
+    """The arguments for `copies` batches one after the other."""
+    batch = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), 1)
+
+    def again(value: object) -> object:
+        if type(value) is dict:  # masks by kind of layer
+            return {k: again(v) for k, v in value.items()}
+        if isinstance(value, Remembered | Retained):
+            return value.repeated(copies)
+        if isinstance(value, Tensor) and value.shape[:1] == (batch,):
+            return value.repeat(copies, *([1] * (value.ndim - 1)))
+        return value
+
+    return {k: again(v) for k, v in arguments.items()}

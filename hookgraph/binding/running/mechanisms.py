@@ -1,0 +1,305 @@
+"""Carry out anchors: install a tap on a module so that it reads and replaces the location's value.
+
+What hooks know is bound to functions by `partial`: nothing is defined anew for each hook of each pass.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias, final
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from hookgraph.binding.data.anchors import Anchor
+from hookgraph.binding.data.layouts import arranged, restored
+from hookgraph.binding.data.views import Columns
+from hookgraph.binding.running.normalising import scale_of
+from hookgraph.binding.running.weights import affine_map
+from hookgraph.binding.tracing.packing import examples_in
+from hookgraph.binding.tracing.trace import Slot, tensors_in
+from hookgraph.errors import ShapeMismatchError
+from hookgraph.hooks.handles import Handle
+from hookgraph.hooks.taps import Tap
+
+_Change: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@final
+class PassState:
+    """What hooks must know of the pass they are in. `enter` is the pre-hook of the whole model."""
+
+    def __init__(self, counted: str = "") -> None:
+        self.number = 0
+        self.batch = 0
+        self._counted = counted
+        self.counts = False
+        """Whether some module is called several times in a pass."""
+        self.watches = False
+        """Whether the operations of some module are watched."""
+        self.aside = False
+        """Whether a hook computes something, which is none of the model's own operations."""
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A new pass begins."""
+        self.number += 1
+        if self._counted in kwargs:
+            self.batch = examples_in(kwargs, self._counted)
+            return
+        first = next(tensors_in((args, kwargs)), None)
+        self.batch = 0 if first is None else first.shape[0]
+
+
+def needs_state(anchor: Anchor) -> bool:
+    """Whether an anchor's hook must know of the pass it is in."""
+    return anchor.layout in ("flat", "one row", "frames") or anchor.calls > 1
+
+
+def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Handle:
+    """Install a tap. The latest installed is called first, before the hooks of others on the module."""
+    hook, side, with_kwargs = _hook(module, anchor, tap, state)
+    if anchor.calls > 1:
+        hook = _on_one_call(hook, anchor, state)
+    if state.watches:
+        hook = partial(aside, hook, state)
+    if side == "output":
+        return module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=True)
+    return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=True)
+
+
+def _hook(
+    module: nn.Module, anchor: Anchor, tap: Tap, state: PassState
+) -> tuple[Callable[..., Any], str, bool]:
+    """The hook, the side of the module it belongs to, and whether it takes keyword arguments."""
+    if anchor.mechanism == "norm scale":
+        return partial(_norm_scale, anchor, tap, state), "output", True
+    if anchor.mechanism == "head result":
+        return _head_result_hook(module, anchor, tap, state), "output", True
+    if anchor.mechanism == "head input":
+        return _head_input_hook(anchor, tap, state), "output", True
+    change = (
+        partial(_in_place, anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
+    )
+    if anchor.mechanism == "output" and anchor.slot is None:
+        return partial(_whole_output, change), "output", False
+    if anchor.mechanism == "output":
+        return partial(_part_of_output, anchor.slot, change), "output", False
+    if isinstance(anchor.slot, str):
+        return partial(_keyword, anchor.slot, change), "input", True
+    return partial(_positional, anchor.slot or 0, change), "input", False
+
+
+def aside(function: Callable[..., Any], state: PassState, *args: Any) -> Any:
+    """Call a function that computes what is not to be taken for the model's own."""
+    before, state.aside = state.aside, True
+    try:
+        return function(*args)
+    finally:
+        state.aside = before
+
+
+def _on_one_call(hook: Callable[..., Any], anchor: Anchor, state: PassState) -> Callable[..., Any]:
+    """Call a hook on one of several calls of its module in a pass."""
+    seen = {"pass": -1, "calls": 0}
+
+    def counted(*args: Any) -> Any:
+        if seen["pass"] != state.number:
+            seen.update({"pass": state.number, "calls": 0})
+        seen["calls"] += 1
+        return hook(*args) if seen["calls"] == anchor.call + 1 else None
+
+    return counted
+
+
+def _shaped(anchor: Anchor, state: PassState, raw: Tensor) -> Tensor:
+    """The tensor with batch and position as axes of their own."""
+    return arranged(anchor.layout, raw, state.batch)
+
+
+def element(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Tensor:
+    """The argument in a slot."""
+    return kwargs[slot] if isinstance(slot, str) else args[slot or 0]
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another tensor in a slot."""
+    if isinstance(slot, str):
+        return args, {**kwargs, slot: new}
+    place = slot or 0
+    return (*args[:place], new, *args[place + 1 :]), kwargs
+
+
+def with_element(output: Any, slot: Slot, new: Tensor) -> Any:
+    """What a module returned, with another tensor in a slot; a tuple whose elements have names keeps them."""
+    if isinstance(output, tuple):
+        make = getattr(output, "_make", type(output))
+        return make(tuple(new if i == slot else x for i, x in enumerate(output)))
+    output[slot] = new
+    return output
+
+
+def _through(anchor: Anchor, tap: Tap, state: PassState) -> _Change:
+    """Call a tap on the view of a tensor; the tensor itself comes back if nothing is to be replaced."""
+    view = anchor.view
+    if view is None and not anchor.layout and not anchor.overwritten and not anchor.limit:
+        if anchor.mechanism == "input" and tap.tracks_gradient:
+            # Others may be given the same tensor: the gradient is that of this module's use of it.
+            return lambda raw: tap(raw.view_as(raw))
+        return tap
+    return partial(_through_view, anchor, tap, state)
+
+
+def _through_view(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Tensor:
+    # What the model will overwrite is kept from it: the tap sees a copy, and a copy goes on.
+    shaped = _shaped(anchor, state, raw.clone() if anchor.overwritten else raw)
+    view = anchor.view
+    value = shaped if view is None else view.get(shaped)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return raw
+    if anchor.limit:
+        _check_limit(anchor, new)
+    result = new if view is None else view.put(shaped, new)
+    result = restored(anchor.layout, result, raw)
+    return result.clone() if anchor.overwritten else result
+
+
+def _check_limit(anchor: Anchor, new: Tensor) -> None:
+    if new.numel() and not 0 <= int(new.min()) <= int(new.max()) < anchor.limit:
+        raise ShapeMismatchError(
+            f"the edit at {anchor.location} holds {int(new.min())} to {int(new.max())}; "
+            f"these are indices of {anchor.limit} experts, 0 to {anchor.limit - 1}"
+        )
+
+
+def _in_place(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Tensor:
+    """Call a tap on a tensor that others hold too, and change it for all of them.
+
+    The tap sees a copy, because hooks, saves and autograd may keep what they see.
+    """
+    view = anchor.view
+    # The gradient of a view is not that of what it is a view of, which others hold.
+    apart = tap.tracks_gradient and raw._is_view()
+    if not tap.edits and not anchor.layout and view is None and not apart:
+        return tap(raw)
+    shaped = _shaped(anchor, state, raw.clone())
+    new = tap(shaped) if view is None else view.put(shaped, tap(view.get(shaped)))
+    return raw.copy_(restored(anchor.layout, new, raw))
+
+
+def _positional(
+    slot: int, change: _Change, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    raw = args[slot]
+    new = change(raw)
+    return None if new is raw else (*args[:slot], new, *args[slot + 1 :])
+
+
+def _keyword(
+    slot: str, change: _Change, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    raw = kwargs[slot]
+    new = change(raw)
+    return None if new is raw else (args, {**kwargs, slot: new})
+
+
+def _whole_output(change: _Change, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    new = change(output)
+    return None if new is output else new
+
+
+def _part_of_output(slot: Slot, change: _Change, module: nn.Module, args: Any, output: Any) -> Any:
+    raw = output[slot]
+    new = change(raw)
+    if new is raw:
+        return None
+    return with_element(output, slot, new)
+
+
+def _apart(value: Tensor, tap: Tap) -> Tensor:
+    """`value` once more, so that its gradient, and edits of it in place, are apart from it."""
+    return value.clone() if tap.edits else value.view_as(value)
+
+
+def _norm_scale(
+    anchor: Anchor,
+    tap: Tap,
+    state: PassState,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor | None:
+    """y = gain · (x - centre) · s + b; with s' in place of s, y' = y + (y - b)(s'/s - 1)."""
+    x = element(args, kwargs, anchor.slot)
+    scale = scale_of(x, centred=anchor.centred, epsilon=anchor.epsilon)
+    value = _apart(_shaped(anchor, state, scale), tap)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return None
+    flat = restored(anchor.layout, new, scale)
+    bias = module.forward(torch.zeros_like(x[..., :1, :]))[..., :1, :]
+    # Both are s'/s - 1. Unedited, the first one adds exactly nothing, to gradients either.
+    excess = (flat - scale) / scale.detach() if new is value else flat / scale - 1
+    return y + ((y - bias) * excess).to(y.dtype)
+
+
+def _head_result_hook(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
+    view = anchor.view
+    if view is None:
+        raise ValueError(f"{anchor.location}: the head result needs the columns of the heads")
+    weight = view.get(affine_map(module)[0].mT[None])[0]
+    return partial(_head_result, anchor, tap, state, view.get, weight)
+
+
+def _head_result(
+    anchor: Anchor,
+    tap: Tap,
+    state: PassState,
+    heads_of: _Change,
+    weight: Tensor,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor | None:
+    """y = Σ_h r_h + b with r_h = z_h W_O[h]; with r' in place of r, y' = y + Σ_h (r'_h - r_h)."""
+    z = heads_of(_shaped(anchor, state, element(args, kwargs, anchor.slot)))
+    result = einsum(z, weight, "batch pos head d, out head d -> batch pos head out")
+    value = _apart(result, tap)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return None
+    return y + restored(anchor.layout, (new - result).sum(2), y)
+
+
+def _head_input_hook(anchor: Anchor, tap: Tap, state: PassState) -> Callable[..., Any]:
+    view = anchor.view
+    if not isinstance(view, Columns):
+        raise ValueError(f"{anchor.location}: what a head reads needs the columns of the heads")
+    return partial(_head_input, anchor, tap, state, view)
+
+
+def _head_input(
+    anchor: Anchor,
+    tap: Tap,
+    state: PassState,
+    view: Columns,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> Tensor | None:
+    """q_h = x W_Q[h] + b; with x'_h in place of head h's x, q'_h = q_h + (x'_h - x) W_Q[h]."""
+    x = _shaped(anchor, state, element(args, kwargs, anchor.slot))
+    copies = x.unsqueeze(2).expand(-1, -1, view.count, -1)
+    value = _apart(copies, tap)
+    new = tap(value)
+    if new is value and not tap.tracks_gradient:
+        return None
+    weight = view.get(affine_map(module)[0][None])[0]
+    change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
+    before = _shaped(anchor, state, y)
+    return restored(anchor.layout, view.put(before, view.get(before) + change), y)

@@ -1,0 +1,1 @@
+"""One forward pass, seen as a graph of values, calls and operations."""

@@ -1,0 +1,71 @@
+"""Models of several stacks, and models without a head: what is what is told by what each reads."""
+
+import pytest
+import torch
+from torch import nn
+
+from hookgraph.binding import bind
+from hookgraph.binding.resolving.examples import example_inputs
+from hookgraph.binding.running.outputs import per_example, read_output
+from hookgraph.errors import BindingError
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.ontology.transformer import ATTN_PATTERN, EMBED, ENCODER, RESID_POST, VISION
+from hookgraph_tests.families import binding_of
+from hookgraph_tests.tiny import build
+
+
+def proven(table: str, architecture: str) -> HookGraph:
+    return bind(nn.Module.to(build(table, architecture), torch.float64), cached=False)
+
+
+@pytest.mark.parametrize("architecture", ["clip", "altclip"])
+def test_of_two_towers_the_one_that_reads_tokens_needs_no_prefix(architecture: str):
+    """In AltCLIP the text comes first, in CLIP last."""
+    graph = proven("base", architecture)
+    assert graph.report.ok
+    assert graph.every(RESID_POST)
+    assert graph.every(VISION.RESID_POST)
+    run = graph.run(example_inputs(binding_of(graph).model), save=[RESID_POST[0], VISION.RESID_POST[0]])
+    assert run[RESID_POST[0]].shape[1] == 7
+    assert run[VISION.RESID_POST[0]].shape[1] == 17  # 16 patches and a class token
+    assert EMBED in graph.locations
+
+
+def test_a_stack_that_is_attended_to_is_the_encoder():
+    graph = proven("base", "whisper")
+    assert graph.report.ok
+    assert graph.every(ENCODER.RESID_POST)
+    assert VISION.RESID_POST[0] not in graph.locations
+
+
+@pytest.mark.parametrize("architecture", ["vit", "wav2vec2", "bert"])
+def test_a_model_without_a_head_is_measured_by_its_last_hidden_state(architecture: str):
+    model = build("base", architecture)
+    graph = bind(model, check=False)
+    inputs = example_inputs(model)
+    run = graph.run(inputs, save=[ATTN_PATTERN[0]])
+    with torch.no_grad():
+        assert torch.equal(run.logits, model(**inputs).last_hidden_state)
+    torch.testing.assert_close(run[ATTN_PATTERN[0]].sum(-1), torch.ones(run[ATTN_PATTERN[0]].shape[:-1]))
+
+
+def test_examples_are_tried_until_one_can_be_run():
+    assert set(example_inputs(build("causal", "llama"))) >= {"input_ids", "attention_mask"}
+    assert "pixel_values" not in example_inputs(build("image-text", "llava"))  # text alone will do
+    assert {"input_ids", "pixel_values"} <= set(example_inputs(build("base", "clip")))
+
+
+def test_an_output_is_the_logits_then_the_last_hidden_state_then_the_first_activation():
+    logits, hidden, mask = torch.ones(2, 3, 4), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.long)
+    assert read_output({"last_hidden_state": hidden, "logits": logits}) is logits
+    assert read_output({"loss": torch.tensor(1.0), "mask": mask, "last_hidden_state": hidden}) is hidden
+    assert read_output((torch.tensor(1.0), mask, (hidden,))) is hidden
+    with pytest.raises(BindingError, match="returns no tensor of activations, but dict"):
+        read_output({"mask": mask})
+
+
+def test_of_a_comparison_of_all_with_all_each_example_has_its_own():
+    square = torch.arange(9.0).view(3, 3)
+    assert per_example(square, (1,)).flatten().tolist() == [0.0, 4.0, 8.0]
+    assert per_example(square, (3,)) is square
+    assert per_example(torch.ones(3, 3, 2), (3, 2)).shape == (3, 3, 2)

@@ -1,0 +1,131 @@
+"""Attention in code of a model's own: its products, its softmax, its fused attention."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookgraph import HookGraph, bind
+from hookgraph.binding.running.huggingface import HuggingFaceBinding
+from hookgraph.binding.running.kernels import other_kernel
+from hookgraph.errors import BindingError
+from hookgraph.ontology.locations import LocationType
+from hookgraph.ontology.transformer import (
+    ATTN_IN,
+    ATTN_K,
+    ATTN_OUT,
+    ATTN_PATTERN,
+    ATTN_Q,
+    ATTN_RESULT,
+    ATTN_SCORES,
+    ATTN_V,
+    ATTN_Z,
+)
+from hookgraph_tests.families import tokens
+from hookgraph_tests.tiny import build
+
+IDS = tokens(2, 6)
+EVERY = (ATTN_Q, ATTN_K, ATTN_V, ATTN_SCORES, ATTN_PATTERN, ATTN_Z)
+OWN = ("gptj", "gpt_neox_japanese", "mvp", "falcon", "openai-gpt")
+"""Rotary heads; a product of three axes; a softmax of three axes; a fused attention; keys turned round."""
+
+
+@pytest.fixture(scope="module", params=OWN)
+def graph(request: pytest.FixtureRequest) -> HookGraph:
+    return bind(build("causal", request.param).double(), check=False)
+
+
+def module_of(graph: HookGraph, kind: LocationType) -> torch.nn.Module:
+    assert isinstance(graph.binding, HuggingFaceBinding)
+    return graph.binding.model.get_submodule(graph.binding.findings.anchors[kind[0]].module)
+
+
+def test_queries_and_keys_make_the_scores_and_these_the_pattern_and_z(graph: HookGraph):
+    run = graph.run(IDS, save=[kind[0] for kind in EVERY])
+    q, k, v, scores, pattern, z = (run[kind[0]] for kind in EVERY)
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    made = torch.einsum("bqhd,bkhd->bhqk", q, k.expand_as(q))[..., seen]
+    scale = (made * scores[..., seen]).sum() / made.square().sum()
+    assert min(abs(scale - 1), abs(scale - q.shape[-1] ** -0.5)) < 1e-5
+    torch.testing.assert_close(scores[..., seen], scale * made, atol=1e-5, rtol=0, check_dtype=False)
+    torch.testing.assert_close(pattern, scores.softmax(-1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v.expand_as(q)))
+
+
+def test_what_hooks_compute_themselves_is_not_taken_for_the_models_own(graph: HookGraph):
+    def computing(value: Tensor) -> Tensor:
+        turned = (value.flatten(2).mT @ value.flatten(2).nan_to_num()).softmax(-1)
+        return value + 0 * turned.nan_to_num().sum()
+
+    asked = [ATTN_Q[0], ATTN_K[0], ATTN_SCORES[0], ATTN_RESULT[0], ATTN_OUT[0]]
+    hooked = graph
+    for location in asked:
+        hooked = hooked.hook(location, computing)
+    run, plain = hooked.run(IDS, save=asked), graph.run(IDS, save=asked)
+    for location in asked:
+        torch.testing.assert_close(run[location], plain[location])
+
+
+@pytest.mark.parametrize("graph", OWN[:-1], indirect=True)
+def test_an_edit_of_new_keys_is_in_the_cache(graph: HookGraph):
+    """Generated with a cache or without one: the same tokens, and the same keys at every step."""
+    edited = graph.hook(ATTN_K[0], lambda k: k * 1.5).hook(ATTN_V[0], lambda v: v - 0.5)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    cached = edited.generate(IDS, save=[ATTN_OUT[0]], use_cache=True, **options)
+    whole = edited.generate(IDS, save=[ATTN_OUT[0]], use_cache=False, **options)
+    assert torch.equal(cached.tokens, whole.tokens)
+    for step, other in zip(cached.steps, whole.steps, strict=True):
+        torch.testing.assert_close(step[ATTN_OUT[0]][:, -1], other[ATTN_OUT[0]][:, -1], atol=1e-5, rtol=0)
+
+
+def test_hooks_of_others_that_compute_inside_are_noticed():
+    graph = bind(build("causal", "gptj"), check=False)
+    module = module_of(graph, ATTN_SCORES)
+    inside = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
+    handle = inside.register_forward_hook(lambda m, args, output: output + 0 * (output @ output.mT).sum())
+    with pytest.raises(BindingError, match=r"does not compute attn.q\[0\] as it did when it was bound"):
+        graph.run(IDS, save=[ATTN_Q[0]], metric=lambda x: x[:, 0, 0])
+    handle.remove()
+    assert graph.run(IDS, save=[ATTN_Q[0]])[ATTN_Q[0]].shape == (2, 6, 4, 8)
+
+
+def test_hooks_of_others_on_the_module_itself_see_what_it_returns_and_are_not_counted():
+    graph = bind(build("causal", "gptj"), check=False)
+    seen: list[Tensor] = []
+
+    def beside(module: torch.nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        seen.append((output[0] @ output[0].mT).softmax(-1))
+
+    handle = module_of(graph, ATTN_SCORES).register_forward_hook(beside)
+    run = graph.run(IDS, save=[ATTN_SCORES[0]], metric=lambda x: x[:, 0, 0])
+    handle.remove()
+    assert len(seen) == 1
+    assert torch.equal(run[ATTN_SCORES[0]], graph.run(IDS, save=[ATTN_SCORES[0]])[ATTN_SCORES[0]])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pass_that_ends_before_attention_begins_leaves_nothing_behind():
+    graph = bind(build("causal", "gptj"), check=False)
+    hooked = graph.hook(ATTN_SCORES[1], lambda x: x)
+    plain = graph.run(IDS, save=[ATTN_IN[1]])
+    assert torch.equal(hooked.run(IDS, save=[ATTN_IN[1]])[ATTN_IN[1]], plain[ATTN_IN[1]])
+
+
+def test_scores_that_are_a_sum_of_products_have_no_queries():
+    """Of content and of position: each product has queries of its own, the values are those of all."""
+    graph = bind(build("causal", "xlnet"), check=False)
+    kinds = {x.type for x in graph.locations}
+    assert ATTN_V in kinds
+    assert ATTN_Q not in kinds
+
+
+def test_a_fused_attention_is_looked_into_whichever_kernel_the_model_is_told_to_use():
+    model = build("causal", "falcon").double()
+    graph = bind(model, cached=False)
+    assert graph.report.ok
+    run = graph.run(IDS, save=[ATTN_PATTERN[0], ATTN_K[0]])
+    with other_kernel(model), torch.no_grad():
+        expected = model(IDS, output_attentions=True).attentions[0]
+        again = graph.run(IDS, save=[ATTN_PATTERN[0], ATTN_K[0]])
+    torch.testing.assert_close(run[ATTN_PATTERN[0]], expected)
+    for location, value in run.items():
+        torch.testing.assert_close(again[location], value)
