@@ -6,7 +6,8 @@ from typing import Literal, TypeAlias, final
 from hookgraph.binding.data.layouts import Layout
 from hookgraph.binding.data.views import View
 from hookgraph.binding.tracing.operations import Operand
-from hookgraph.binding.tracing.trace import Call, Slot, Trace
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import Slot
 from hookgraph.ontology.locations import Location
 
 Mechanism: TypeAlias = Literal[

@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias, final
 from hookgraph.binding.data.anchors import Anchor, Way
 from hookgraph.binding.data.layouts import Layout
 from hookgraph.binding.data.views import View
-from hookgraph.binding.tracing.trace import Slot
+from hookgraph.binding.tracing.values import Slot
 from hookgraph.ontology.locations import Location, LocationType
 
 _PARTS: Final[Mapping[str, str]] = {

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from hookgraph.binding.tracing.trace import Trace, Value
+from hookgraph.binding.tracing.trace import Trace
+from hookgraph.binding.tracing.values import Value
 
 Layout: TypeAlias = Literal[
     "",

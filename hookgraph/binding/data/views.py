@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from hookgraph.binding.tracing.trace import Value
+from hookgraph.binding.tracing.values import Value
 
 
 @final

@@ -17,7 +17,8 @@ from hookgraph.binding.data.views import Columns, View
 from hookgraph.binding.resolving.interleaved import bypassed_layers, interleaved_layers
 from hookgraph.binding.resolving.paths import STREAM_AXES, PathFinder, Step, cone_of
 from hookgraph.binding.resolving.shares import Term, terms_of
-from hookgraph.binding.tracing.trace import AttentionCall, Call, Trace, Value, alias_root
+from hookgraph.binding.tracing.trace import AttentionCall, Call, Trace
+from hookgraph.binding.tracing.values import Value, alias_root
 
 _MAPS = frozenset({"mm", "addmm", "native_layer_norm", "convolution"})
 """Operations that make features of features: no scale, mask or view."""

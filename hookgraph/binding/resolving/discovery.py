@@ -18,7 +18,8 @@ from hookgraph.binding.resolving.resuming import resumptions
 from hookgraph.binding.resolving.roles import Role, assign_roles, is_ambiguous, values_from
 from hookgraph.binding.resolving.stacks import joined, main_chain, name_stacks
 from hookgraph.binding.running.kernels import other_kernel
-from hookgraph.binding.tracing.trace import Call, Trace, Value, alias_chain
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import Value, alias_chain
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerStack

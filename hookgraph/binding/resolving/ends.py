@@ -9,7 +9,8 @@ from hookgraph.binding.resolving.interiors import bind_scale
 from hookgraph.binding.resolving.norms import find_norm
 from hookgraph.binding.resolving.projections import is_projection
 from hookgraph.binding.resolving.stacks import values_behind
-from hookgraph.binding.tracing.trace import Call, Trace, Value, alias_root
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import Value, alias_root
 from hookgraph.ontology.transformer import TransformerStack
 
 

@@ -21,7 +21,8 @@ from hookgraph.binding.resolving.projections import (
     is_projection,
 )
 from hookgraph.binding.resolving.readers import bind_reader
-from hookgraph.binding.tracing.trace import ALIASES, AttentionCall, Call, Trace, Value
+from hookgraph.binding.tracing.trace import AttentionCall, Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Value
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import AttentionTypes
 

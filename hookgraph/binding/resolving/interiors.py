@@ -13,7 +13,8 @@ from hookgraph.binding.resolving.projections import (
     last_projection,
 )
 from hookgraph.binding.resolving.routing import bind_experts
-from hookgraph.binding.tracing.trace import ALIASES, Call, Slot, Trace, Value, alias_root
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import TransformerStack
 

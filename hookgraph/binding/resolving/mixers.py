@@ -12,7 +12,8 @@ from hookgraph.binding.resolving.projections import (
     is_projection,
     last_projection,
 )
-from hookgraph.binding.tracing.trace import Call, Trace, Value, alias_root
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import Value, alias_root
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import TransformerStack
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hookgraph.binding.data.layouts import arranged
 from hookgraph.binding.resolving.blocks import Block, Update
 from hookgraph.binding.running.mechanisms import with_element
-from hookgraph.binding.tracing.trace import Slot, Trace, evaluating
+from hookgraph.binding.tracing.trace import Trace, evaluating
+from hookgraph.binding.tracing.values import Slot
 
 _POSITION = 1
 """The position that is changed: neither the first nor the last."""

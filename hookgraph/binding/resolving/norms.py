@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hookgraph.binding.data.layouts import Layout, arranged
 from hookgraph.binding.running.normalising import normalised, scale_of
-from hookgraph.binding.tracing.trace import Call, Slot, Value
+from hookgraph.binding.tracing.trace import Call
+from hookgraph.binding.tracing.values import Slot, Value
 
 _SCALES = (1e-3, 1.0, 30.0)
 

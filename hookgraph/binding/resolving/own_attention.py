@@ -13,7 +13,8 @@ from hookgraph.binding.data.views import Axes
 from hookgraph.binding.resolving.blocks import Block
 from hookgraph.binding.resolving.projections import behind
 from hookgraph.binding.tracing.operations import INSIDE, RESULT, Operand
-from hookgraph.binding.tracing.trace import ALIASES, AttentionCall, Call, Operation, Trace, Value
+from hookgraph.binding.tracing.trace import AttentionCall, Call, Operation, Trace
+from hookgraph.binding.tracing.values import ALIASES, Value
 
 WEIGHED: Final = frozenset({*ALIASES, "mul", "native_dropout", "masked_fill"})
 """What may be done to the pattern before it is multiplied with the values."""

@@ -6,7 +6,7 @@ from typing import Final, final
 
 import torch
 
-from hookgraph.binding.tracing.trace import ALIASES, Value
+from hookgraph.binding.tracing.values import ALIASES, Value
 
 _TAKING: Final = frozenset({"slice", "select", "split", "split_with_sizes", "unbind", "chunk", "index"})
 """Operations that take some positions of a tensor."""

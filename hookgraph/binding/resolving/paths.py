@@ -8,7 +8,8 @@ from hookgraph.binding.data.layouts import Grid
 from hookgraph.binding.resolving.norms import Norm, find_norm
 from hookgraph.binding.resolving.parts import is_put_together, part_of
 from hookgraph.binding.resolving.shares import is_mask, is_weight
-from hookgraph.binding.tracing.trace import ALIASES, Call, Trace, Value
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Value
 
 STREAM_AXES: Final = 4
 """Of several residual streams: batch, positions, streams, features."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hookgraph.binding.data.layouts import Grid
 from hookgraph.binding.data.views import Columns, View, view_along
-from hookgraph.binding.tracing.trace import ALIASES, Call, Slot, Trace, Value, alias_root
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 
 _WEIGHTING = frozenset({"mul", "div", "native_layer_norm", "native_dropout"})
 """Operations that leave each feature where it is."""

@@ -15,7 +15,8 @@ from hookgraph.binding.resolving.projections import (
     has_heads,
     is_projection,
 )
-from hookgraph.binding.tracing.trace import ALIASES, Call, Trace, Value
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Value
 from hookgraph.ontology.locations import Location
 
 

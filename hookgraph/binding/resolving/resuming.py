@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from hookgraph.binding.data.findings import Resumption
 from hookgraph.binding.resolving.blocks import Block
 from hookgraph.binding.running.outputs import read_output
-from hookgraph.binding.tracing.trace import Trace, Value, alias_chain, alias_root
+from hookgraph.binding.tracing.trace import Trace
+from hookgraph.binding.tracing.values import Value, alias_chain, alias_root
 
 
 def resumptions(trace: Trace, blocks: Sequence[Block]) -> list[Resumption]:

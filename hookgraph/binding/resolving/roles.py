@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from hookgraph.binding.resolving.blocks import Block, Update
-from hookgraph.binding.tracing.trace import Trace, Value
+from hookgraph.binding.tracing.trace import Trace
+from hookgraph.binding.tracing.values import Value
 
 Role: TypeAlias = Literal["attention", "cross-attention", "mixer", "mlp", "extra"]
 

@@ -14,7 +14,8 @@ from hookgraph.binding.data.layouts import Layout
 from hookgraph.binding.resolving.blocks import Block, Update
 from hookgraph.binding.resolving.projections import behind, floating_input, is_matrix_product, last_projection
 from hookgraph.binding.running.experts import expert_count, is_experts
-from hookgraph.binding.tracing.trace import ALIASES, Call, Slot, Trace, Value, alias_root
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import TransformerStack
 

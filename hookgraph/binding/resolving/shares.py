@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from hookgraph.binding.tracing.trace import ALIASES, Call, Trace, Value, alias_chain, alias_root
+from hookgraph.binding.tracing.trace import Call, Trace
+from hookgraph.binding.tracing.values import ALIASES, Value, alias_chain, alias_root
 
 
 @final

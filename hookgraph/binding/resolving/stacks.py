@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from hookgraph.binding.resolving.blocks import Block
 from hookgraph.binding.running.outputs import read_output
-from hookgraph.binding.tracing.trace import Trace, Value
+from hookgraph.binding.tracing.trace import Trace
+from hookgraph.binding.tracing.values import Value
 from hookgraph.ontology.transformer import ENCODER, VISION, TransformerStack
 
 _PICTURE_AXES = 4

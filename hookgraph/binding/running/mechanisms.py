@@ -17,7 +17,8 @@ from hookgraph.binding.data.views import Columns
 from hookgraph.binding.running.normalising import scale_of
 from hookgraph.binding.running.weights import affine_map
 from hookgraph.binding.tracing.packing import examples_in
-from hookgraph.binding.tracing.trace import Slot, tensors_in
+from hookgraph.binding.tracing.trace import tensors_in
+from hookgraph.binding.tracing.values import Slot
 from hookgraph.errors import ShapeMismatchError
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.taps import Tap

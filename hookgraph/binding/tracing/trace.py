@@ -4,13 +4,12 @@ The trace is what every decision of the binding rests on; names of modules play 
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -18,58 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from hookgraph.binding.tracing.operations import Form, Noticing
 from hookgraph.binding.tracing.packing import counted_by
-
-Slot = int | str | None
-"""Which element of the arguments or outputs of a module: a position, a name, or the thing itself."""
-
-# fmt: off
-ALIASES = frozenset(
-    {
-        "view", "_unsafe_view", "reshape", "clone", "_to_copy", "detach", "alias", "contiguous",
-        "lift_fresh", "expand", "unsqueeze", "squeeze", "permute", "transpose", "t", "slice", "select",
-        "split", "split_with_sizes", "unbind", "chunk", "flatten", "unflatten", "to"
-    }
-)
-# fmt: on
-"""Operations whose output holds elements of their first input, unchanged but for the dtype."""
+from hookgraph.binding.tracing.values import ALIASES, Slot, Value
 
 _interface_lock = threading.Lock()
-
-
-@final
-@dataclass(eq=False, slots=True, repr=False)
-class Value:
-    """A tensor of the pass, computed once. In-place operations make a new value."""
-
-    number: int
-    op: str
-    inputs: "tuple[Value, ...]"
-    tensor: Shaped[Tensor, "..."]
-    scalars: tuple[float, ...] = ()
-    alpha: float = 1.0
-    replay: Callable[[Tensor], object] | None = None
-    """The operation again, with another tensor in place of its first input."""
-    output: int = 0
-    """Which output of the operation this is."""
-    overwritten: bool = False
-    """Whether the pass changes this tensor in place later on."""
-    name: str = ""
-    """For a parameter or a buffer: its name."""
-    axes: int = 3
-    """How many axes an activation of this pass has at least."""
-
-    @property
-    def is_source(self) -> bool:
-        """A parameter, a buffer or an input of the model: nothing computed it in this pass."""
-        return not self.op or self.op == "parameter"
-
-    @property
-    def is_activation(self) -> bool:
-        """A floating-point tensor with at least an axis for batch, positions and features, or packed ones."""
-        return self.tensor.is_floating_point() and self.tensor.ndim >= self.axes
-
-    def __repr__(self) -> str:
-        return f"{self.number}:{self.op or 'input'}{tuple(self.tensor.shape)}"
 
 
 @final
@@ -369,23 +319,3 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def alias_root(value: Value, stop: Iterable[Value] = ()) -> Value:
-    """The value whose elements this one holds, all of them: views and casts undone."""
-    stops = set(stop)
-    while value not in stops and value.op in ALIASES and value.inputs:
-        source = value.inputs[0]
-        if source.tensor.numel() != value.tensor.numel():
-            return value
-        value = source
-    return value
-
-
-def alias_chain(value: Value) -> set[Value]:
-    """A value, and those of which it is a view or a cast with all their elements."""
-    chain = {value}
-    while value.op in ALIASES and value.inputs and value.inputs[0].tensor.numel() == value.tensor.numel():
-        value = value.inputs[0]
-        chain.add(value)
-    return chain

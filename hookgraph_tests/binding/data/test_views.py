@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hookgraph.binding.data.views import Columns, HeadsFirst, Scaled, Span, View, view_along
-from hookgraph.binding.tracing.trace import Value
+from hookgraph.binding.tracing.values import Value
 
 VIEWS: dict[str, tuple[Columns | Span | HeadsFirst | Scaled, Tensor, list[object]]] = {
     "heads side by side": (

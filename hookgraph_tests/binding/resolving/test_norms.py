@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hookgraph.binding.resolving.norms import Norm, find_norm
 from hookgraph.binding.running.normalising import scale_of
-from hookgraph.binding.tracing.trace import Call, Slot, Value
+from hookgraph.binding.tracing.trace import Call
+from hookgraph.binding.tracing.values import Slot, Value
 
 WIDTH = 12
 
