@@ -127,6 +127,8 @@ class Findings:
     """By stack and layer."""
     closed: dict[Boundary, str] = field(default_factory=dict[Boundary, str])
     """Where passes were seen not to begin as they should, and what came of them."""
+    overtaken: dict[str, Slot] = field(default_factory=dict[str, Slot])
+    """Modules that are given a stream which is then changed in place, and where among what they are given."""
     batch: int = 0
     """How many examples the traced pass had."""
     counted: str = ""

@@ -113,6 +113,8 @@ def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
 
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             given = next((t for t in tensors_in((args, kwargs)) if t.is_floating_point()), None)
+            if given is not None and path in binding.findings.overtaken:
+                given = given.clone()
             if isinstance(output, Tensor) and given is not None:
                 seen[path] = (arranged(layout, given, state.batch), arranged(layout, output, state.batch))
 

@@ -1,20 +1,15 @@
-"""Find the layers of a model in a trace, and in each the residual path and what is added to it.
+"""The residual path of one layer of a model, and what is added to it.
 
-A layer is a module of a list whose output feeds the next one; for want of such, it is one part each of
-several lists. Its residual path leads from its input to its output through additions, scalings, casts and
+The path leads from the layer's input to its output through additions, scalings, casts and
 norms; the other operands of the additions are the updates. What an update is follows from how it was
 computed: attention if its computation contains a softmax over positions, otherwise an MLP.
 """
 
-from dataclasses import dataclass, field, replace
-from itertools import pairwise, zip_longest
+from dataclasses import dataclass, field
 from typing import final
-
-from torch import nn
 
 from hookgraph.binding.data.layouts import Grid, grid_of, grid_of_pictures
 from hookgraph.binding.data.views import Columns, View
-from hookgraph.binding.resolving.interleaved import bypassed_layers, interleaved_layers
 from hookgraph.binding.resolving.paths import STREAM_AXES, PathFinder, Step, cone_of
 from hookgraph.binding.resolving.shares import Term, terms_of
 from hookgraph.binding.tracing.trace import AttentionCall, Call, Trace
@@ -95,131 +90,24 @@ class Block:
         return [s for s in self.steps if s.kind == "add"]
 
 
-def find_chains(trace: Trace) -> dict[str, list[Block]]:
-    """The layers of every stack of the model, by the path of the list that holds them."""
-    members: dict[nn.Module, str] = {}
-    for path, module in trace.root.module.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            members.update(dict.fromkeys(module, path))
-    calls: dict[str, list[Call]] = {}
-    for call in trace.calls:
-        if call.module in members and call.outputs:
-            calls.setdefault(members[call.module], []).append(call)
-    linked = {path: found for path, found in calls.items() if _is_chain(found)}
-    linked |= _braided({path: found for path, found in calls.items() if path not in linked})
-    inner = {c for found in linked.values() for c in found}
-    outermost = {path: f for path, f in linked.items() if not inner & set(f[0].parents)}
-    chains = _resolved(trace, outermost) or _chains_of_stages(trace, linked)
-    apart = {path: found for path, found in calls.items() if path not in linked}
-    return _chains_with_more_between(trace, apart, chains) or _chains_of_parts(trace)
-
-
-def _resolved(
-    trace: Trace, lists: dict[str, list[Call]], *, handed_on: bool = True
-) -> dict[str, list[Block]]:
-    """The outermost lists of which every call is a layer, the stream being what it hands on to the next."""
-    chains: dict[str, list[Block]] = {}
-    taken: set[Call] = set()
-    for path, found in sorted(lists.items(), key=lambda pair: len(pair[1][0].parents)):
-        if taken & set(found[0].parents):
-            continue
-        following = found[1:] if handed_on else []
-        resolved = (_resolve(trace, call, after) for call, after in zip_longest(found, following))
-        blocks = [block for block in resolved if block is not None]
-        if blocks and len(blocks) < len(found):
-            blocks = _with_beginnings(trace, found, blocks)
-        if len(blocks) == len(found):  # one left out would shift the numbers of those after it
-            chains[path] = blocks
-            taken |= set(found)
-    return chains
-
-
-def _with_beginnings(trace: Trace, calls: list[Call], blocks: list[Block]) -> list[Block]:
-    """The layers of a list among which are some that do not add to what they are given, but begin anew."""
-    known = {block.call: block for block in blocks}
-    found = (
-        known.get(call) or _resolve(trace, call, after, begins=True)
-        for call, after in zip_longest(calls, calls[1:])
-    )
-    return [block for block in found if block is not None]
-
-
-def _chains_of_stages(trace: Trace, lists: dict[str, list[Call]]) -> dict[str, list[Block]]:
-    """Lists inside the modules of other lists, where no stream leads through these: as stages that end with a
-    map to another width. A stream of pictures, which convolutions read, is none.
-    """
-    chains = _resolved(trace, lists)
-    return {path: blocks for path, blocks in chains.items() if blocks[0].entering.tensor.ndim < STREAM_AXES}
-
-
-def _chains_with_more_between(
-    trace: Trace, lists: dict[str, list[Call]], chains: dict[str, list[Block]]
-) -> dict[str, list[Block]]:
-    """The chains, and those lists apart from them whose layers are given more than the layer before returns:
-    something is added between them, as positions once more.
-    """
-    found = dict(chains)
-    for path, blocks in _resolved(trace, lists, handed_on=False).items():
-        taken = {block.call for others in found.values() for block in others}
-        around = {parent for call in taken for parent in call.parents}
-        own = {block.call for block in blocks}
-        known = own & (taken | around) or taken & {parent for call in own for parent in call.parents}
-        if len(blocks) > 1 and not known and all(_leads_on(trace, *pair) for pair in pairwise(blocks)):
-            found[path] = blocks
-    return found
-
-
-def _leads_on(trace: Trace, before: Block, after: Block) -> bool:
-    """Whether the stream leads from one layer to the next, whatever is added to it on the way."""
-    between = replace(after.call, first=before.call.last)
-    return PathFinder(trace, between, before.leaving, before.grid).path(after.entering) is not None
-
-
-def _braided(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
-    """Lists whose modules take turns, as layers and cross-attentions between them: each feeds the next."""
-    groups: dict[tuple[Call, ...], list[str]] = {}
-    for path, found in calls.items():
-        groups.setdefault(found[0].parents, []).append(path)
-    chains: dict[str, list[Call]] = {}
-    for paths in groups.values():
-        found = sorted((c for path in paths for c in calls[path]), key=lambda c: c.number)
-        if len(paths) > 1 and _is_chain(found):
-            chains[" and ".join(paths)] = found
-    return chains
-
-
-def _chains_of_parts(trace: Trace) -> dict[str, list[Block]]:
-    """The layers that are no modules, for want of others."""
-    chains: dict[str, list[Block]] = {}
-    for path, layers in (*interleaved_layers(trace), *bypassed_layers(trace)):
-        blocks = [_resolve(trace, call) for call, _ in layers]
-        found = [replace(b, ends=ends) for b, (_, ends) in zip(blocks, layers, strict=True) if b is not None]
-        if len(found) == len(layers):
-            chains[path] = found
-    return chains
-
-
-def _is_chain(calls: list[Call]) -> bool:
-    """Whether the output of each call feeds the next."""
-    return all(_handed_on(before, call) for before, call in pairwise(calls))
-
-
-def _handed_on(before: Call, call: Call) -> set[Value]:
+def handed_on(before: Call, call: Call) -> set[Value]:
     """What a call returns that another is given."""
     returned = set(before.outputs.values())
     return returned & {alias_root(v, returned) for v in call.inputs.values()}
 
 
-def _resolve(trace: Trace, call: Call, after: Call | None = None, *, begins: bool = False) -> Block | None:
+def resolve(
+    trace: Trace, call: Call, after: Call | None = None, *, begins: bool = False, gated: bool = False
+) -> Block | None:
     """The residual path of one call of a layer to what the call after it is given; None if there is none.
 
-    With `begins` it is a path from the first update.
+    With `begins` it is a path from the first update; with `gated` one that is multiplied by activations.
     """
-    handed_on = set(call.outputs.values()) if after is None else _handed_on(call, after)
+    passed = set(call.outputs.values()) if after is None else handed_on(call, after)
     for entering in (v for v in call.inputs.values() if v.is_activation):
         grid = grid_of(trace, entering)
-        finder = PathFinder(trace, call, entering, grid, begins=begins)
-        for leaving in (v for v in call.outputs.values() if v.is_activation and v in handed_on):
+        finder = PathFinder(trace, call, entering, grid, begins=begins, gated=gated)
+        for leaving in (v for v in call.outputs.values() if v.is_activation and v in passed):
             if begins and leaving.tensor.shape[:-1] != entering.tensor.shape[:-1]:
                 continue  # a stage with other positions
             steps = finder.path(leaving)

@@ -7,19 +7,21 @@ from dataclasses import replace
 from hookgraph.binding.data.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.data.findings import Findings, Layer, StreamStep
 from hookgraph.binding.data.views import Scaled
-from hookgraph.binding.resolving.blocks import Block, Step, Update, find_chains
+from hookgraph.binding.resolving.blocks import Block, Step, Update
+from hookgraph.binding.resolving.chains import find_chains
 from hookgraph.binding.resolving.ends import bind_embedding, bind_head, bind_last_norm
 from hookgraph.binding.resolving.heads import bind_attention
 from hookgraph.binding.resolving.interiors import bind_mlp
 from hookgraph.binding.resolving.mixers import bind_mixer
 from hookgraph.binding.resolving.mixing import find_mixing
 from hookgraph.binding.resolving.norms import find_norm
+from hookgraph.binding.resolving.refusals import why_unbound
 from hookgraph.binding.resolving.resuming import resumptions
 from hookgraph.binding.resolving.roles import Role, assign_roles, is_ambiguous, values_from
 from hookgraph.binding.resolving.stacks import joined, main_chain, name_stacks
 from hookgraph.binding.running.kernels import other_kernel
 from hookgraph.binding.tracing.trace import Call, Trace
-from hookgraph.binding.tracing.values import Value, alias_chain
+from hookgraph.binding.tracing.values import Slot, Value, alias_chain
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerStack
@@ -43,11 +45,9 @@ def discover(trace: Trace) -> Findings:
 def _discover(trace: Trace) -> Findings:
     chains = joined(find_chains(trace))
     if not chains:
-        lists = [p for p, m in trace.root.module.named_modules() if type(m).__name__ == "ModuleList"]
         raise BindingError(
             f"{type(trace.root.module).__name__} is not a transformer that hookgraph can bind: no list of "
-            "layers feeds one layer's output into the next along a residual stream "
-            f"(lists of modules: {', '.join(lists) or 'none'})"
+            f"layers feeds one layer's output into the next along a residual stream: {why_unbound(trace)}"
         )
     main = main_chain(trace, chains)
     found = Findings(batch=main[0].grid.batch, counted=trace.counted)
@@ -75,12 +75,34 @@ def _bind_stack(
         roles = assign_roles(trace, block, mixing, outside)
         _bind_entry(trace, found, _points(stack, block)[0][number], block, beside=beside)
         _bind_block(trace, found, stack, number, block, roles)
+        found.overtaken.update(_overtaken(trace, block))
         crossed.append("cross-attention" in roles)
     layers = found.layers[stack.RESID_PRE.stack]
     if not any(layer.shared for layer in layers):
         after = resumptions(trace, blocks)
         layers[:] = [replace(layer, after=x) for layer, x in zip(layers, after, strict=True)]
     return crossed
+
+
+def _overtaken(trace: Trace, block: Block) -> dict[str, Slot]:
+    """The modules that are given the stream before it is changed in place, and where among what they are
+    given.
+    """
+    stream = {block.entering, *(s.value for s in block.steps)}
+    values = (block.entering, *trace.values[block.call.first : block.call.last])
+    inside = trace.inside(block.call) if any(v.overwritten for v in values) else []
+    around = {parent for call in inside for parent in call.parents}
+    given = (
+        (call, slot, alias_chain(v))
+        for call in inside
+        if call not in around
+        for slot, v in call.inputs.items()
+    )
+    return {
+        call.path: slot
+        for call, slot, held in given
+        if not stream.isdisjoint(held) and any(v.overwritten for v in held)
+    }
 
 
 def _points(stack: TransformerStack, block: Block) -> tuple[LocationType, LocationType, LocationType]:
@@ -106,21 +128,17 @@ def _bind_entry(
     if owner is not None:
         held = alias_chain(block.entering)
         slot, value = next((s, v) for s, v in owner.outputs.items() if v in held)
-        anchor = Anchor(
-            location, "output", owner.path, slot, block.streams_of(value), layout=grid.layout_of(value)
-        )
+        view, layout = block.streams_of(value), grid.layout_of(value)
+        over = value.overwritten
+        anchor = Anchor(location, "output", owner.path, slot, view, layout=layout, overwritten=over)
         found.add(on_call(trace, owner, anchor))
         return
     call = block.call if block.ends is None else block.ends[0]
     reading: Mechanism = "input" if alone else "sum"
     slot = next(s for s, v in call.inputs.items() if v is block.entering)
-    found.add(
-        on_call(
-            trace,
-            call,
-            Anchor(location, reading, call.path, slot, block.streams_of(block.entering), layout=grid.layout),
-        )
-    )
+    view, over = block.streams_of(block.entering), block.entering.overwritten
+    anchor = Anchor(location, reading, call.path, slot, view, layout=grid.layout, overwritten=over)
+    found.add(on_call(trace, call, anchor))
 
 
 def _bind_block(
@@ -270,13 +288,9 @@ def _bind_middle(
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
         slot = next(s for s, v in call.outputs.items() if v is middle)
-        found.add(
-            on_call(
-                trace,
-                call,
-                Anchor(location, "output", call.path, slot, block.streams_of(middle), layout=layout),
-            )
-        )
+        view, over = block.streams_of(middle), middle.overwritten
+        anchor = Anchor(location, "output", call.path, slot, view, layout=layout, overwritten=over)
+        found.add(on_call(trace, call, anchor))
         return middle
     consumers = [
         (c, s) for c in trace.inside(block.call) for s, v in c.inputs.items() if _same_elements(v, middle)
@@ -287,9 +301,9 @@ def _bind_middle(
     call, slot = min(consumers, key=lambda pair: (len(pair[0].parents), pair[0].number))
     given = call.inputs[slot]
     layout = block.grid.layout_of(given)
-    found.add(
-        on_call(trace, call, Anchor(location, "sum", call.path, slot, block.streams_of(given), layout=layout))
-    )
+    view, over = block.streams_of(given), middle.overwritten
+    anchor = Anchor(location, "sum", call.path, slot, view, layout=layout, overwritten=over)
+    found.add(on_call(trace, call, anchor))
     return middle
 
 
@@ -343,7 +357,7 @@ def _stream(
             steps.append(StreamStep("norm", name=step.norm.call.path, layout=step.norm.layout))
         elif step.kind == "scale":
             steps.append(_scaling(step.value))
-        elif step.kind in ("mix", "clamp", "mask"):
+        elif step.kind in ("mix", "clamp", "mask", "shift", "gate"):
             steps.append(StreamStep("add"))  # what it does is not replayed
         if step.value in middles:
             steps.append(StreamStep("here", middles[step.value]))

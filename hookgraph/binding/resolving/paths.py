@@ -18,7 +18,9 @@ STREAM_AXES: Final = 4
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation of the stream: `add` an update, `scale`, `norm`, `cast`, `clamp`, `mask`, `mix`."""
+    """One operation of the stream: `add` an update, `shift` by a number, `scale`, `norm`, `cast`, `clamp`,
+    `mask`, `mix`, or a `gate` that was computed from an activation.
+    """
 
     kind: str
     value: Value
@@ -32,14 +34,37 @@ class Step:
 
 @final
 class PathFinder:
-    """Follows the residual stream backwards from a value to the block's input."""
+    """Follows the residual stream backwards from a value to the block's input.
+
+    Args:
+        trace: the pass.
+        call: the layer.
+        entering: the block's input.
+        grid: how the stream lies.
+        begins: whether it begins with the first update.
+        gated: whether it may be multiplied by what was computed from an activation.
+    """
 
     def __init__(
-        self, trace: Trace, call: Call, entering: Value, grid: Grid, *, begins: bool = False
+        self,
+        trace: Trace,
+        call: Call,
+        entering: Value,
+        grid: Grid,
+        *,
+        begins: bool = False,
+        gated: bool = False,
     ) -> None:
         self._trace, self._call, self._entering, self._grid = trace, call, entering, grid
-        self._begins = begins
+        self._begins, self._gated = begins, gated
         self._found: dict[Value, list[Step] | None] = {}
+
+    @property
+    def ends(self) -> list[Value]:
+        """Where a search led no further, of what was computed inside the layer, the last computed first."""
+        dead = {v for v, steps in self._found.items() if steps is None}
+        last = [v for v in dead if dead.isdisjoint(v.inputs)]
+        return sorted(last, key=lambda v: v.number, reverse=True)
 
     def path(self, value: Value) -> list[Step] | None:
         """The steps from the block's input to `value`, or None if the stream does not reach it."""
@@ -71,6 +96,10 @@ class PathFinder:
             return [*before, Step("cast", value, operands[0])]
         if value.op in ("add", "sub") and len(operands) == 2:
             return self._through_addition(value)
+        if value.op in ("add", "sub") and len(operands) == 1:
+            before = self.path(operands[0])
+            moved = before is not None and any(value.scalars)
+            return [*before, Step("shift", value, operands[0])] if before is not None and moved else before
         if value.op == "clamp" and all(map(is_weight, operands[1:])):
             before = self.path(operands[0])
             return None if before is None else [*before, Step("clamp", value, operands[0])]
@@ -82,12 +111,7 @@ class PathFinder:
             before = self.path(masked)
             return None if before is None else [*before, Step("mask", value, masked)]
         if value.op in ("mul", "div") and operands:
-            others = [v for v in operands if not is_weight(v)]
-            reversed_division = value.op == "div" and is_weight(operands[0])
-            if len(others) != 1 or reversed_division:
-                return None
-            before = self.path(others[0])
-            return None if before is None else [*before, Step("scale", value, others[0])]
+            return self._through_factor(value)
         if value.op == "bmm" and self._entering.tensor.ndim == STREAM_AXES:
             mixed = operands[1]
             before = self.path(mixed) if mixed.tensor.numel() == value.tensor.numel() else None
@@ -96,7 +120,7 @@ class PathFinder:
 
     def _through_addition(self, value: Value) -> list[Step] | None:
         left, right = value.inputs
-        sign = -1.0 if value.op == "sub" else value.alpha
+        sign = -value.alpha if value.op == "sub" else value.alpha
         if self._begins:
             by_left, by_right = self._beginning(left, right), self._beginning(right, left)
         else:
@@ -107,6 +131,19 @@ class PathFinder:
         if by_right is not None:
             return [*by_right, Step("add", value, right, left, 1.0)]
         return None
+
+    def _through_factor(self, value: Value) -> list[Step] | None:
+        others = [v for v in value.inputs if not is_weight(v)]
+        if value.op == "div" and is_weight(value.inputs[0]):
+            return None
+        if len(others) == 1:
+            before = self.path(others[0])
+            return None if before is None else [*before, Step("scale", value, others[0])]
+        if not self._gated or value.op != "mul":
+            return None
+        found = [(before, v) for v in others if (before := self.path(v)) is not None]
+        before, base = max(found, key=lambda pair: len(pair[0]), default=(None, value))
+        return None if before is None else [*before, Step("gate", value, base)]
 
     def _through_parts(self, value: Value) -> list[Step] | None:
         """Through positions of the stream put together again, or written back, after additions to some."""

@@ -1,8 +1,9 @@
 """A HuggingFace model seen as locations."""
 
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -16,7 +17,7 @@ from hookgraph.binding.running.attention import Interior, TapsByCall
 from hookgraph.binding.running.compiled import as_written
 from hookgraph.binding.running.experts import ExpertsInterior
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
-from hookgraph.binding.running.mechanisms import PassState, install, needs_state
+from hookgraph.binding.running.mechanisms import PassState, give_copy, install, needs_state
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
@@ -181,7 +182,7 @@ class HuggingFaceBinding(AbstractBinding):
 
     def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
         """What to install, the last location first: each new hook goes before those on its module."""
-        installers: list[Callable[[], Handle]] = []
+        installers = [*self._keeping_apart()]
         state = PassState(self.findings.counted)
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
         state.watches = any(self.findings.anchors[x].mechanism == "own code" for x in taps if x.site is None)
@@ -204,6 +205,12 @@ class HuggingFaceBinding(AbstractBinding):
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
             )
         return installers
+
+    def _keeping_apart(self) -> Iterator[Callable[[], Handle]]:
+        """With gradients: no module keeps a tensor that the model changes before the backward pass."""
+        for path, slot in self.findings.overtaken.items() if torch.is_grad_enabled() else ():
+            if path in self._modules:
+                yield partial(give_copy, self._modules[path], slot)
 
     def _installer(self, anchor: Anchor, tap: Tap, state: PassState) -> Callable[[], Handle]:
         return lambda: install(self._modules[anchor.module], anchor, tap, state)

@@ -68,6 +68,17 @@ def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Ha
     return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=True)
 
 
+def give_copy(module: nn.Module, slot: Slot) -> Handle:
+    """Give a module a copy of what the model changes in place later on: autograd may keep it."""
+    return module.register_forward_pre_hook(partial(_copied, slot), with_kwargs=True, prepend=True)
+
+
+def _copied(
+    slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return replaced(args, kwargs, slot, element(args, kwargs, slot).clone())
+
+
 def _hook(
     module: nn.Module, anchor: Anchor, tap: Tap, state: PassState
 ) -> tuple[Callable[..., Any], str, bool]:
@@ -178,12 +189,17 @@ def _check_limit(anchor: Anchor, new: Tensor) -> None:
 def _in_place(anchor: Anchor, tap: Tap, state: PassState, raw: Tensor) -> Tensor:
     """Call a tap on a tensor that others hold too, and change it for all of them.
 
-    The tap sees a copy, because hooks, saves and autograd may keep what they see.
+    The tap sees a copy, because hooks, saves and autograd may keep what they see, and the model may change
+    the tensor later on.
     """
     view = anchor.view
+    if anchor.overwritten and not tap.edits and not tap.tracks_gradient:
+        kept = _shaped(anchor, state, raw.clone())
+        tap(kept if view is None else view.get(kept))
+        return raw
     # The gradient of a view is not that of what it is a view of, which others hold.
     apart = tap.tracks_gradient and raw._is_view()
-    if not tap.edits and not anchor.layout and view is None and not apart:
+    if not (tap.edits or anchor.layout or view or apart or anchor.overwritten):
         return tap(raw)
     shaped = _shaped(anchor, state, raw.clone())
     new = tap(shaped) if view is None else view.put(shaped, tap(view.get(shaped)))

@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from hookgraph.binding.tracing.operations import Form, Noticing
 from hookgraph.binding.tracing.packing import counted_by
+from hookgraph.binding.tracing.sums import taken_apart
 from hookgraph.binding.tracing.values import ALIASES, Slot, Value
 
 _interface_lock = threading.Lock()
@@ -282,21 +283,19 @@ class _Recording(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func._schema.is_mutable and operands:
             self._trace.before_mutation(operands[0])
+        name = name if name.startswith("_") else name.rstrip("_")
+        alpha = float(kwargs.get("alpha", 1))
+        last = taken_apart(self._trace.add, name, args, kwargs, inputs)
         output = func(*args, **kwargs)
         scalars = tuple(float(a) for a in args if isinstance(a, (int, float)) and not isinstance(a, bool))
         replay = None
         if name in ALIASES and args and isinstance(args[0], Tensor):
             replay = lambda tensor: func(tensor, *args[1:], **kwargs)  # noqa: E731
+        if last is not None:
+            name, inputs, alpha = last
+            scalars = ()
         for number, tensor in enumerate(tensors_in(output)):
-            self._trace.add(
-                name.rstrip("_") if not name.startswith("_") else name,
-                inputs,
-                tensor,
-                scalars=scalars,
-                alpha=float(kwargs.get("alpha", 1)),
-                replay=replay,
-                output=number,
-            )
+            self._trace.add(name, inputs, tensor, scalars=scalars, alpha=alpha, replay=replay, output=number)
         return output
 
 
