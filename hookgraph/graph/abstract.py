@@ -106,7 +106,7 @@ class AbstractBinding(ABC):
 
     @property
     def recomputes(self) -> bool:
-        """Whether a backward pass runs parts of the model again, as with gradient checkpointing."""
+        """Whether a backward pass of the last pass runs parts of the model again, as with checkpointing."""
         return False
 
     def place(self, inputs: Prepared) -> Place | None:

@@ -325,11 +325,8 @@ class HookGraph:
 
     @contextmanager
     def _recomputing(self, taps: Taps, start: Start | None) -> Generator[None]:
-        """What a backward pass runs again is run as before: attached, and as frozen."""
-        if not self.binding.recomputes:
-            yield
-            return
-        with self.binding.frozen(), self.binding.attached(taps, start):
+        """What a backward pass runs again is run as before: attached."""
+        with self.binding.attached(taps, start) if self.binding.recomputes else nullcontext():
             yield
 
     def _pass(
@@ -345,11 +342,6 @@ class HookGraph:
     ) -> Run:
         for location in save:
             self.check(location)
-        if grad and self.binding.recomputes:
-            raise InputError(
-                "with gradient checkpointing a backward pass runs the model again, without the hooks of a "
-                "run that is over: name the gradients in `save`, or call the model within `graph.attached()`"
-            )
         place = self._place(inputs, save)
         recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad), place=place)
         needs_graph = bool(grad) or bool(recorder.differentiated)
@@ -362,9 +354,16 @@ class HookGraph:
         reading = nullcontext(False) if reads is None else self.binding.reading(reads, tokens_read(metric))
         frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
         attached = self.binding.attached(reached, start)
-        with frozen, torch.set_grad_enabled(needs_graph), attached, reading as taken, suppress(EnoughSeen):
-            logits = self.binding.forward(inputs)
-        with torch.set_grad_enabled(needs_graph):
+        # What a backward pass runs again must find the parameters frozen as they were.
+        with frozen, torch.set_grad_enabled(needs_graph):
+            with attached, reading as taken, suppress(EnoughSeen):
+                logits = self.binding.forward(inputs)
+            if grad and self.binding.recomputes:
+                raise InputError(
+                    "with gradient checkpointing a backward pass runs the model again, without the hooks of "
+                    "a run that is over: name the gradients in `save`, or call the model within "
+                    "`graph.attached()`"
+                )
             measured = None
             if metric is not None and logits is not None:
                 measured = measure(metric, logits, taken=taken)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast, final
+from typing import Final, cast, final
 
 import torch
 from jaxtyping import Float, Shaped
@@ -15,6 +15,11 @@ from hookgraph.hooks.slicing import read, relative
 from hookgraph.hooks.taps import Observer
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.passes import PassType
+
+_REENTRANT: Final = (
+    "reentrant checkpointing: have the model checkpointed with use_reentrant=False, as by "
+    "gradient_checkpointing_enable({'use_reentrant': False})"
+)
 
 
 class EnoughSeen(Exception):  # noqa: N818 (a signal, not an error)
@@ -132,20 +137,20 @@ class Recorder:
                 raise MetricError(f"{whole} holds integers, so it has no gradient: read or edit it instead")
         if metric is None:
             raise MetricError(f"{wholes[0].grad} is the gradient of a metric: give `metric`")
-        if not metric.requires_grad:
-            raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         inputs = [self._seen[whole] for whole in wholes]
         for whole, value in zip(wholes, inputs, strict=True):
             if not value.requires_grad:
-                raise MetricError(
-                    f"{whole} was computed without gradients, as in reentrant checkpointing: call "
-                    "gradient_checkpointing_enable({'use_reentrant': False})"
-                )
+                raise MetricError(f"{whole} was computed without gradients, as in {_REENTRANT}")
+        if not metric.requires_grad:
+            raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         total = metric.sum()
-        found = cast(
-            "tuple[Tensor | None, ...]",
-            torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=self._keep_graph),
-        )
+        try:
+            grads = torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=self._keep_graph)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise MetricError(f"gradients at chosen places cannot be had through {_REENTRANT}") from error
+        found = cast("tuple[Tensor | None, ...]", grads)
         for whole, gradient in zip(wholes, found, strict=True):
             if gradient is None:
                 raise MetricError(f"the metric does not depend on {whole}: no path leads from there to it")

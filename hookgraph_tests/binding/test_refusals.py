@@ -50,6 +50,18 @@ class SternLoom(LoomForCausalLM):
         return CausalLMOutput(logits=self.label(self.hem(cast("Tensor", Stern.apply(cloth)))))
 
 
+class Selvedge(LoomForCausalLM):
+    """A loom that does not look at its cloth where all of it is short."""
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_ids)
+        for row in self.cloth:
+            cloth = row(cloth)
+        seen = cloth if cloth.shape[1] > 10 else torch.zeros_like(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(seen)))
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -61,6 +73,16 @@ def test_a_model_without_gradients_is_refused_and_told_why(kind: type[LoomForCau
     model = kind(LoomConfig(echo=False, rows=1)).double().eval()
     with pytest.raises(
         BindingError, match=f"of resid.post\\[0\\]: edit = gradient fails: {reason}.*check=False"
-    ):
+    ) as raised:
         bind(model, cached=False)
+    assert "example" not in str(raised.value)
     assert RESID_POST[0] in bind(model, check=False).locations
+
+
+def test_where_another_example_may_do_it_is_asked_for():
+    torch.manual_seed(0)
+    model = Selvedge(LoomConfig(echo=False, rows=1, threads=8, dyes=8)).double().eval()
+    with pytest.raises(BindingError, match=r"fails: .*Another example may do: give it to bind"):
+        bind(model, cached=False)
+    graph = bind(model, cached=False, check=False, example={"input_ids": torch.arange(24).view(2, 12)})
+    assert RESID_POST[0] in graph.locations

@@ -22,6 +22,7 @@ from hookgraph.binding.proving.peers import (
     place_of,
 )
 from hookgraph.binding.proving.replays import REPLAYED
+from hookgraph.binding.proving.slopes import CHOSEN_ANEW, DEAD
 from hookgraph.binding.proving.twins import in_precision, make_excerpt, make_twin, tiny_twins
 from hookgraph.binding.resolving.cache_use import see_cache
 from hookgraph.binding.resolving.discovery import discover
@@ -45,6 +46,9 @@ _EXCERPT: Final = 2_000_000_000
 
 _FEW: Final = 150
 """Up to this many locations of a twin are proven each, above that only those of one layer of each kind."""
+
+_OF_EXAMPLE: Final = (DEAD, CHOSEN_ANEW, "shape fails: two examples", "fires once fails")
+"""What is said of failures that another example may not lead to."""
 
 
 @final
@@ -108,11 +112,13 @@ def _sound(outcome: Outcome, binding: HuggingFaceBinding) -> Outcome:
     if not streams or any(x in outcome.findings.anchors for x in streams):
         return outcome
     last = max(streams, key=_order)
+    reason = outcome.findings.reasons[last]
+    other = any(told in reason for told in _OF_EXAMPLE)
     raise BindingError(
         f"{type(binding.model).__name__} cannot be bound: its layers were found, but no point of its "
-        f"residual stream passes the proof; of {last}: {outcome.findings.reasons[last]}. If the example is "
-        "to blame, give another to bind(model, example=...); bind(model, check=False) lists the locations "
-        "unproven"
+        f"residual stream passes the proof; of {last}: {reason}. "
+        + ("Another example may do: give it to bind(model, example=...). " if other else "")
+        + "bind(model, check=False) lists the locations unproven"
     )
 
 

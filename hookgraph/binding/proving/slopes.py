@@ -22,8 +22,12 @@ _STEPS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 4e-2)
 """Sizes of the finite differences, relative to the value: small ones for models that compute in double
 precision throughout, larger ones for those that go through single precision inside."""
 
-_DEAD: Final = "the logits do not depend on it"
-_CUT: Final = "an edit changes the logits, but the model computes them without gradients from here on"
+DEAD: Final = "the logits do not depend on it"
+CHOSEN_ANEW: Final = "where a choice changes"
+_CUT: Final = (
+    "an edit changes the logits, but the model computes them without gradients from here on, as under "
+    "torch.no_grad() or in reentrant checkpointing"
+)
 
 _POINTS: Final = 3
 """How many other points are tried where a choice, as of experts, changes within the smallest step."""
@@ -81,7 +85,7 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
             if not dead:
                 raise
             cut = _effective(graph, example, [x for x, why in dead.items() if not why], metric)
-            notes = {x: why or (_CUT if x in cut else _DEAD) for x, why in dead.items()}
+            notes = {x: why or (_CUT if x in cut else DEAD) for x, why in dead.items()}
             proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
             alive = {x: value for x, value in group.items() if x not in dead}
             found = _check_group(graph, example, alive, metric, generator) if alive else []
@@ -111,7 +115,7 @@ def _check_group(
         holds = found.error <= precision.tolerance
         if not holds:
             note = f"finite difference {float(found.found[-1]):.4g}, gradient {found.slope:.4g}"
-            note += ", where a choice changes" if found.chosen_anew else ""
+            note += f", {CHOSEN_ANEW}" if found.chosen_anew else ""
         proofs.append(Proof(location, "edit = gradient", holds, found.error, precision.tolerance, note))
     return proofs
 

@@ -17,7 +17,13 @@ from hookgraph.binding.running.attention import Interior, TapsByCall
 from hookgraph.binding.running.compiled import as_written
 from hookgraph.binding.running.experts import ExpertsInterior
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
-from hookgraph.binding.running.mechanisms import PassState, give_copy, install, needs_state
+from hookgraph.binding.running.mechanisms import (
+    PassState,
+    give_copy,
+    install,
+    needs_state,
+    notice_recomputing,
+)
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
@@ -69,6 +75,7 @@ class HuggingFaceBinding(AbstractBinding):
         self._accepted = Accepted.by(model)
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
+        self._state = PassState()
 
     @property
     def locations(self) -> tuple[Location, ...]:
@@ -164,7 +171,7 @@ class HuggingFaceBinding(AbstractBinding):
             # The start comes last, so that what enters is there before any tap sees it.
             with (
                 as_written(self._modules.values()),
-                installed(*self._installers(taps)),
+                installed(*self._installers(taps, start)),
                 self._entering(start),
             ):
                 yield
@@ -180,10 +187,17 @@ class HuggingFaceBinding(AbstractBinding):
             raise LocationError(f"this model cannot be entered {where} of its {start.stack}: {reason}")
         return entering(self._modules, self.findings.layers[start.stack], start)
 
-    def _installers(self, taps: Taps) -> list[Callable[[], Handle]]:
+    def _installers(self, taps: Taps, start: Start | None) -> list[Callable[[], Handle]]:
         """What to install, the last location first: each new hook goes before those on its module."""
+        # What runs again in a backward pass belongs to the pass before.
+        looks = torch.is_grad_enabled()
+        self._state = PassState(self.findings.counted, batch=self._state.batch, looks=looks)
         installers = [*self._keeping_apart()]
-        state = PassState(self.findings.counted)
+        if looks and start is not None:
+            layers = self.findings.layers[start.stack]
+            entered = layers[min(start.block, len(layers) - 1)]
+            installers.append(self._noticing(entered.module))
+        state = self._state
         state.counts = any(self.findings.anchors[x].calls > 1 for x in taps if x.site is None)
         state.watches = any(self.findings.anchors[x].mechanism == "own code" for x in taps if x.site is None)
         interiors: dict[tuple[Mechanism, str], dict[int, dict[Role, Tap]]] = {}
@@ -199,6 +213,10 @@ class HuggingFaceBinding(AbstractBinding):
             else:
                 installers.append(self._installer(anchor, tap, state))
         for (kind, path), inside in interiors.items():
+            if looks:
+                edited = any(tap.edits for taps in inside.values() for tap in taps.values())
+                several = any(anchor.calls > 1 for anchor in reached[kind, path].values())
+                installers.append(self._noticing(path, shared=edited and several))
             installers.append(self._interior(kind, path, inside, reached[kind, path], state))
         if any(needs_state(self.findings.anchors[location]) for location in native):
             installers.append(
@@ -211,6 +229,11 @@ class HuggingFaceBinding(AbstractBinding):
         for path, slot in self.findings.overtaken.items() if torch.is_grad_enabled() else ():
             if path in self._modules:
                 yield partial(give_copy, self._modules[path], slot)
+
+    def _noticing(self, path: str, *, shared: bool = False) -> Callable[[], Handle]:
+        """See whether a module is one that a backward pass runs again."""
+        hook = partial(notice_recomputing, self._state, path if shared else "")
+        return lambda: self._modules[path].register_forward_pre_hook(hook)
 
     def _installer(self, anchor: Anchor, tap: Tap, state: PassState) -> Callable[[], Handle]:
         return lambda: install(self._modules[anchor.module], anchor, tap, state)
@@ -247,8 +270,12 @@ class HuggingFaceBinding(AbstractBinding):
 
     @property
     def recomputes(self) -> bool:
-        """Whether some layer is checkpointed: only while the model trains."""
-        return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
+        """Whether some layer is checkpointed, as transformers does while a model trains, or was seen to be in
+        the last pass.
+        """
+        return self._state.recomputed or any(
+            m.training and getattr(m, "gradient_checkpointing", False) for m in self._checkpointed
+        )
 
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from hookgraph.binding.data.anchors import Anchor
 from hookgraph.binding.data.layouts import arranged, restored
 from hookgraph.binding.data.views import Columns
+from hookgraph.binding.running.checkpointing import is_checkpointed
 from hookgraph.binding.running.normalising import scale_of
 from hookgraph.binding.running.weights import affine_map
 from hookgraph.binding.tracing.packing import examples_in
 from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.binding.tracing.values import Slot
-from hookgraph.errors import ShapeMismatchError
+from hookgraph.errors import InputError, ShapeMismatchError
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.taps import Tap
 
@@ -30,9 +31,9 @@ _Change: TypeAlias = Callable[[Tensor], Tensor]
 class PassState:
     """What hooks must know of the pass they are in. `enter` is the pre-hook of the whole model."""
 
-    def __init__(self, counted: str = "") -> None:
+    def __init__(self, counted: str = "", *, batch: int = 0, looks: bool = False) -> None:
         self.number = 0
-        self.batch = 0
+        self.batch = batch
         self._counted = counted
         self.counts = False
         """Whether some module is called several times in a pass."""
@@ -40,6 +41,10 @@ class PassState:
         """Whether the operations of some module are watched."""
         self.aside = False
         """Whether a hook computes something, which is none of the model's own operations."""
+        self.looks = looks
+        """Whether it matters that a backward pass runs parts of the model again."""
+        self.recomputed = False
+        """Whether some hook is in such a part."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A new pass begins."""
@@ -49,6 +54,27 @@ class PassState:
             return
         first = next(tensors_in((args, kwargs)), None)
         self.batch = 0 if first is None else first.shape[0]
+
+
+def notice_recomputing(state: PassState, shared: str, *args: Any) -> None:
+    """Note whether a hook's module runs again in a backward pass; a pre-hook, if given what these are given.
+
+    Raises:
+        InputError: it is edited in one of several calls, `shared` is its path: which runs again is not known.
+    """
+    if (state.recomputed and not shared) or not is_checkpointed():
+        return
+    state.recomputed = True
+    if shared:
+        raise InputError(
+            f"{shared} is edited in one of several calls of a pass, and checkpointed: a backward pass runs "
+            "it again, but in which call cannot be told; switch checkpointing off, or ask for no gradients"
+        )
+
+
+def _noticing(hook: Callable[..., Any], state: PassState, shared: str, *args: Any) -> Any:
+    notice_recomputing(state, shared)
+    return hook(*args)
 
 
 def needs_state(anchor: Anchor) -> bool:
@@ -61,6 +87,8 @@ def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Ha
     hook, side, with_kwargs = _hook(module, anchor, tap, state)
     if anchor.calls > 1:
         hook = _on_one_call(hook, anchor, state)
+    if state.looks:
+        hook = partial(_noticing, hook, state, anchor.module if anchor.calls > 1 and tap.edits else "")
     if state.watches:
         hook = partial(aside, hook, state)
     if side == "output":
