@@ -45,7 +45,7 @@ class Proof:
 @final
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """One invariant that could not be checked at a location, and why."""
+    """One invariant that could not be checked at a location, or not by one of its equations, and why."""
 
     location: Location
     invariant: str
@@ -81,6 +81,8 @@ class ConformanceReport:
         there is one, or a failure that came before it.
         """
         stand = self.peers.get(location, location)
+        if any((p.location, p.invariant) == (stand, invariant) for p in self.proofs):
+            return ""
         reasons = (g.reason for g in self.gaps if (g.location, g.invariant) == (stand, invariant))
         return next(reasons, "")
 

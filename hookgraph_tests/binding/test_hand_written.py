@@ -11,7 +11,17 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph import HookGraph, bind
 from hookgraph.errors import UnknownLocationError
-from hookgraph.locations import ATTN_K, ATTN_OUT, ATTN_PATTERN, ATTN_Q, ATTN_RESULT, ATTN_V, ATTN_Z
+from hookgraph.locations import (
+    ATTN_K,
+    ATTN_OUT,
+    ATTN_PATTERN,
+    ATTN_Q,
+    ATTN_RESULT,
+    ATTN_SCORES,
+    ATTN_V,
+    ATTN_Z,
+)
+from hookgraph.ontology.locations import LocationType
 from hookgraph_tests.families import binding_of, tokens
 from hookgraph_tests.tiny import build
 
@@ -46,6 +56,47 @@ def difference(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 def gated(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(scaled_dot_product_attention(q, k, v, is_causal=True)) * own.gate(x).sigmoid()
+
+
+def gated_in_three_axes(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Batch and heads on one axis."""
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    z = torch.bmm(softmax(torch.bmm(q, k.mT) / q.shape[-1] ** 0.5), v)
+    return joined(z.unflatten(0, (-1, HEADS))) * own.gate(x).sigmoid()
+
+
+def grouped(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two queries for each key, on an axis of their own."""
+    q, k, v = q.unflatten(1, (2, 2)), k[:, ::2].unsqueeze(2), v[:, ::2].unsqueeze(2)
+    return joined((softmax(q @ k.mT / q.shape[-1] ** 0.5) @ v).flatten(1, 2))
+
+
+def grouped_in_einstein_sums(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bghqd,bgkd->bghqk", q.unflatten(1, (2, 2)), k[:, ::2])
+    return joined(torch.einsum("bghqk,bgkd->bghqd", softmax(scores), v[:, ::2]).flatten(1, 2))
+
+
+def grouped_and_fused(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t[:, ::2].unsqueeze(2).expand(-1, -1, 2, -1, -1) for t in (k, v))
+    z = scaled_dot_product_attention(q.unflatten(1, (2, 2)), k, v, is_causal=True)
+    return joined(z.flatten(1, 2))
+
+
+def sum_of_products(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined(softmax(q @ k.mT + k @ q.mT) @ v)
+
+
+def running_sum(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined(softmax(q @ k.mT) @ v).cumsum(1)
+
+
+def two_uses(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pattern = softmax(q @ k.mT)
+    return joined(pattern @ v + pattern @ k)
+
+
+def own_output(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined(softmax(q @ k.mT) @ v) @ own.gate.weight
 
 
 class Heads(nn.Module):
@@ -99,12 +150,20 @@ class Teller(PreTrainedModel):
         return CausalLMOutput(logits=self.say(self.end(x)))
 
 
-def told(attend: Attention) -> HookGraph:
+def teller(attend: Attention) -> Teller:
     torch.manual_seed(0)
     model = Teller(attend).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return bind(model, cached=False)
+    return model
+
+
+def told(attend: Attention) -> HookGraph:
+    return bind(teller(attend), cached=False)
+
+
+def unproven(attend: Attention) -> HookGraph:
+    return bind(teller(attend), check=False)
 
 
 def expected(graph: HookGraph) -> Mapping[str, Tensor]:
@@ -137,11 +196,68 @@ def test_where_the_softmax_is_taken_more_than_once_no_one_of_them_is_the_pattern
     assert graph.every(ATTN_OUT)
 
 
-def test_heads_behind_a_gate_add_up_to_the_update():
-    graph = told(gated)
+@pytest.mark.parametrize("attend", [gated, gated_in_three_axes])
+def test_heads_behind_a_gate_add_up_to_the_update(attend: Attention):
+    graph = unproven(attend)
     run = graph.run(IDS, save=[ATTN_RESULT[1], ATTN_OUT[1], ATTN_Z[1]])
     bias = binding_of(graph).model.get_submodule("stories.1.heads.put").bias
     torch.testing.assert_close(run[ATTN_RESULT[1]].sum(2) + bias, run[ATTN_OUT[1]])
+
+
+@pytest.mark.parametrize("attend", [grouped, grouped_in_einstein_sums, grouped_and_fused])
+def test_heads_in_groups_are_heads(attend: Attention):
+    graph = unproven(attend)
+    kinds = (ATTN_Q, ATTN_K, ATTN_V, ATTN_PATTERN, ATTN_SCORES, ATTN_Z)
+    run = graph.run(IDS, save=[x[0] for x in kinds])
+    shared = 1 if attend is grouped_and_fused else 2  # repeated before they are multiplied, or not
+    assert run[ATTN_K[0]].shape == run[ATTN_V[0]].shape == (2, 6, HEADS // shared, WIDTH // HEADS)
+    torch.testing.assert_close(run[ATTN_Q[0]], expected(graph)["attn.q"])
+    for kind in (ATTN_K, ATTN_V):
+        torch.testing.assert_close(run[kind[0]][:, :, :: 2 // shared], expected(graph)[kind.name][:, :, ::2])
+    v = run[ATTN_V[0]].repeat_interleave(shared, 2)
+    torch.testing.assert_close(run[ATTN_Z[0]], torch.einsum("bhqk,bkhd->bqhd", run[ATTN_PATTERN[0]], v))
+    torch.testing.assert_close(run[ATTN_PATTERN[0]], run[ATTN_SCORES[0]].softmax(-1))
+
+
+REASONS: dict[str, tuple[Attention, LocationType, str]] = {
+    "queries": (
+        sum_of_products,
+        ATTN_Q,
+        "the scores are the sum of 2 products, each with queries and",
+    ),
+    "result": (running_sum, ATTN_RESULT, "more is done to z before the output projection than to weigh its"),
+    "weight": (own_output, ATTN_RESULT, "the code that attends multiplies with its weight"),
+    "z": (two_uses, ATTN_Z, "the pattern is multiplied with 2 tensors"),
+}
+
+
+@pytest.mark.parametrize(("attend", "absent", "why"), REASONS.values(), ids=REASONS)
+def test_the_reason_for_an_absence_is_what_the_code_does(attend: Attention, absent: LocationType, why: str):
+    with pytest.raises(UnknownLocationError, match=why):
+        unproven(attend).check(absent[0])
+
+
+class Twice(Story):
+    """Two attentions beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__(keys_first)
+        self.more = Heads(keys_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream after both, and an MLP."""
+        given = self.first(x)
+        x = x + self.heads(given) + self.more(given)
+        return x + self.think(self.second(x))
+
+
+def test_attention_that_is_there_in_parts_is_not_said_to_be_missing():
+    model = teller(keys_first)
+    model.stories = nn.ModuleList(Twice().double() for _ in range(2))
+    graph = bind(model, check=False)
+    for kind in (ATTN_OUT, ATTN_Q):
+        with pytest.raises(UnknownLocationError, match=r"\[0\]: layer 0 adds 2 updates of this kind"):
+            graph.check(kind[0])
 
 
 def test_fused_queries_keys_and_values_of_a_head_are_told_apart():

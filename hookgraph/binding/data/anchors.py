@@ -66,6 +66,7 @@ class Anchor:
         mechanism: see `Mechanism`.
         module: path of the module.
         slot: which element of the module's arguments or outputs.
+        also: for `input`: other arguments that are the same tensor, replaced with it.
         view: how the value lies in that tensor.
         role: for `interior`, `experts` and `product`: which tensor.
         eager: for `interior`: the model's own eager function, as `module:name`.
@@ -99,6 +100,7 @@ class Anchor:
     calls: int = 1
     operand: Operand | None = None
     other: Way | None = None
+    also: tuple[Slot, ...] = ()
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -109,7 +111,8 @@ class Anchor:
         return (own,) if self.other is None else (own, self.other)
 
     def __str__(self) -> str:
-        slot = "" if self.slot is None else f"[{self.slot!r}]"
+        slots = () if self.slot is None else (self.slot, *self.also)
+        slot = f"[{', '.join(map(repr, slots))}]" if slots else ""
         role = f" {self.role}" if self.role else ""
         view = "" if self.view is None else f" as {self.view}"
         layout = f", {self.layout}" if self.layout else ""

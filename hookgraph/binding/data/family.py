@@ -17,6 +17,21 @@ from hookgraph.ontology.locations import Location, LocationType, declared
 
 _LAYER: Final = "{layer}"
 
+_NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
+    "own code": ("role", "operand"),
+    "interior": ("role", "eager"),
+    "head result": ("view",),
+    "head input": ("view",),
+}
+"""What an anchor must tell, by its mechanism."""
+
+_EXAMPLES: Final[Mapping[str, str]] = {
+    "role": 'a role, such as "query"',
+    "operand": 'an operand, such as {"kind": "product", "nth": 0, "of": 2, "place": 0}',
+    "eager": 'an eager function, such as "package.module:function"',
+    "view": 'a view, such as {"is": "Columns", "start": 0, "count": 4, "stride": 8, "width": 8}',
+}
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -24,8 +39,8 @@ class Family:
     """Anchors of an architecture, which are added to those that are discovered, or replace them.
 
     Each is a mapping with the fields of `Anchor`: `location` is the name of a location type, which may be one
-    of your own, `mechanism` is `output`, `input` or `sum`, and `module` is a path in which `{layer}` stands
-    for the number of the layer. `layers` lists the layers that have it, if not all do.
+    of your own, `mechanism` is mostly `output`, `input`, `sum` or `own code`, and `module` is a path in which
+    `{layer}` stands for the number of the layer. `layers` lists the layers that have it, if not all do.
 
     Args:
         model: the name of the class of models.
@@ -109,9 +124,16 @@ def _anchors(record: Mapping[str, object], findings: Findings) -> Iterator[Ancho
         location = Location(kind, layer)
         module = str(content.get("module", "")).replace(_LAYER, str(layer))
         try:
-            yield decode({**content, "location": str(location), "module": module}, Anchor)
+            anchor = decode({**content, "location": str(location), "module": module}, Anchor)
         except LoadError as error:
             raise BindingError(f"the family record of {kind} is malformed: {error}") from error
+        lacks = [x for x in _NEEDED.get(anchor.mechanism, ()) if not getattr(anchor, x)]
+        if lacks:
+            raise BindingError(
+                f"the family record of {kind} is malformed: the mechanism {anchor.mechanism!r} needs "
+                f"{' and '.join(_EXAMPLES[x] for x in lacks)}"
+            )
+        yield anchor
 
 
 def _type_of(record: Mapping[str, object]) -> LocationType:

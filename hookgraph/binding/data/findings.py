@@ -181,7 +181,8 @@ class Findings:
         family = kind.name.partition(".")[0]
         if family == "streams":
             return f"its {kind.stack} keeps one residual stream: see resid{kind.name.removeprefix(family)}"
-        found = {x.type.name.partition(".")[0] for x in self.anchors if x.type.stack == kind.stack}
+        known = (*self.anchors, *self.reasons)  # what is absent for a reason of its own is known to be there
+        found = {x.type.name.partition(".")[0] for x in known if x.type.stack == kind.stack}
         if family in found or family not in _PARTS:
             return ""
         return f"no layer of its {kind.stack} is known to have {_PARTS[family]}"

@@ -114,7 +114,7 @@ class Grid:
             return self.layout if shape[: len(self.axes)] == self.axes else ""
         if self.layout == "flat":
             return ""
-        if self.layout == "" or shape[:2] == (self.batch, self.positions):
+        if shape[:2] == (self.batch, self.positions):
             return ""
         if shape[:2] == (self.positions, self.batch):
             return "positions first"

@@ -81,20 +81,32 @@ class Axes:
     """Axes in another order, as code of a model's own has them; the first may be examples times heads.
 
     Args:
-        order: for each axis of the value the axis of the tensor, examples and heads counted apart.
+        order: for each axis of the value the axis of the tensor, examples and heads counted apart, and so
+            are groups of heads and the heads of a group.
         heads: how many heads the first axis holds of each example; 0 where they have an axis.
+        grouped: which axis of the value has heads that lie in groups in the tensor; 0 where they do not.
     """
 
     order: tuple[int, ...]
     heads: int = 0
+    grouped: int = 0
+
+    @property
+    def axes(self) -> int:
+        """How many axes the tensor has."""
+        return len(self.order) - bool(self.heads)
 
     def get(self, raw: Shaped[Tensor, "..."]) -> Shaped[Tensor, "batch ..."]:
-        """The axes as locations have them; a view."""
+        """The axes as locations have them; a view, but for heads in groups that do not lie in a row."""
         apart = raw.unflatten(0, (-1, self.heads)) if self.heads else raw
-        return apart.permute(self.order)
+        turned = apart.permute(self.order)
+        return turned.flatten(self.grouped, self.grouped + 1) if self.grouped else turned
 
     def put(self, raw: Shaped[Tensor, "..."], value: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "..."]:
         """The axes as the tensor has them."""
+        if self.grouped:
+            of_groups = raw.shape[self.order[self.grouped]]
+            value = value.unflatten(self.grouped, (of_groups, -1))
         apart = value.permute([self.order.index(i) for i in range(len(self.order))])
         return apart.flatten(0, 1) if self.heads else apart
 

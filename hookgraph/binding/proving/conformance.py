@@ -8,7 +8,7 @@ every edit.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from hookgraph.binding.proving.circumstances import Subject, check_circumstances
 from hookgraph.binding.proving.comparison import check_comparison
 from hookgraph.binding.proving.draws import HeldDraws
 from hookgraph.binding.proving.edits import inside_kernel, live, replace_rows, rows_of, unmasked
-from hookgraph.binding.proving.identities import Identity, identities, watching
+from hookgraph.binding.proving.equations import Identity, Unapplied
+from hookgraph.binding.proving.identities import identities, watching
 from hookgraph.binding.proving.mixtures import mixture_identities, rerouted
 from hookgraph.binding.proving.replays import check_replays
 from hookgraph.binding.proving.slopes import check_gradients
@@ -29,12 +30,18 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Of identities, by dtype. Coarser dtypes are checked like single precision."""
 
 DRAWN = ", with its {} random draws a pass held still"
 """What is told of a model that draws random numbers in evaluation."""
+
+_KEYS_OF: Final = {
+    types.q: types.k for s in (DECODER, ENCODER, VISION) for types in (s.attention, s.cross_attention)
+}
+"""Which keys queries are multiplied with."""
 
 Values = Mapping[Location, Float[Tensor, "..."]]
 _Shared: TypeAlias = tuple[object, ...]
@@ -86,9 +93,11 @@ def _check(
     fitting = tuple(p.location for p in shapes if p.holds)
     if fitting != locations:
         locations, clean = fitting, graph.run(example, save=fitting)
+    unapplied = list[Gap]()
     if locations:
         proofs += _check_transparent(graph, example, locations)
-        proofs += _check_conserved(binding, graph, example, clean)
+        conserved, unapplied = _check_conserved(binding, graph, example, clean)
+        proofs += conserved
         proofs += check_gradients(graph, example, clean)
     replays = check_replays(graph, example, clean, locations)
     proofs += replays.proofs
@@ -102,11 +111,11 @@ def _check(
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         {**binding.metadata, "proven on": f"the model itself, in {binding.metadata['dtype']}"},
-        gaps=(*other.gaps, *replays.gaps, *_unequal(proofs, clean)),
+        gaps=(*other.gaps, *replays.gaps, *unapplied, *_unequal((*proofs, *unapplied), clean)),
     )
 
 
-def _unequal(proofs: Sequence[Proof], clean: Run) -> list[Gap]:
+def _unequal(proofs: Sequence[Proof | Gap], clean: Run) -> list[Gap]:
     """The locations that no equation is about, and those that have no gradient."""
     equal = {p.location for p in proofs if p.invariant == "conserved"}
     gaps = [Gap(x, "conserved", "no equation is known that it stands in") for x in clean if x not in equal]
@@ -148,11 +157,24 @@ def _check_shapes(
     for location, value in clean.items():
         for key, size in _shared_sizes(location, value, stage):
             seen.setdefault(key, Counter())[size] += 1
+    wrong.update(_unpaired(clean))
     usual = {key: sizes.most_common(1)[0][0] for key, sizes in seen.items()}
     for location, value in clean.items():
         note = _shape_note(location, value, usual, stage) or wrong.get(location, "")
         proofs.append(Proof(location, "shape", not note, float(bool(note)), 0.0, note))
     return proofs
+
+
+def _unpaired(clean: Values) -> dict[Location, str]:
+    """Queries and keys of one attention that cannot be multiplied, with their widths."""
+    found: dict[Location, str] = {}
+    for location, queries in clean.items():
+        kind = _KEYS_OF.get(location.type)
+        place = None if kind is None else Location(kind, location.layer)
+        if place is not None and place in clean and clean[place].shape[-1] != queries.shape[-1]:
+            note = f"queries have width {queries.shape[-1]}, keys {clean[place].shape[-1]}"
+            found |= {location: note, place: note}
+    return found
 
 
 def _unbatched(
@@ -240,8 +262,10 @@ def _change(
 
 def _check_conserved(
     binding: HuggingFaceBinding, graph: HookGraph, example: Mapping[str, Any], clean: Run
-) -> list[Proof]:
-    """The algebra of each location, with every other location edited in a row of its own."""
+) -> tuple[list[Proof], list[Gap]]:
+    """The algebra of each location, with every other location edited in a row of its own; and equations
+    that are not claimed.
+    """
     locations = list(clean)
     generator = torch.Generator().manual_seed(1)
     hooked = graph
@@ -253,10 +277,13 @@ def _check_conserved(
     with watching(binding) as seen, torch.no_grad():
         edited = hooked.run(rows_of(graph, example, len(locations)), save=locations, metric=_sum)
     tolerance = _TOLERANCE.get(clean.logits.dtype, _TOLERANCE[torch.float32])
-    proofs: list[Proof] = []
+    proofs, gaps = list[Proof](), list[Gap]()
     row_of = {location: row for row, location in enumerate(locations)}
     algebra = (*identities(binding, clean, plain, seen), *mixture_identities(binding, clean, seen))
     for identity in algebra:
+        if isinstance(identity, Unapplied):
+            gaps += [Gap(x, "conserved", f"{identity.text}: {identity.why}") for x in identity.about]
+            continue
         errors = _errors(identity, edited)
         for location in identity.about:
             error = errors[row_of[location]]
@@ -264,7 +291,7 @@ def _check_conserved(
         for location in identity.also:
             error = _errors(identity, clean)[0]
             proofs.append(Proof(location, "conserved", error <= tolerance, error, tolerance, identity.text))
-    return proofs + check_comparison(graph, example, clean, tolerance)
+    return proofs + check_comparison(graph, example, clean, tolerance), gaps
 
 
 @torch.no_grad()

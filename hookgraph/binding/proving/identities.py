@@ -4,21 +4,21 @@ Where no two locations determine each other, a location is compared with what a 
 given and returned, seen by a plain PyTorch hook.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, TypeAlias
 
 import torch
 from einops import einsum
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hookgraph.binding.data.findings import Layer, StreamStep
 from hookgraph.binding.data.layouts import Layout, arranged
 from hookgraph.binding.data.views import Columns, Span
+from hookgraph.binding.proving.equations import Identity, Sides, Unapplied, Values, agrees
+from hookgraph.binding.proving.scores import of_scores
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.mechanisms import PassState
 from hookgraph.binding.running.normalising import affine_of, normalised
@@ -27,7 +27,7 @@ from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.errors import UnknownLocationError
 from hookgraph.hooks.handles import installed
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, AttentionTypes, TransformerStack
+from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack
 from hookgraph.ontology.weights import (
     W_K,
     W_O,
@@ -44,35 +44,18 @@ from hookgraph.ontology.weights import (
     b_V,
 )
 
-Values: TypeAlias = Mapping[Location, Float[Tensor, "..."]]
 Seen: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """What modules were given and what they returned, by path."""
-Sides: TypeAlias = Callable[[Values], tuple[Tensor, Tensor]]
 
 _PROJECTED: Final = {"mlp.post": "W_out", "mixer.z": "", "final.ln_out": "W_U"}
 """Locations that are what a projection is given, whole, and its weight where that has a name."""
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Two expressions that are equal.
-
-    Args:
-        text: the equation.
-        about: an edit at any of these locations must leave it true.
-        sides: both expressions, from the values of all locations.
-        also: other locations of which it is true as long as nothing is edited.
-    """
-
-    text: str
-    about: tuple[Location, ...]
-    sides: Sides
-    also: tuple[Location, ...] = ()
-
-
-def identities(binding: HuggingFaceBinding, present: Values, clean: Seen, seen: Seen) -> Iterator[Identity]:
-    """Every identity between the locations that are present, and between them and what was seen.
+def identities(
+    binding: HuggingFaceBinding, present: Values, clean: Seen, seen: Seen
+) -> Iterator[Identity | Unapplied]:
+    """Every identity between the locations that are present, and between them and what was seen; and those
+    between locations that are present which this architecture leaves out.
 
     Args:
         binding: the bound model.
@@ -84,8 +67,8 @@ def identities(binding: HuggingFaceBinding, present: Values, clean: Seen, seen: 
         for number, layer in enumerate(binding.findings.layers.get(stack.RESID_PRE.stack, ())):
             yield from _of_stream(binding, stack, number, layer, present)
             yield from _of_streams(layer, present)
-            yield from _of_pattern(stack.attention, number, present)
-            yield from _of_pattern(stack.cross_attention, number, present)
+            yield from of_scores(stack.attention, number, present)
+            yield from of_scores(stack.cross_attention, number, present)
             yield from _of_attention(binding, stack, number, present, clean)
             yield from _of_mlp(binding, stack, number, present, clean)
             yield from _of_mixer(binding, stack, number, present)
@@ -263,26 +246,6 @@ def _along(
     return sides
 
 
-def _of_pattern(types: AttentionTypes, layer: int, present: Values) -> Iterator[Identity]:
-    scores, pattern, v, z = (t[layer] for t in (types.scores, types.pattern, types.v, types.z))
-    if scores in present and pattern in present and present[scores].shape == present[pattern].shape:
-        yield Identity(
-            "pattern = softmax(scores)",
-            (scores,),
-            lambda x: (x[scores].softmax(-1), x[pattern]),
-            (pattern,),
-        )
-    if all(x in present for x in (pattern, v, z)) and _mixable(present[pattern], present[v], present[z]):
-        if agrees(_weighted(present[pattern], present[v]), present[z]):
-            yield Identity("z = pattern v", (pattern, v), lambda x: (_weighted(x[pattern], x[v]), x[z]), (z,))
-        else:  # a sink takes its share of the pattern: what is left has the same direction
-            yield Identity(
-                "z ∝ pattern v",
-                (pattern, v),
-                lambda x: (normalize(_weighted(x[pattern], x[v]), dim=-1), normalize(x[z], dim=-1)),
-            )
-
-
 def _of_attention(
     binding: HuggingFaceBinding, stack: TransformerStack, layer: int, present: Values, clean: Seen
 ) -> Iterator[Identity]:
@@ -364,19 +327,6 @@ def _affine(source: Location, target: Location, weight: Tensor, bias: Tensor) ->
     return lambda x: (x[source] @ weight + bias, x[target])
 
 
-def agrees(expected: Tensor, got: Tensor) -> bool:
-    """Whether an equation holds on the clean values: where a norm or a multiplier comes between it does not,
-    and is not claimed.
-    """
-    return expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-3, atol=1e-5)
-
-
-def _mixable(pattern: Tensor, v: Tensor, z: Tensor) -> bool:
-    """Whether the shapes fit: with a sink the pattern has a column less, latent values another width."""
-    heads = v.ndim == 4 and pattern.shape[1] % v.shape[2] == 0 and pattern.shape[1] == z.shape[2]
-    return heads and pattern.shape[-1] == v.shape[1] and v.shape[-1] == z.shape[-1]
-
-
 def _weights(
     binding: HuggingFaceBinding, stack: TransformerStack, layer: int, weight: WeightType, bias: WeightType
 ) -> tuple[Tensor, Tensor] | None:
@@ -385,10 +335,3 @@ def _weights(
         return binding.weight(weight, layer, name), binding.weight(bias, layer, name)
     except UnknownLocationError:
         return None
-
-
-def _weighted(
-    pattern: Float[Tensor, "batch head pos key_pos"], v: Float[Tensor, "batch key_pos kv_head d_head"]
-) -> Float[Tensor, "batch pos head d_head"]:
-    v = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
-    return einsum(pattern.to(v.dtype), v, "b h q k, b k h d -> b q h d")

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hookgraph.binding.data.findings import ExpertLayer
-from hookgraph.binding.proving.identities import Identity, Seen, Values, agrees
+from hookgraph.binding.proving.equations import Identity, Values, agrees
+from hookgraph.binding.proving.identities import Seen
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.weights import affine_map
 from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack

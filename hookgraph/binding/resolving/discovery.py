@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Final
 
 from hookgraph.binding.data.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.data.findings import Findings, Layer, StreamStep
@@ -10,7 +11,7 @@ from hookgraph.binding.data.views import Scaled
 from hookgraph.binding.resolving.blocks import Block, Step, Update
 from hookgraph.binding.resolving.chains import find_chains
 from hookgraph.binding.resolving.ends import bind_embedding, bind_head, bind_last_norm
-from hookgraph.binding.resolving.heads import bind_attention
+from hookgraph.binding.resolving.heads import bind_attention, inside_of
 from hookgraph.binding.resolving.interiors import bind_mlp
 from hookgraph.binding.resolving.mixers import bind_mixer
 from hookgraph.binding.resolving.mixing import find_mixing
@@ -25,6 +26,8 @@ from hookgraph.binding.tracing.values import Slot, Value, alias_chain
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerStack
+
+_PARTIAL: Final = "it is computed at some positions only"
 
 
 def discover(trace: Trace) -> Findings:
@@ -211,13 +214,17 @@ def _bind_insides(
         updates = roles.get(role, [])
         if len(updates) == 1 and not updates[0].step.partial:
             bind_attention(trace, found, types, layer, block, updates[0], _source(trace, block, updates[0]))
+        elif updates:
+            several = f"layer {layer} adds {len(updates)} updates of this kind"
+            why = _PARTIAL if len(updates) == 1 else several
+            found.absent(why, types.ln_scale, types.reads, *inside_of(types), layer=layer)
     mixer = roles.get("mixer", [])
     if len(mixer) == 1 and not mixer[0].step.partial:
         bind_mixer(trace, found, stack, layer, block, mixer[0], _source(trace, block, mixer[0]))
     mlp = roles.get("mlp", [])
     if len(mlp) == 1 and mlp[0].step.partial:
         inside = (stack.MLP_LN_SCALE, stack.MLP_IN, stack.MLP_PRE, stack.MLP_POST)
-        found.absent("it is computed at some positions only", *inside, layer=layer)
+        found.absent(_PARTIAL, *inside, layer=layer)
     elif len(mlp) == 1:
         bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))
 

@@ -1,16 +1,17 @@
 """The inside of attention: queries, keys, values, scores, pattern, z and what each head writes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, final
 
 from hookgraph.binding.data.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.data.anchors import Role as Part
 from hookgraph.binding.data.findings import Findings, WeightSource
 from hookgraph.binding.data.layouts import Layout
+from hookgraph.binding.data.views import Axes
 from hookgraph.binding.resolving.blocks import Block, Update, is_softmax_over_positions
 from hookgraph.binding.resolving.interiors import bind_reading
-from hookgraph.binding.resolving.own_attention import WEIGHED, Found, of_pieces, own_attention
+from hookgraph.binding.resolving.own_attention import Found, of_pieces, own_attention
 from hookgraph.binding.resolving.projections import (
     Reached,
     as_input,
@@ -19,6 +20,7 @@ from hookgraph.binding.resolving.projections import (
     behind,
     has_heads,
     is_projection,
+    why_no_input,
 )
 from hookgraph.binding.resolving.readers import bind_reader
 from hookgraph.binding.tracing.trace import AttentionCall, Call, Trace
@@ -27,7 +29,6 @@ from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import AttentionTypes
 
 _Optional: TypeAlias = LocationType | None
-_MATMULS = frozenset({"bmm", "matmul", "baddbmm", "mm"})
 
 
 @final
@@ -41,21 +42,27 @@ class _Inside:
     key: Value | None
     value: Value | None
     out: Value | None
-    out_heads_first: bool
     eager: str
     """The eager function, if the model goes through transformers' attention interface."""
     own: Mapping[Part, Found]
     """How its tensors are reached in the model's own code, if it does not."""
-    heads: int = 0
-    """How many there are, if known."""
     why: str = ""
     """Why it is not reached where the attention function is called, if it is not."""
+    unreached: Mapping[Part, str] = field(default_factory=dict[Part, str])
+    """Why a tensor is not reached in the model's own code."""
     layout: Layout = ""
     """How its tensors lie in the model's own code, once they have the axes of locations."""
+    out_view: Axes | None = None
+    """How z lies, if not by position and head."""
 
     def reaches(self, part: Part) -> bool:
         """Whether a tensor is reached where attention is computed."""
         return bool(self.eager) or part in self.own
+
+    def why_not(self, part: Part) -> str:
+        """Why it is not."""
+        known = self.unreached.get(part, "they do not show")
+        return self.why or f"in the model's own attention code {known}"
 
     def anchor(self, location: Location, part: Part) -> Anchor:
         """How a tensor is reached where attention is computed."""
@@ -74,6 +81,12 @@ class _Inside:
         )
 
 
+def inside_of(types: AttentionTypes) -> tuple[LocationType, ...]:
+    """The types of what an attention computes on the way from what it reads to what it adds."""
+    every = (getattr(types, x.name) for x in fields(types) if x.name not in ("ln_scale", "reads", "out"))
+    return tuple(kind for kind in every if kind is not None)
+
+
 def bind_attention(
     trace: Trace,
     found: Findings,
@@ -87,14 +100,9 @@ def bind_attention(
     inside = _look_inside(trace, block, update)
     owner = None if inside is None else inside.call
     bind_reading(trace, found, types.reads[layer], types.ln_scale[layer], block, update, owner, source)
-    parts = (types.q, types.k, types.v, types.scores, types.pattern, types.z, types.result)
-    earlier = (types.q_in, types.k_in, types.v_in, types.q_pre, types.k_pre)
-    before = tuple(t for t in earlier if t is not None)
-    if inside is None:
-        found.absent("this model does not compute a softmax over positions", *parts, *before, layer=layer)
-        return
-    if inside.why and inside.query is None:
-        found.absent(inside.why, *parts, *before, layer=layer)
+    if inside is None or (inside.why and inside.query is None):
+        none = "this model does not compute a softmax over positions"
+        found.absent(none if inside is None else inside.why, *inside_of(types), layer=layer)
         return
     if inside.why:
         found.absent(inside.why, types.scores, types.pattern, layer=layer)
@@ -106,10 +114,12 @@ def bind_attention(
     )
     for kind, earlier, reader, part, value, weight in heads:
         _bind_heads(trace, found, kind[layer], part, value, weight, inside, block)
-        if reader is not None:
+        if reader is not None and value is not None:
             bind_reader(trace, found, reader[layer], value, weight, block, inside.call)
+        elif reader is not None:
+            found.absent(inside.why_not(part), reader[layer])
         if earlier is not None:
-            _bind_before_rotary(trace, found, earlier[layer], kind, value, weight, block, inside)
+            _bind_before_rotary(trace, found, earlier[layer], kind, part, value, weight, block, inside)
     _bind_scores(trace, found, types, layer, inside)
     _bind_output(trace, found, types, layer, block, inside)
 
@@ -131,7 +141,7 @@ def _of_pieces(trace: Trace, calls: list[AttentionCall], block: Block) -> _Insid
     query, key, value = (own[x].value if x in own else piece for x, piece in parts)
     why = "the attention function is called more than once in this layer"
     lies: Layout = "" if block.grid.layout == "" else "one row"
-    return _Inside(first.call, query, key, value, out, False, "", own, why=why, layout=lies)
+    return _Inside(first.call, query, key, value, out, "", own, why=why, layout=lies)
 
 
 def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
@@ -141,7 +151,7 @@ def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
         if len(calls) > 1:
             return _of_pieces(trace, calls, block)
         eager = _import_path(call.eager)
-        return _Inside(call.call, call.query, call.key, call.value, call.out, False, eager, {})
+        return _Inside(call.call, call.query, call.key, call.value, call.out, eager, {})
     softmaxes = sorted((v for v in update.cone if is_softmax_over_positions(v)), key=lambda v: v.number)
     if not softmaxes:
         return None
@@ -154,49 +164,30 @@ def _look_inside(trace: Trace, block: Block, update: Update) -> _Inside | None:
     keys = softmax.tensor.shape[-1]
     taken = sum(owner.first <= v.number < owner.last and v.tensor.shape[-1] == keys for v in softmaxes)
     if taken > 1:  # for each head, for some queries, or as a difference: one of them is not the whole
-        return _Inside(owner, None, None, None, None, True, "", {}, why=f"the softmax is taken {taken} times")
-    own = own_attention(trace, block, owner, softmax)
-    if softmax.op == "_softmax":
-        product, scores = _consuming_product(trace, softmax, owner), _producing_product(softmax, block)
-        query, key = (None, None) if scores is None else (scores.inputs[-2], scores.inputs[-1])
-        value, out = None if product is None else product.inputs[1], product
-    else:
-        parts: tuple[Part, ...] = ("query", "key", "value", "out")
-        query, key, value, out = (own[x].value if x in own else None for x in parts)
-    pattern = own.get("pattern")
-    heads = 0 if pattern is None or pattern.view is None else pattern.view.heads
-    heads = heads or softmax.tensor.shape[1]
-    query, key, value = (None if x is None else _by_head(x, heads) for x in (query, key, value))
-    return _Inside(owner, query, key, value, out, True, "", own, heads)
+        return _Inside(owner, None, None, None, None, "", {}, why=f"the softmax is taken {taken} times")
+    reached = own_attention(trace, block, owner, softmax)
+    seen = reached.seen
+    query, key, value = (_by_head(seen.get(part), reached.heads) for part in ("query", "key", "value"))
+    out, own = seen.get("out"), reached.found
+    if "out" in own:
+        view = own["out"].view
+    else:  # heads before positions, as products have them; what is given on tells whether it is so
+        heads = reached.heads or softmax.tensor.shape[1]
+        joined = out is not None and out.tensor.ndim == 3 and out.tensor.shape[0] % heads == 0
+        view = Axes((0, 2, 1, 3), heads if joined else 0)
+    return _Inside(owner, query, key, value, out, "", own, unreached=reached.why, out_view=view)
 
 
-def _by_head(value: Value, heads: int) -> Value:
+def _by_head(value: Value | None, heads: int) -> Value | None:
     """The tensor, behind views and transpositions, that has heads on the second of its four axes."""
-    here = value
-    best = value
-    while here.op in ALIASES and here.inputs and here.inputs[0].tensor.numel() == value.tensor.numel():
+    if value is None:
+        return None
+    here = best = value
+    while here.op in ALIASES and here.inputs and here.inputs[0].tensor.numel() == best.tensor.numel():
         here = here.inputs[0]
         if here.tensor.ndim == 4 and here.tensor.shape[1] == heads:
             best = here
     return best
-
-
-def _consuming_product(trace: Trace, softmax: Value, owner: Call) -> Value | None:
-    """The first matrix product that reads the pattern."""
-    copies = {softmax}
-    for value in trace.values[softmax.number + 1 : owner.last]:
-        if value.inputs and value.inputs[0] in copies:
-            if value.op in _MATMULS:
-                return value
-            if value.op in WEIGHED:
-                copies.add(value)
-    return None
-
-
-def _producing_product(softmax: Value, block: Block) -> Value | None:
-    """The last matrix product, of queries and keys, that the scores were computed from."""
-    behind_it = behind(softmax, block.call.first)
-    return max((v for v in behind_it if v.op in _MATMULS), key=lambda v: v.number, default=None)
 
 
 def _bind_heads(
@@ -216,8 +207,7 @@ def _bind_heads(
     elif inside.reaches(part):
         found.add(on_call(trace, inside.call, inside.anchor(location, part)))
     else:
-        reason = "the model's own attention code computes on them after the projection"
-        found.absent(inside.why or reason, location)
+        found.absent(inside.why_not(part), location)
 
 
 def _add_heads(
@@ -240,6 +230,7 @@ def _bind_before_rotary(
     found: Findings,
     location: Location,
     kind: LocationType,
+    part: Part,
     value: Value | None,
     weight: str,
     block: Block,
@@ -247,7 +238,7 @@ def _bind_before_rotary(
 ) -> None:
     """The last heads before the rotary embedding that some module returns."""
     if value is None:
-        found.absent("they do not show in the model's own attention code", location)
+        found.absent(inside.why_not(part), location)
         return
     if as_output(trace, value, block.call, heads_first=True) is not None:
         found.absent(f"nothing happens between the projection and attention: use {kind}", location)
@@ -276,7 +267,7 @@ def _bind_scores(trace: Trace, found: Findings, types: AttentionTypes, layer: in
         if inside.reaches(part):
             found.add(on_call(trace, inside.call, inside.anchor(kind[layer], part)))
         else:
-            found.absent("they do not show in the model's own attention code", kind[layer])
+            found.absent(inside.why_not(part), kind[layer])
 
 
 def _bind_output(
@@ -286,14 +277,13 @@ def _bind_output(
     out = inside.out
     reached = None
     if out is not None:
-        reached = as_input(trace, out, block.call, heads_first=inside.out_heads_first, heads=inside.heads)
+        reached = as_input(trace, out, inside.out_view, block.call)
     if reached is None:
-        reason = inside.why or "something happens between z and the output projection"
         if inside.reaches("out"):
             found.add(on_call(trace, inside.call, inside.anchor(types.z[layer], "out")))
         else:
-            found.absent(reason, types.z, layer=layer)
-        _bind_weighted_result(trace, found, types.result[layer], block, inside, reason)
+            found.absent(inside.why_not("out"), types.z, layer=layer)
+        _bind_weighted_result(trace, found, types.result[layer], block, inside)
         return
     reads: tuple[tuple[LocationType, Mechanism], ...] = ((types.z, "input"), (types.result, "head result"))
     for kind, mechanism in reads:
@@ -305,17 +295,19 @@ def _bind_output(
 
 
 def _bind_weighted_result(
-    trace: Trace, found: Findings, location: Location, block: Block, inside: _Inside, reason: str
+    trace: Trace, found: Findings, location: Location, block: Block, inside: _Inside
 ) -> None:
     """What each head writes where a gate or a norm stands before the projection: the projection's rows of
     the head times what they are given.
     """
     out = inside.out
-    reached = None
-    if out is not None:
-        reached = as_weighted_input(trace, out, block.call, heads_first=inside.out_heads_first)
+    if out is None:
+        found.absent(inside.why_not("out"), location)
+        return
+    reached = as_weighted_input(trace, out, inside.out_view, block.call)
     if reached is None:
-        found.absent(reason, location)
+        why = why_no_input(trace, out, block.call) if inside.reaches("out") else inside.why_not("out")
+        found.absent(why, location)
         return
     layout = block.grid.layout_of(reached.call.inputs[reached.slot])
     anchor = Anchor(location, "head result", reached.call.path, reached.slot, reached.view, layout=layout)

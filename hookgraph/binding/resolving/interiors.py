@@ -132,7 +132,8 @@ def _add_reading(
     slot: Slot,
     value: Value,
 ) -> None:
-    anchor = Anchor(location, "input", source.path, slot, layout=block.grid.layout_of(value))
+    also = tuple(s for s, v in source.inputs.items() if v is value and s != slot)
+    anchor = Anchor(location, "input", source.path, slot, layout=block.grid.layout_of(value), also=also)
     found.add(on_call(trace, source, anchor))
     bind_scale(trace, found, scale, value, block.call, block.grid)
 

@@ -5,19 +5,27 @@ the pattern and the values. Or a fused attention computes all of it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, final
 
 from hookgraph.binding.data.anchors import Role
 from hookgraph.binding.data.views import Axes
 from hookgraph.binding.resolving.blocks import Block
-from hookgraph.binding.resolving.projections import behind
+from hookgraph.binding.resolving.projections import behind, is_matrix_product
 from hookgraph.binding.tracing.operations import INSIDE, RESULT, Operand
 from hookgraph.binding.tracing.trace import AttentionCall, Call, Operation, Trace
 from hookgraph.binding.tracing.values import ALIASES, Value
 
 WEIGHED: Final = frozenset({*ALIASES, "mul", "native_dropout", "masked_fill"})
 """What may be done to the pattern before it is multiplied with the values."""
+
+_EVERY: Final[tuple[Role, ...]] = ("query", "key", "value", "scores", "pattern", "out")
+
+_ODD: Final = "batch, heads and positions are not an axis each in the product"
+
+_PRODUCTS: Final = frozenset({"bmm", "baddbmm", "mm"})
+
+_SHIFTED: Final = frozenset({*ALIASES, "mul", "div", "add", "sub"})
 
 _TURNS: Final = frozenset({"transpose", "permute", "t"})
 
@@ -38,30 +46,52 @@ class Found:
     value: Value
 
 
-def own_attention(trace: Trace, block: Block, owner: Call, softmax: Value) -> Mapping[Role, Found]:
+@final
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The tensors of an attention that are reached in the code of a module, and why others are not."""
+
+    found: Mapping[Role, Found] = field(default_factory=dict[Role, Found])
+    why: Mapping[Role, str] = field(default_factory=dict[Role, str])
+    heads: int = 0
+    """How many there are, if known."""
+    seen: Mapping[Role, Value] = field(default_factory=dict[Role, Value])
+    """What the trace shows, also where no function is given or returns it whose axes are known."""
+
+    def and_also(self, other: "Own") -> "Own":
+        """Both together, of one attention."""
+        found, why = {**self.found, **other.found}, {**self.why, **other.why}
+        return replace(self, found=found, why=why)
+
+
+def own_attention(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
     """How the tensors of attention are reached in the code of a module; those that can be."""
+    own = _reached(trace, block, owner, softmax)
+    of_functions = {role: found.value for role, found in own.found.items()}
+    return replace(own, seen={**_seen(trace, block, owner, softmax), **of_functions})
+
+
+def _reached(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
     operations = [o for o in trace.operations if owner in o.within]
     made = next((o for o in operations if o.first <= softmax.number < o.last), None)
     if made is None:
-        return {}
+        return _none_of("the softmax is computed by no function that is looked into", *_EVERY)
     if made.form.kind == "fused":
         return _of_fused(operations, made, block)
-    if made.form.kind != "softmax":
-        return {}
     heads = _heads_of(made.out, block)
-    if heads is None and made.out.tensor.ndim == 3:
-        return {}
-    view = Axes((0, 1, 2, 3), heads) if heads and made.out.tensor.ndim == 3 else None
-    found: dict[Role, Found] = {
-        "scores": Found(_operand(operations, made, 0), view, made.operands[0]),
-        "pattern": Found(_operand(operations, made, RESULT), view, made.out),
-    }
     if heads is None:
-        return found
+        return _none_of(_axes_of(made.out), *_EVERY)
+    view = _by_pair(made.out, heads)
+    inside = Own(
+        {
+            "scores": Found(_operand(operations, made, 0), view, made.operands[0]),
+            "pattern": Found(_operand(operations, made, RESULT), view, made.out),
+        },
+        heads=heads,
+    )
     copies = _copies(trace, made.out, owner)
-    found.update(_of_scores(operations, made, owner, heads))
-    found.update(_of_pattern(operations, made, copies, heads))
-    return found
+    before = _of_scores(operations, made, owner, heads)
+    return inside.and_also(before).and_also(_of_pattern(operations, made, copies, heads))
 
 
 def of_pieces(trace: Trace, calls: Sequence[AttentionCall]) -> tuple[Mapping[Role, Found], Value | None]:
@@ -93,14 +123,24 @@ def _are_all(pieces: Sequence[Value], whole: Value) -> bool:
     return inside and numel == whole.tensor.numel() and whole.tensor.ndim == 4
 
 
-def _of_fused(operations: Sequence[Operation], made: Operation, block: Block) -> Mapping[Role, Found]:
+def _none_of(why: str, *roles: Role) -> Own:
+    return Own({}, dict.fromkeys(roles, why))
+
+
+def _axes_of(value: Value) -> str:
+    """Why heads are not told apart in what a softmax returns, or in queries of a fused attention."""
+    told = {
+        3: "its tensors have 3 axes, of which the first is not examples times heads",
+        5: "its tensors have 5 axes, which are not batch, groups, heads of a group, and positions",
+    }
+    return told.get(value.tensor.ndim, f"its tensors have {value.tensor.ndim} axes")
+
+
+def _of_fused(operations: Sequence[Operation], made: Operation, block: Block) -> Own:
     terms = made.form.terms
-    if not terms:
-        return {}
-    query = made.operands[0].tensor
     heads = _heads_of(made.operands[0], block)
-    if heads is None:
-        return {}
+    if heads is None or not terms:
+        return _none_of(_axes_of(made.operands[0]), *_EVERY)
     places: tuple[tuple[Role, int], ...] = (("query", 0), ("key", 1), ("value", 2), ("out", RESULT))
     found: dict[Role, Found] = {}
     for role, place in places:
@@ -108,36 +148,79 @@ def _of_fused(operations: Sequence[Operation], made: Operation, block: Block) ->
         view = _view(letters, letters[:-2], letters[-2], letters[-1], heads)
         if view is not None:
             found[role] = Found(_operand(operations, made, place), view, (*made.operands, made.out)[place])
-    alike = Axes((0, 1, 2, 3), heads) if query.ndim == 3 else None
+    alike = _by_pair(made.operands[0], heads)
     found["scores"] = found["pattern"] = Found(_operand(operations, made, INSIDE), alike, made.out)
-    return found
+    return Own(found, heads=heads)
 
 
-def _of_scores(
-    operations: Sequence[Operation], softmax: Operation, owner: Call, heads: int
-) -> Mapping[Role, Found]:
+def _of_scores(operations: Sequence[Operation], softmax: Operation, owner: Call, heads: int) -> Own:
     """Queries and keys: of the only product that the scores come from, those in its factors apart."""
     before = behind(softmax.operands[0], owner.first)
     made = [o for o in operations if o.form.kind == "product" and o.out in before]
     inner = {v for o in made for x in o.operands for v in behind(x, owner.first)}
     last = [o for o in made if o.out not in inner]
-    if len(last) != 1 or not last[0].form.terms:
-        return {}
+    roles: tuple[Role, Role] = ("query", "key")
+    if not last:
+        return _none_of("no product that is looked into makes the scores", *roles)
+    if len(last) > 1:
+        several = f"the scores are the sum of {len(last)} products, each with queries and keys of its own"
+        return _none_of(several, *roles)
     product = last[0]
-    left, right, result = product.form.terms
-    if len(result) < 3 or _turned(product.out, before):
-        return {}
-    shared, pos, key = result[:-2], result[-2], result[-1]
+    left, right, result = product.form.terms or ("", "", "")
+    if _turned(product.out, before):
+        return _none_of("the axes of the scores change places between the product and the softmax", *roles)
     inside = [x for x in left if x in right and x not in result]
-    if len(inside) != 1:
-        return {}
+    if len(inside) != 1 or len(result) < 3:
+        return _none_of(f"{_ODD} that makes the scores", *roles)
+    shared, pos, key = result[:-2], result[-2], result[-1]
     found: dict[Role, Found] = {}
     for place, letters in enumerate((left, right)):
         role, along = ("query", pos) if pos in letters else ("key", key)
         view = _view(letters, shared, along, inside[0], heads)
         if view is not None:
             found[role] = Found(_operand(operations, product, place), view, product.operands[place])
-    return found
+    return _with_reason(found, f"{_ODD} that makes the scores", *roles)
+
+
+def _seen(trace: Trace, block: Block, owner: Call, softmax: Value) -> Mapping[Role, Value]:
+    """Factors and results of the products that lead to a softmax, and on from it. Queries, or keys, are there
+    only if they are the same in all products that lead to it, and the rest if one product leads on.
+    """
+    before = behind(softmax, block.call.first)
+    made = {v for v in before if v.op in _PRODUCTS and not is_matrix_product(v)}
+    inner = {b for v in made for x in v.inputs for b in behind(x, block.call.first)}
+    last = sorted(made - inner, key=lambda v: v.number)
+    seen: dict[Role, Value] = {}
+    places: tuple[tuple[Role, int], ...] = (("query", -2), ("key", -1))
+    for role, place in places:
+        if last and len({_origin(v.inputs[place]) for v in last}) == 1:
+            seen[role] = last[-1].inputs[place]
+    copies = _copies(trace, softmax, owner)
+    after = trace.values[softmax.number + 1 : owner.last]
+    onward = [v for v in after if v.op in _PRODUCTS and v.inputs[0] in copies]
+    if len(onward) == 1:
+        seen |= {"value": onward[0].inputs[1], "out": onward[0]}
+    return seen
+
+
+def _origin(value: Value) -> Value:
+    """What a value is but for views, numbers and weights that it was multiplied with or added to."""
+    while value.op in _SHIFTED:
+        inputs = [v for v in value.inputs if not _is_made_of_weights(v)]
+        if len(inputs) != 1:
+            break
+        value = inputs[0]
+    return value
+
+
+def _is_made_of_weights(value: Value) -> bool:
+    if value.is_source:
+        return value.op == "parameter"
+    return bool(value.inputs) and all(map(_is_made_of_weights, value.inputs))
+
+
+def _with_reason(found: Mapping[Role, Found], why: str, *roles: Role) -> Own:
+    return Own(found, {role: why for role in roles if role not in found})
 
 
 def _turned(product: Value, before: set[Value]) -> bool:
@@ -149,23 +232,25 @@ def _turned(product: Value, before: set[Value]) -> bool:
     return any(v.op in _TURNS for v in later - {product})
 
 
-def _of_pattern(
-    operations: Sequence[Operation], softmax: Operation, copies: set[Value], heads: int
-) -> Mapping[Role, Found]:
-    """Values and z: of the first product with the pattern."""
+def _of_pattern(operations: Sequence[Operation], softmax: Operation, copies: set[Value], heads: int) -> Own:
+    """Values and z: of the only product with the pattern."""
     later = [o for o in operations if o.form.kind == "product" and o.first >= softmax.last]
-    product = next((o for o in later if any(v in copies for v in o.operands)), None)
-    if product is None or not product.form.terms:
-        return {}
-    terms, result = product.form.terms[:2], product.form.terms[2]
+    given = [o for o in later if any(v in copies for v in o.operands)]
+    roles: tuple[Role, Role] = ("value", "out")
+    if not given:
+        return _none_of("no product that is looked into is given the pattern", *roles)
+    if len(given) > 1:
+        return _none_of(f"the pattern is multiplied with {len(given)} tensors", *roles)
+    product = given[0]
+    *terms, result = product.form.terms or ("", "", "")
     place = 0 if product.operands[0] in copies else 1
     pattern, values = terms[place], terms[1 - place]
     keys = [x for x in pattern if x in values and x not in result]
     features = [x for x in values if x not in pattern]
-    queries = [x for x in pattern if x not in values]
-    if not len(keys) == len(features) == len(queries) == 1:
-        return {}
     shared = pattern[:-2]
+    queries = [x for x in pattern if x not in values and x not in shared]
+    if not len(keys) == len(features) == len(queries) == 1:
+        return _none_of(f"{_ODD} of the pattern and the values", *roles)
     found: dict[Role, Found] = {}
     ways: tuple[tuple[Role, str, str, int], ...] = (
         ("value", values, keys[0], 1 - place),
@@ -176,7 +261,7 @@ def _of_pattern(
         if view is not None:
             value = (*product.operands, product.out)[at]
             found[role] = Found(_operand(operations, product, at), view, value)
-    return found
+    return _with_reason(found, f"{_ODD} of the pattern and the values", *roles)
 
 
 def _copies(trace: Trace, pattern: Value, owner: Call) -> set[Value]:
@@ -188,6 +273,13 @@ def _copies(trace: Trace, pattern: Value, owner: Call) -> set[Value]:
     return copies
 
 
+def _by_pair(value: Value, heads: int) -> Axes | None:
+    """How scores and pattern lie: by example, head, position and key, but for the axes of heads."""
+    if value.tensor.ndim == 3:
+        return Axes((0, 1, 2, 3), heads)
+    return None if value.tensor.ndim == 4 else Axes((0, 1, 2, 3, 4), grouped=1)
+
+
 def _view(letters: str, shared: str, along: str, features: str, heads: int) -> Axes | None:
     """How axes with these letters become batch, positions, heads and features."""
     if len(shared) == 1:  # examples times heads, which must come first to be told apart
@@ -196,22 +288,26 @@ def _view(letters: str, shared: str, along: str, features: str, heads: int) -> A
         letters, shared = f"{shared}*{letters[1:]}", f"{shared}*"
     else:
         heads = 0
-    wanted = f"{shared[0]}{along}{shared[1]}{features}"
-    if len(shared) != 2 or sorted(wanted) != sorted(letters):
+    of_heads = [x for x in shared[1:] if x in letters]  # groups of heads, and the heads of a group, are two
+    wanted = f"{shared[0]}{along}{''.join(of_heads)}{features}"
+    if not 1 <= len(of_heads) <= 2 or sorted(wanted) != sorted(letters):
         return None
-    return Axes(tuple(letters.index(x) for x in wanted), heads)
+    return Axes(tuple(letters.index(x) for x in wanted), heads, 2 if len(of_heads) == 2 else 0)
 
 
 def _heads_of(computed: Value, block: Block) -> int | None:
-    """How many heads there are: on an axis of their own, or with the examples on the first one.
+    """How many heads there are: on an axis of their own, in groups, or with the examples on the first one.
 
-    Where an attention is not over the positions of the stream, windows may lie on that axis too.
+    Where an attention is not over the positions of the stream, windows may lie on these axes too.
     """
-    shape, batch = computed.tensor.shape, block.grid.batch
+    shape, grid = computed.tensor.shape, block.grid
     if len(shape) == 4:
         return shape[1]
-    whole = len(shape) == 3 and shape[0] % batch == 0 and shape[1] == block.grid.positions
-    return shape[0] // batch if whole else None
+    if len(shape) == 5:
+        apart = shape[0] == grid.batch and min(shape[1:3]) > 1 and shape[3] == grid.positions
+        return shape[1] * shape[2] if apart else None
+    whole = len(shape) == 3 and shape[0] % grid.batch == 0 and shape[1] == grid.positions
+    return shape[0] // grid.batch if whole else None
 
 
 def _operand(operations: Sequence[Operation], one: Operation, place: int) -> Operand:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.binding.data.layouts import Grid
-from hookgraph.binding.data.views import Columns, View, view_along
+from hookgraph.binding.data.views import Axes, Columns, View, view_along
 from hookgraph.binding.tracing.trace import Call, Trace
 from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 
@@ -46,46 +46,50 @@ def as_output(trace: Trace, value: Value, within: Call, *, heads_first: bool) ->
         here = here.inputs[0]
 
 
-def as_input(
-    trace: Trace, value: Value, within: Call, *, heads_first: bool, heads: int = 0
-) -> Reached | None:
+def as_input(trace: Trace, value: Value, view: Axes | None, within: Call) -> Reached | None:
     """Heads as what a projection inside `within` is given, all of them and through views only; or None.
 
     Args:
         trace: the pass.
-        value: heads, before or after positions; the batch and head axes may be one.
+        value: heads.
+        view: how they lie.
         within: where to look.
-        heads_first: whether heads lie before positions.
-        heads: how many there are, if the tensor does not tell.
     """
     copies = {value}
     for later in trace.values[value.number + 1 : within.last]:
         if later.op in ALIASES and later.inputs and later.inputs[0] in copies:
             copies.add(later)
+    if view is not None and view.axes != value.tensor.ndim:
+        return None
+    heads = value.tensor if view is None else view.get(value.tensor)
     for call in trace.inside(within):
         for slot, given in call.inputs.items():
             whole = given in copies and given.tensor.numel() == value.tensor.numel()
             if whole and is_projection(trace, call):
-                view = _heads_of(value, given, heads_first=heads_first, heads=heads)
-                return Reached(call, slot, view) if view is not None else None
+                columns = _columns_of(heads, given)
+                return Reached(call, slot, columns) if columns is not None else None
     return None
 
 
-def as_weighted_input(trace: Trace, value: Value, within: Call, *, heads_first: bool) -> Reached | None:
+def as_weighted_input(trace: Trace, value: Value, view: Axes | None, within: Call) -> Reached | None:
     """Heads as what a projection inside `within` is given after a gate or a norm, each feature in its place.
 
     Args:
         trace: the pass.
-        value: heads, before or after positions.
+        value: heads.
+        view: how they lie.
         within: where to look.
-        heads_first: whether heads lie before positions.
     """
-    if value.tensor.ndim != 4:
+    if view is not None and view.axes != value.tensor.ndim:
         return None
-    count, width = value.tensor.shape[1 if heads_first else 2], value.tensor.shape[3]
-    numbers = torch.arange(count * width).view((count, 1, width) if heads_first else (count, width))
+    heads = value.tensor if view is None else view.get(value.tensor)
+    if heads.ndim != 4:
+        return None
+    count, width = heads.shape[2:]
+    numbers = torch.arange(count * width).view(count, width).expand(heads.shape)
+    numbers = numbers if view is None else view.put(value.tensor, numbers)
     # They lie in memory as the heads do, so that views of these are views of the numbers.
-    lying = torch.empty_like(value.tensor, dtype=torch.long).copy_(numbers.expand(value.tensor.shape))
+    lying = torch.empty_like(value.tensor, dtype=torch.long).copy_(numbers)
     places: dict[Value, Int[Tensor, "..."]] = {value: lying}
     for later in trace.values[value.number + 1 : within.last]:
         found = _placed(later, places)
@@ -99,6 +103,22 @@ def as_weighted_input(trace: Trace, value: Value, within: Call, *, heads_first: 
             same = flat.shape[-1] == count * width and bool((flat == torch.arange(count * width)).all())
             return Reached(call, slot, Columns(0, count, width, width)) if same else None
     return None
+
+
+def why_no_input(trace: Trace, value: Value, within: Call) -> str:
+    """Why no projection inside `within` is given heads, each feature in its place."""
+    projections = [c for c in trace.inside(within) if is_projection(trace, c)]
+    made = {value}
+    for later in trace.values[value.number + 1 : within.last]:
+        if not any(v in made for v in later.inputs):
+            continue
+        if not is_matrix_product(later):
+            made.add(later)
+        elif any(c.first <= later.number < c.last for c in projections):
+            return "more is done to z before the output projection than to weigh its features"
+        else:
+            return "no module is the output projection: the code that attends multiplies with its weight"
+    return "no projection is given what is made of z"
 
 
 def _placed(value: Value, places: Mapping[Value, Int[Tensor, "..."]]) -> Int[Tensor, "..."] | None:
@@ -134,24 +154,18 @@ def behind(value: Value, first: int) -> set[Value]:
     return seen
 
 
-def _heads_of(value: Value, given: Value, *, heads_first: bool, heads: int) -> View:
-    """The view of a flat tensor as heads, if that is what it holds."""
-    tensor, flat = value.tensor, given.tensor
+def _columns_of(heads: Float[Tensor, "batch ..."], given: Value) -> Columns | None:
+    """Where heads lie in a flat tensor, if it holds them."""
+    flat = given.tensor
     if flat.ndim == 2:  # examples and positions on one axis
         flat = flat[None]
-    if flat.ndim != 3:
+    if flat.ndim != 3 or heads.ndim != 4:
         return None
-    if tensor.ndim == 3 and heads and tensor.shape[0] % heads == 0:
-        tensor = tensor.unflatten(0, (-1, heads))
-    if tensor.ndim != 4:
-        return None
-    if heads_first:
-        tensor = tensor.transpose(1, 2)
-    count, width = tensor.shape[-2:]
-    if flat.shape != (*tensor.shape[:2], count * width):
+    count, width = heads.shape[-2:]
+    if flat.shape != (*heads.shape[:2], count * width):
         return None
     columns = Columns(0, count, width, width)
-    return columns if bool((columns.get(flat) == tensor).all()) else None
+    return columns if bool((columns.get(flat) == heads).all()) else None
 
 
 def is_projection(trace: Trace, call: Call) -> bool:

@@ -24,7 +24,7 @@ def bind_reader(
     trace: Trace,
     found: Findings,
     location: Location,
-    heads: Value | None,
+    heads: Value,
     weight: str,
     block: Block,
     owner: Call,
@@ -40,9 +40,6 @@ def bind_reader(
         block: the layer.
         owner: the module that computes attention.
     """
-    if heads is None:
-        found.absent("the heads do not show in the model's own attention code", location)
-        return
     reached = _projection(trace, heads, owner, block)
     if reached is None:
         found.absent("no single projection returns these heads", location)

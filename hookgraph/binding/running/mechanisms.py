@@ -124,6 +124,8 @@ def _hook(
         return partial(_whole_output, change), "output", False
     if anchor.mechanism == "output":
         return partial(_part_of_output, anchor.slot, change), "output", False
+    if anchor.also:
+        return partial(_everywhere, (anchor.slot, *anchor.also), change), "input", True
     if isinstance(anchor.slot, str):
         return partial(_keyword, anchor.slot, change), "input", True
     return partial(_positional, anchor.slot or 0, change), "input", False
@@ -248,6 +250,19 @@ def _keyword(
     raw = kwargs[slot]
     new = change(raw)
     return None if new is raw else (args, {**kwargs, slot: new})
+
+
+def _everywhere(
+    slots: tuple[Slot, ...], change: _Change, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Replace one tensor that is given as several arguments in all of them."""
+    raw = element(args, kwargs, slots[0])
+    new = change(raw)
+    if new is raw:
+        return None
+    for slot in slots:
+        args, kwargs = replaced(args, kwargs, slot, new)
+    return args, kwargs
 
 
 def _whole_output(change: _Change, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ fused attention are asked for, it is computed step by step instead.
 """
 
 from collections.abc import Callable, Mapping, Set
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,20 @@ from hookgraph.binding.running.attention import TapsByCall, Turn, kept_masked, t
 from hookgraph.binding.running.caching import NewStates
 from hookgraph.binding.running.mechanisms import PassState, aside
 from hookgraph.binding.running.modes import WhileRunning
-from hookgraph.binding.tracing.operations import RESULT, Kind, Operand, form_of, fused_arguments
+from hookgraph.binding.tracing.operations import RESULT, SEEN_THROUGH, Kind, Operand, form_of, fused_arguments
 from hookgraph.errors import BindingError
 from hookgraph.hooks.masking import masked_score
 from hookgraph.hooks.taps import Tap
 
 _STATES = frozenset[Role]({"key", "value"})
+_NAMES: Final[Mapping[Kind, str]] = {
+    "product": "matrix product",
+    "softmax": "softmax",
+    "fused": "scaled_dot_product_attention",
+    "split": "split",
+}
+_ANEW: Final = "bind the model on an example like these inputs, bind(model, example=...)"
+
 _INSIDE = frozenset[Role]({"scores", "pattern"})
 
 
@@ -127,15 +135,20 @@ class _Watching(TorchFunctionMode):
         super().__init__()
         self.taps = taps
         self._state, self._change = state, change
+        self._ways = {role: [way.operand for way in anchor.ways] for role, anchor in anchors.items()}
         self._places: dict[tuple[Kind, int], list[tuple[Role, Way]]] = {}
         for role, anchor in anchors.items():
             for way in anchor.ways:
                 self._places.setdefault((way.operand.kind, way.operand.nth), []).append((role, way))
         self._count: dict[Kind, int] = {}
         self._reached: dict[Role, Operand] = {}
+        self._odd: dict[Role, tuple[int, int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in SEEN_THROUGH and not self._state.aside:
+            with self:
+                return SEEN_THROUGH[func](*args, **kwargs)
         form = None if self._state.aside else form_of(func, args, kwargs)
         if form is None:
             return func(*args, **kwargs)
@@ -161,8 +174,9 @@ class _Watching(TorchFunctionMode):
         return result
 
     def _changed(self, role: Role, way: Way, raw: Tensor) -> Tensor:
-        axes = 4 if not isinstance(way.view, Axes) else len(way.view.order) - bool(way.view.heads)
+        axes = way.view.axes if isinstance(way.view, Axes) else 4
         if raw.ndim != axes:  # something else: `check` says so
+            self._odd[role] = (raw.ndim, axes)
             return raw
         self._reached[role] = way.operand
         return self._change(role, way.view, raw)
@@ -200,12 +214,27 @@ class _Watching(TorchFunctionMode):
 
     def check(self, name: str, elsewhere: Set[Role]) -> None:
         """Raise unless everything was reached, but for what is reached `elsewhere`, and nothing more."""
-        missed = self.taps.keys() - self._reached.keys() - elsewhere
-        made: dict[Kind, int] = {x.kind: x.of for x in self._reached.values()}
-        if self.taps and (missed or any(self._count[kind] != of for kind, of in made.items())):
-            places = ", ".join(sorted(str(tap.location) for tap in self.taps.values()))
-            found = ", ".join(f"{number} {kind}" for kind, number in sorted(self._count.items()))
-            raise BindingError(
-                f"{name} does not compute {places} as it did when it was bound (operations in it: {found}): "
-                "leave these locations out, and remove hooks of others that compute inside it"
-            )
+        for role, tap in self.taps.items():
+            why = "" if role in elsewhere else self._why_not(role)
+            if why:
+                raise BindingError(
+                    f"{name} does not compute {tap.location} as it did when it was bound: {why}"
+                )
+
+    def _why_not(self, role: Role) -> str:
+        """Why a tensor was not what it was said to be, and what to do; empty if it was."""
+        ways = [self._reached[role]] if role in self._reached else self._ways[role]
+        used = next((x for x in ways if self._count.get(x.kind)), None)
+        if used is None:
+            kinds = " or ".join(_NAMES[x.kind] for x in ways)
+            return f"it calls no {kinds} now, as with another attn_implementation: bind it as it is used"
+        number = self._count[used.kind]
+        told = f"it calls {_NAMES[used.kind]} {number} times, not {used.of}"
+        if number > used.of:
+            return f"{told}: remove hooks of others that compute inside it; without such {_ANEW}"
+        if number < used.of:
+            return f"{told}: {_ANEW}"
+        if role not in self._reached:
+            axes, expected = self._odd[role]
+            return f"it has {axes} axes there, not {expected}: {_ANEW}"
+        return ""

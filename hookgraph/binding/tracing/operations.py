@@ -5,11 +5,12 @@ Each is described like an Einstein sum: a letter for each axis of what it is giv
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 Kind: TypeAlias = Literal["product", "softmax", "fused", "split"]
@@ -101,10 +102,12 @@ def fused_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str,
 _MATMUL_TERMS: Final[Mapping[tuple[int, ...], tuple[str, ...]]] = {
     (3, 3): ("xik", "xkj", "xij"),
     (4, 4): ("xyik", "xykj", "xyij"),
+    (5, 5): ("xyzik", "xyzkj", "xyzij"),
 }
 _FUSED_TERMS: Final[Mapping[tuple[int, ...], tuple[str, ...]]] = {
     (3, 3, 3): ("xik", "xjk", "xjl", "xil"),
     (4, 4, 4): ("xyik", "xyjk", "xyjl", "xyil"),
+    (5, 5, 5): ("xyzik", "xyzjk", "xyzjl", "xyzil"),
 }
 
 
@@ -123,6 +126,25 @@ def _einsum(args: Sequence[Any]) -> tuple[tuple[int | str, ...], tuple[str, ...]
     terms = given.split(",")
     named = arrow and len(terms) == len(args) - 1 == 2 and "." not in equation
     return ((1, 2), (*terms, result)) if named else ((), ())
+
+
+def _without_asking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of PyTorch once more, but for its question whether it is watched: if it is, it would be
+    handed over as a whole. It must be written in Python.
+    """
+    made = FunctionType(function.__code__, {**function.__globals__, "has_torch_function": _nobody})
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made
+
+
+def _nobody(tensors: object) -> bool:
+    return False
+
+
+SEEN_THROUGH: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
+    multi_head_attention_forward: _without_asking(multi_head_attention_forward)
+}
+"""Functions that call those above, and what to call in place of each to see these."""
 
 
 @final
@@ -144,6 +166,9 @@ class Noticing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in SEEN_THROUGH:
+            with self:
+                return SEEN_THROUGH[func](*args, **kwargs)
         form = form_of(func, args, kwargs)
         if form is None:
             return func(*args, **kwargs)

@@ -116,6 +116,10 @@ def test_updates_that_are_told_apart_by_a_record_are_conserved():
             r"mlp.post\[0\] fails 'conserved' by",
         ),
         (
+            {"location": "attn.z", "mechanism": "own code", "module": f"{ROW}.weft", "role": "out"},
+            r"record of attn.z is malformed: the mechanism .own code. needs an operand, such as \{.kind",
+        ),
+        (
             {"location": "mlp.out", "mechanism": "output", "module": f"{ROW}.dye", "slot": 1},
             r"mlp.out\[0\] fails 'fires once' by 1 ",
         ),

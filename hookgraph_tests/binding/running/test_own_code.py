@@ -1,8 +1,11 @@
 """Attention in code of a model's own: its products, its softmax, its fused attention."""
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from hookgraph import HookGraph, bind
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
@@ -19,6 +22,15 @@ from hookgraph.ontology.transformer import (
     ATTN_SCORES,
     ATTN_V,
     ATTN_Z,
+)
+from hookgraph_tests.binding.test_hand_written import (
+    HEADS,
+    Attention,
+    Heads,
+    head_by_head,
+    joined,
+    softmax,
+    teller,
 )
 from hookgraph_tests.families import tokens
 from hookgraph_tests.tiny import build
@@ -82,10 +94,55 @@ def test_hooks_of_others_that_compute_inside_are_noticed():
     module = module_of(graph, ATTN_SCORES)
     inside = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
     handle = inside.register_forward_hook(lambda m, args, output: output + 0 * (output @ output.mT).sum())
-    with pytest.raises(BindingError, match=r"does not compute attn.q\[0\] as it did when it was bound"):
+    why = r"attn.q\[0\] as it did when it was bound: it calls matrix product 3 times, not 2: remove hooks"
+    with pytest.raises(BindingError, match=why):
         graph.run(IDS, save=[ATTN_Q[0]], metric=lambda x: x[:, 0, 0])
     handle.remove()
     assert graph.run(IDS, save=[ATTN_Q[0]])[ATTN_Q[0]].shape == (2, 6, 4, 8)
+
+
+def plain(own: Heads, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined(softmax(q @ k.mT) @ v)
+
+
+def fused(own: Heads, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined(scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def in_three_axes(own: Heads, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return joined((softmax(q @ k.mT) @ v).unflatten(0, (-1, HEADS)))
+
+
+def with_more(own: Heads, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain(own, x, q, k, v) + 0 * (x @ x.mT).sum()
+
+
+CHANGED: dict[str, tuple[Attention, Attention, str]] = {
+    "another kernel": (plain, fused, "it calls no softmax now, as with another attn_implementation: bind it"),
+    "other axes": (plain, in_three_axes, "it has 3 axes there, not 4: bind the model on an example like"),
+    "more": (plain, head_by_head, "it calls softmax 4 times, not 1: remove hooks of others that compute"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "why"), CHANGED.values(), ids=CHANGED)
+def test_code_that_attends_in_another_way_than_when_it_was_bound_is_refused(
+    before: Attention, after: Attention, why: str
+):
+    model = teller(before)
+    graph = bind(model, check=False)
+    assert graph.run(IDS, save=[ATTN_PATTERN[0]])[ATTN_PATTERN[0]].shape == (2, HEADS, 6, 6)
+    cast(Heads, model.get_submodule("stories.0.heads")).attend = after
+    with pytest.raises(BindingError, match=rf"Heads does not compute attn.pattern\[0\] as it did .*: {why}"):
+        graph.run(IDS, save=[ATTN_PATTERN[0]], metric=lambda x: x[:, 0, 0])
+
+
+def test_code_that_multiplies_less_often_than_when_it_was_bound_is_refused():
+    model = teller(with_more)
+    graph = bind(model, check=False)
+    cast(Heads, model.get_submodule("stories.0.heads")).attend = plain
+    with pytest.raises(BindingError, match="it calls matrix product 2 times, not 3: bind the model on an"):
+        graph.run(IDS, save=[ATTN_Z[0], ATTN_K[0]], metric=lambda x: x[:, 0, 0])
 
 
 def test_hooks_of_others_on_the_module_itself_see_what_it_returns_and_are_not_counted():
