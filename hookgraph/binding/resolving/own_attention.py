@@ -184,16 +184,19 @@ def _of_scores(operations: Sequence[Operation], softmax: Operation, owner: Call,
 
 def _seen(trace: Trace, block: Block, owner: Call, softmax: Value) -> Mapping[Role, Value]:
     """Factors and results of the products that lead to a softmax, and on from it. Queries, or keys, are there
-    only if they are the same in all products that lead to it, and the rest if one product leads on.
+    only if they are the same in all products that lead to it, of one of which rows stay rows; the rest if one
+    product leads on.
     """
     before = behind(softmax, block.call.first)
     made = {v for v in before if v.op in _PRODUCTS and not is_matrix_product(v)}
     inner = {b for v in made for x in v.inputs for b in behind(x, block.call.first)}
     last = sorted(made - inner, key=lambda v: v.number)
+    returned = [next((o.out for o in trace.operations if o.first <= v.number < o.last), v) for v in last]
+    straight = any(not _turned(v, before) for v in returned)
     seen: dict[Role, Value] = {}
     places: tuple[tuple[Role, int], ...] = (("query", -2), ("key", -1))
     for role, place in places:
-        if last and len({_origin(v.inputs[place]) for v in last}) == 1:
+        if straight and len({_origin(v.inputs[place]) for v in last}) == 1:
             seen[role] = last[-1].inputs[place]
     copies = _copies(trace, softmax, owner)
     after = trace.values[softmax.number + 1 : owner.last]

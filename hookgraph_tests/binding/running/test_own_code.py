@@ -32,7 +32,7 @@ from hookgraph_tests.binding.test_hand_written import (
     softmax,
     teller,
 )
-from hookgraph_tests.families import tokens
+from hookgraph_tests.families import binding_of, tokens
 from hookgraph_tests.tiny import build
 
 IDS = tokens(2, 6)
@@ -157,6 +157,43 @@ def test_hooks_of_others_on_the_module_itself_see_what_it_returns_and_are_not_co
     handle.remove()
     assert len(seen) == 1
     assert torch.equal(run[ATTN_SCORES[0]], graph.run(IDS, save=[ATTN_SCORES[0]])[ATTN_SCORES[0]])
+
+
+def trained(*, checkpointed: bool) -> HookGraph:
+    model = build("causal", "gptj").double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return (
+        bind(model.train(), check=False)
+        .hook(ATTN_SCORES[1], lambda x: 2 * x)
+        .hook(ATTN_K[0], lambda k: k + 1)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_own_code_of_checkpointed_layers_runs_again_with_its_edits():
+    asked = [ATTN_SCORES[0], ATTN_Z[1], ATTN_Q[0].grad, ATTN_V[1].grad, ATTN_SCORES[1].grad]
+    found, expected = (
+        trained(checkpointed=x).run(IDS, save=asked, metric=lambda x: x[:, -1, 0]) for x in (True, False)
+    )
+    for location in asked:
+        torch.testing.assert_close(found[location], expected[location])
+
+
+def test_pieces_that_attend_each_alone_are_read_and_edited_as_a_whole():
+    """Pictures of different examples lie in one row, which is split."""
+    graph = bind(build("base", "glm4v_vision").double(), check=False)
+    example = binding_of(graph).example
+    asked = [kind[0] for kind in (ATTN_Q, ATTN_K, ATTN_V, ATTN_Z)]
+    q, k, v, z = graph.run(example, save=asked).values()
+    pattern = (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+    other = graph.hook(ATTN_K[0].at(batch=1), lambda k: 3 * k).run(example, save=asked)[ATTN_Z[0]]
+    torch.testing.assert_close(other[0], z[0])
+    assert not torch.allclose(other[1], z[1])
 
 
 @pytest.mark.filterwarnings("error")
