@@ -37,7 +37,7 @@ def in_pieces(
                     f"shorter inputs or fewer locations ({error})"
                 ) from error
             size = (len(piece) + 1) // 2
-            _release()
+            release()
             continue
         yield piece, result
         done += len(piece)
@@ -51,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 
 
-def _release() -> None:
+def release() -> None:
     """Give cached blocks back, so that smaller pieces may be allocated in their place."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

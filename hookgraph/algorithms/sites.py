@@ -68,6 +68,20 @@ def axes_of(places: Sequence[Location], over: Sequence[str]) -> tuple[Dimension,
     return tuple(Dimension(name) for name in names)
 
 
+def joint_axes(joint: Sequence[str]) -> tuple[str, ...]:
+    """Axes by name, also those that only some places have.
+
+    Raises:
+        LocationError: there is no such axis, or it is the batch.
+    """
+    names = (joint,) if isinstance(joint, str) else tuple(joint)
+    known = {d.value for d in Dimension} - {Dimension.BATCH.value}
+    for name in names:
+        if name not in known:
+            raise LocationError(f"no joint axis is called {name!r}: {nearest(name, known)}")
+    return names
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Contrast:

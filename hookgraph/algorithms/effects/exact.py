@@ -14,10 +14,11 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hookgraph.algorithms.copies import per_copy, run_copies, tile
+from hookgraph.algorithms.effects.examples import Examples, by_examples
 from hookgraph.algorithms.effects.tails import by_start, length_of, same, shifted, tail
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
-from hookgraph.algorithms.memory import in_pieces
+from hookgraph.algorithms.memory import in_pieces, is_out_of_memory, release
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.errors import HookGraphError, LocationError, MetricError
@@ -57,23 +58,27 @@ def exact_effects(
         statistics: means of the whole locations, from `mean_activations`, where `corrupt` is None.
         columns: those of the nodes whose positions count columns of the batch, padding included; those of
             the others count the tokens of each row, as everywhere.
-        batch_size: how many rows are run at once, at most, but one copy of the batch. Where memory does not
-            suffice, fewer are.
+        batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
-        MetricError: the metric of the clean run is not a finite number.
+        MetricError: the metric of the clean run is not a finite number, or has to be divided and cannot be.
     """
     wholes = list(dict.fromkeys(node.whole for node in nodes))
     check_one_contrast(corrupt, statistics)
-    instead = means_instead(graph, clean, statistics)
-    contrast = Contrast.of(
-        graph, clean, corrupt, metric, wholes,
-        replays=True, retains=any(map(is_placed, nodes)), totals=False, instead=instead,
-    )  # fmt: skip
-    return effects_of(contrast, nodes, batch_size, progress, columns)
+
+    def measure(part: Examples) -> Gains:
+        contrast = Contrast.of(
+            graph, part.clean, part.corrupt, part.metric, wholes,
+            replays=True, retains=any(map(is_placed, nodes)), totals=False,
+            instead=means_instead(graph, part.clean, statistics),
+        )  # fmt: skip
+        return effects_of(contrast, nodes, batch_size, progress, columns)
+
+    examples = Examples.of(graph, clean, corrupt, metric)
+    return torch.cat(by_examples(examples, batch_size, measure), -1)
 
 
 def effects_of(
@@ -104,20 +109,49 @@ def effects_of(
     with Progress("exact patching", len(apart), shown=progress) as bar:
         for start, group in by_start(apart, length):
             ordered = sorted(group, key=lambda node: _order(contrast.entries[node.whole]))
-            rows = max(1, batch_size // batch)
-            part = tail(contrast, start) if rows > 1 else None  # one copy of a tail stays as it is
-            rows -= part is not None
-
-            def work(piece: Sequence[Location], start: int = start, part: Contrast | None = part) -> Gains:
-                gains = None if part is None else _tail_gains(part, piece, start, length)
-                return _sweep(contrast, piece, piece, by_row) if gains is None else gains
-
-            for piece, effects in in_pieces(ordered, rows, work):
+            work = _Work(contrast, start, length, max(1, batch_size // batch), by_row)
+            for piece, effects in in_pieces(ordered, work.copies, work):
                 _check_finite(piece, effects)
                 found.update(zip(piece, effects, strict=True))
                 bar.advance(len(piece))
     empty = contrast.measured.new_zeros(0, batch)
     return torch.stack([found[node] for node in nodes]) if nodes else empty
+
+
+@final
+class _Work:
+    """The gains of nodes that begin at one position: from there on where that is possible, or altogether.
+
+    Args:
+        contrast: the clean and corrupt run.
+        start: the first position of the nodes.
+        length: how many positions there are.
+        copies: of the batch, that may be run at once.
+        by_row: the nodes whose positions count the tokens of each row.
+    """
+
+    def __init__(
+        self, contrast: Contrast, start: int, length: int, copies: int, by_row: "_ByRow | None"
+    ) -> None:
+        self._contrast, self._start, self._length, self._by_row = contrast, start, length, by_row
+        self._tail = tail(contrast, start) if copies > 1 else None  # one copy of a tail stays as it is
+        self.copies = copies - (self._tail is not None)
+        """How many nodes may be patched at once."""
+
+    def __call__(self, piece: Sequence[Location]) -> Gains:
+        gains = None if self._tail is None else self._in_tail(self._tail, piece)
+        return _sweep(self._contrast, piece, piece, self._by_row) if gains is None else gains
+
+    def _in_tail(self, part: Contrast, piece: Sequence[Location]) -> Gains | None:
+        """What the tail gives; None, then and from then on, where not even two copies of it fit in memory."""
+        try:
+            return _tail_gains(part, piece, self._start, self._length)
+        except (RuntimeError, MemoryError) as error:
+            if len(piece) > 1 or not is_out_of_memory(error):
+                raise
+        self._tail = None
+        release()
+        return None
 
 
 def _check_finite(nodes: Sequence[Location], effects: Gains) -> None:

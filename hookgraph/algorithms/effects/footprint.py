@@ -1,7 +1,7 @@
 """How much memory a pass takes, measured on one, and how many rows fit into what is allowed."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -9,44 +9,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hookgraph.algorithms.effects.examples import batch_of, rows_of
+from hookgraph.algorithms.effects.examples import Examples
 from hookgraph.errors import HookGraphError
-from hookgraph.graph.abstract import Inputs
-from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.graph.measuring import Metric, ReadingMetric
-from hookgraph.ontology.locations import Location
 
 
-def rows_that_fit(
-    graph: HookGraph,
-    clean: Inputs,
-    metric: Metric,
-    places: Sequence[Location],
-    max_memory: int,
-    batch_size: int,
-) -> int:
-    """How many examples a pass that keeps the gradients of some places may have: at most `batch_size`.
+def rows_that_fit(examples: Examples, work: Callable[[Examples], None], max_memory: int) -> int:
+    """How many examples may be run at once.
 
-    One pass over one example is run and measured; over all of them, where they cannot be divided.
+    `work` is done for one of them and measured; for all, where they cannot be divided.
 
     Raises:
         HookGraphError: one example takes more than `max_memory`.
     """
-    inputs = graph.binding.prepare(clean)
-    count = batch_of(inputs)
-    if isinstance(metric, ReadingMetric) and not graph.registrations:
-        inputs, metric, rows = rows_of(inputs, slice(0, 1), count), metric.rows(slice(0, 1)), 1
-    else:
-        rows = count
+    first = examples.some(range(1)) if examples.divisible else examples
     with Footprint() as footprint:
-        graph.run(inputs, save=[*places, *(x.grad for x in places)], metric=metric, logits=False)
-    fitting = max_memory * rows // max(1, footprint.peak)
+        work(first)
+    fitting = max_memory * len(first) // max(1, footprint.peak)
     if fitting < 1:
         raise HookGraphError(
-            f"a pass over one example takes {footprint.peak / rows / 2**20:.1f} MiB, and max_memory is "
+            f"a pass over one example takes {footprint.peak / len(first) / 2**20:.1f} MiB, and max_memory is "
             f"{max_memory / 2**20:.1f} MiB: allow more, or take shorter inputs or fewer locations"
         )
-    return min(batch_size, fitting)
+    return fitting
 
 
 @final

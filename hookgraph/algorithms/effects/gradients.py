@@ -1,7 +1,8 @@
 """Effects from gradients: at the clean point, or averaged on the way from clean to corrupt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import final
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies
-from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weights
+from hookgraph.algorithms.effects.quadrature import Quadrature, check_rule, nodes_and_weights
 from hookgraph.algorithms.effects.tails import same
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.progress import Progress
@@ -39,12 +40,18 @@ class Path:
         tolerance: double the steps, up to 64, until the residual of each example is at most this share of
             what the site changes; None takes `steps` as they are.
         batch_size: how many rows are run at once, at most.
+
+    Raises:
+        HookGraphError: an unknown rule, or a number of steps that it cannot have.
     """
 
     quadrature: Quadrature
     steps: int
     tolerance: float | None
     batch_size: int
+
+    def __post_init__(self) -> None:
+        check_rule(self.quadrature, self.steps)
 
 
 @final
@@ -59,6 +66,20 @@ class Estimate:
     """The places whose residual exceeds the tolerance."""
     reduced: Mapping[Dimension, str] = field(default_factory=dict[Dimension, str])
     """Axes that the effects do not have any more."""
+    steps: int = 0
+    """The most points that an integral took."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Integral:
+    """Mean gradients, what is missing from their adding up, and the steps that they took."""
+
+    grads: Tensors
+    residual: Float[Tensor, " batch"]
+    steps: int
+    within: bool
+    """Whether the residual is within the tolerance."""
 
 
 def attribution(contrast: Contrast) -> Estimate:
@@ -73,31 +94,26 @@ def integrated(contrast: Contrast, path: Path, progress: bool | None) -> Estimat
     With z(α) = (1 - α) clean + α corrupt at the site and everything else as in the clean run, the effects
     at a site add up to m(clean | site := corrupt) - m(clean), up to the residual.
     """
-    grads: Tensors = {}
-    residuals: Tensors = {}
-    incomplete: list[Location] = []
     sites = contrast.sites()
+    integrals: dict[Location, _Integral] = {}
     with Progress("integrated gradients", len(sites), shown=progress) as bar:
         for site in sites:
+            deltas = {place: contrast.deltas[place] for place in site}
             change = _endpoint(contrast, site) - contrast.measured
-            steps = path.steps
-            while True:
-                found = _mean_gradients(contrast, site, path, steps)
-                residual = _total(contrast, site, found) - change
-                if path.tolerance is None or steps >= _MOST_STEPS or _small(residual, change, path.tolerance):
-                    break
-                steps = min(2 * steps, _MOST_STEPS)
-            grads.update(found)
-            residuals.update(dict.fromkeys(site, residual))
-            if path.tolerance is not None and not _small(residual, change, path.tolerance):
-                incomplete += site
+            found = _adapted(path, partial(_mean_gradients, contrast, site, path), deltas, change)
+            integrals.update(dict.fromkeys(site, found))
             bar.advance()
-    found = estimate(contrast, {place: grads[place] for place in contrast.places})
-    return Estimate(found.effects, found.grads, residuals, tuple(incomplete))
+    found = estimate(contrast, {place: integrals[place].grads[place] for place in contrast.places})
+    return replace(
+        found,
+        residuals={place: x.residual for place, x in integrals.items()},
+        incomplete=tuple(place for place, x in integrals.items() if not x.within),
+        steps=max(x.steps for x in integrals.values()),
+    )
 
 
 def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None) -> Estimate:
-    """delta · the mean of dm/dnode while the embeddings move from clean to corrupt: `steps` passes in all.
+    """delta · the mean of dm/dnode while the embeddings move from clean to corrupt: `steps` rows in all.
 
     Those of an encoder move together with those of the decoder. The residual at an embedding is what the
     effects of all of them add up to, less m(corrupt) - m(clean).
@@ -114,26 +130,55 @@ def integrated_over_inputs(contrast: Contrast, path: Path, progress: bool | None
     corrupt = None if other is None else graph.run(other, save=embeddings)
     ends = {x: torch.zeros_like(clean[x]) if corrupt is None else corrupt[x] for x in embeddings}
     change = _at_end(contrast, graph, ends)
-    nodes, weights = nodes_and_weights(path.quadrature, path.steps)
     batch = len(contrast.measured)
-    wanted = list(dict.fromkeys([*contrast.places, *embeddings]))
-    means: Tensors = {}
-    with Progress("integrated gradients", path.steps, shown=progress) as bar:
+    save = [place.grad for place in dict.fromkeys([*contrast.places, *embeddings])]
+    with Progress("integrated gradients", None if path.tolerance else path.steps, shown=progress) as bar:
 
-        def work(piece: Sequence[int]) -> Run:
-            edited = per_copy(graph, batch)
-            for place, end in ends.items():
-                edited = edited.hook(place, SetTo(_between(clean[place], end, nodes[list(piece)])))
-            save = [place.grad for place in wanted]
-            return run_copies(edited, contrast.base, None, len(piece), metric=contrast.metric, save=save)
+        def means(steps: int) -> Tensors:
+            nodes, weights = nodes_and_weights(path.quadrature, steps)
 
-        for piece, run in in_pieces(range(path.steps), max(1, path.batch_size // batch), work):
-            _accumulate(means, wanted, run, weights[list(piece)])
-            bar.advance(len(piece))
-    parts = [((end - clean[x]) * means[x]).reshape(batch, -1).sum(1) for x, end in ends.items()]
-    residual = torch.stack(parts).sum(0) - change
-    found = estimate(contrast, {place: means[place] for place in contrast.places})
-    return replace(found, residuals=dict.fromkeys(embeddings, residual))
+            def work(piece: Sequence[int]) -> Run:
+                edited = per_copy(graph, batch)
+                for place, end in ends.items():
+                    edited = edited.hook(place, SetTo(_between(clean[place], end, nodes[list(piece)])))
+                return run_copies(edited, contrast.base, None, len(piece), metric=contrast.metric, save=save)
+
+            found: Tensors = {}
+            for piece, run in in_pieces(range(steps), max(1, path.batch_size // batch), work):
+                _accumulate(found, run, weights[list(piece)])
+                bar.advance(len(piece))
+            return found
+
+        whole = _adapted(path, means, {x: end - clean[x] for x, end in ends.items()}, change)
+    found = estimate(contrast, {place: whole.grads[place] for place in contrast.places})
+    return replace(
+        found,
+        residuals=dict.fromkeys(embeddings, whole.residual),
+        incomplete=() if whole.within else tuple(embeddings),
+        steps=whole.steps,
+    )
+
+
+def _adapted(
+    path: Path, means: Callable[[int], Tensors], deltas: Tensors, change: Float[Tensor, " batch"]
+) -> _Integral:
+    """Mean gradients with as many steps as the tolerance takes.
+
+    Args:
+        path: how to integrate.
+        means: the gradients averaged over so many steps.
+        deltas: what moves, which changes the metric by Σ delta · mean gradient, up to the residual.
+        change: by how much it does.
+    """
+    steps = path.steps
+    while True:
+        found = means(steps)
+        parts = [(delta * found[x]).reshape(len(change), -1).sum(1) for x, delta in deltas.items()]
+        residual = torch.stack(parts).sum(0) - change
+        within = path.tolerance is None or _small(residual, change, path.tolerance)
+        if within or steps >= _MOST_STEPS:
+            return _Integral(found, residual, steps, within)
+        steps = min(2 * steps, _MOST_STEPS)
 
 
 def _at_end(contrast: Contrast, graph: HookGraph, ends: Tensors) -> Float[Tensor, " batch"]:
@@ -171,13 +216,13 @@ def _mean_gradients(contrast: Contrast, site: Sequence[Location], path: Path, st
 
     means: Tensors = {}
     for piece, run in in_pieces(range(steps), max(1, path.batch_size // batch), work):
-        _accumulate(means, site, run, weights[list(piece)])
+        _accumulate(means, run, weights[list(piece)])
     return means
 
 
-def _accumulate(means: Tensors, places: Sequence[Location], run: Run, weights: Float[Tensor, "..."]) -> None:
-    for place in places:
-        found = run[place.grad].unflatten(0, (len(weights), -1))
+def _accumulate(means: Tensors, run: Run, weights: Float[Tensor, "..."]) -> None:
+    for gradient, value in run.items():
+        place, found = gradient.activation, value.unflatten(0, (len(weights), -1))
         part = torch.tensordot(weights.to(found), found, dims=1)
         means[place] = means[place] + part if place in means else part
 
@@ -197,12 +242,6 @@ def _endpoint(contrast: Contrast, site: Sequence[Location]) -> Float[Tensor, " b
         graph = graph.hook(place, SetTo(contrast.corrupt[place]))
     run = run_copies(graph, contrast.base, contrast.entry(site), 1, metric=contrast.metric)
     return finite_metric(run)
-
-
-def _total(contrast: Contrast, site: Sequence[Location], grads: Tensors) -> Float[Tensor, " batch"]:
-    """The sum of the effects at a site, per example."""
-    parts = [(contrast.deltas[p] * grads[p]).reshape(len(grads[p]), -1).sum(1) for p in site]
-    return torch.stack(parts).sum(0)
 
 
 def _small(residual: Float[Tensor, " batch"], change: Float[Tensor, " batch"], tolerance: float) -> bool:

@@ -22,7 +22,7 @@ from hookgraph.algorithms.effects.sums import POSITIONS, Mean
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.padding import check_aligned
 from hookgraph.algorithms.progress import Progress
-from hookgraph.algorithms.sites import chosen_places
+from hookgraph.algorithms.sites import chosen_places, joint_axes
 from hookgraph.errors import HookGraphError, InputError, nearest
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -67,7 +67,7 @@ def mean_patching_effect(
             in length.
         steps: points of the path integral.
         quadrature: its rule.
-        tolerance: for `ig`, the share of a site's change that its residual may have.
+        tolerance: for `ig` and `ig_inputs`, the share of a site's change that its residual may have.
         joint: axes whose coordinates are one node.
         statistics: means from `mean_activations`, to stand in where the pairs have no corrupt inputs: what
             mean ablation of each node changes over the data set.
@@ -92,7 +92,7 @@ def mean_patching_effect(
     if positions not in ("aligned", "summed"):
         raise HookGraphError(f"unknown positions {positions!r}: {nearest(positions, ('aligned', 'summed'))}")
     summed = positions == "summed"
-    places = chosen_places(graph, at)
+    places, joint = chosen_places(graph, at), joint_axes(joint)
     measure = partial(
         patching_effect, graph, at=places, method=method, steps=steps, quadrature=quadrature,
         tolerance=tolerance, joint=joint, statistics=statistics, batch_size=batch_size,

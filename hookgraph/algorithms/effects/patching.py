@@ -7,11 +7,12 @@ from typing import Literal, TypeAlias, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.arguments import positive_number, whole_number
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.effects import rules
 from hookgraph.algorithms.effects.enumeration import counted, has_positions, measured_exactly
-from hookgraph.algorithms.effects.exact import exact_effects
-from hookgraph.algorithms.effects.examples import by_examples
+from hookgraph.algorithms.effects.exact import effects_of, exact_effects
+from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.footprint import rows_that_fit
 from hookgraph.algorithms.effects.gradients import (
     Estimate,
@@ -20,17 +21,16 @@ from hookgraph.algorithms.effects.gradients import (
     integrated,
     integrated_over_inputs,
 )
-from hookgraph.algorithms.effects.quadrature import Quadrature
+from hookgraph.algorithms.effects.quadrature import Quadrature, least_steps
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
-from hookgraph.algorithms.sites import Contrast, chosen_places
-from hookgraph.errors import HookGraphError, LocationError, MetricError, nearest
+from hookgraph.algorithms.sites import Contrast, chosen_places, joint_axes
+from hookgraph.errors import HookGraphError, MetricError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.autoencoder import ERROR
-from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 Method: TypeAlias = Literal["attrib", "ig", "ig_inputs", "exact", "atp_star", "relp"]
@@ -80,22 +80,24 @@ def patching_effect(
         method: see above.
         steps: points of the path integral.
         quadrature: the rule of the path integral.
-        tolerance: for `ig`: double the steps, up to 64, until each residual is at most this share of what
-            its site changes. `.incomplete` names the locations where 64 do not suffice.
+        tolerance: for `ig` and `ig_inputs`: double the steps, up to 64, until each residual is at most this
+            share of what its site, or all embeddings together, change. `.incomplete` names the locations
+            where 64 do not suffice; `.convention.steps` is the most that were taken.
         joint: axes whose coordinates are one node, such as `d_head`: their effects are added up, or, by
             `exact`, patched together. An error's coordinates always are.
         statistics: means from `mean_activations`, to stand in where `corrupt` is None.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
-        max_memory: how many bytes a pass may take, at most: one pass over `clean` is measured, and as many
-            rows are run at once as fit, up to `batch_size`.
+        max_memory: how many bytes a pass may take, at most: the method's largest is measured over one
+            example, and as many rows are run at once as fit, up to `batch_size`.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
         Effects over the axes of each location, (batch, pos, ...), to be reduced by name.
 
     Raises:
-        HookGraphError: an unknown method, means beside corrupt inputs, or means for `ig_inputs`; a batch with
-            hooks that has to be divided; inputs that `ig_inputs` cannot move.
+        HookGraphError: an unknown method, a tolerance for one without steps, means beside corrupt inputs, or
+            means for `ig_inputs`; a batch with hooks that has to be divided; inputs that `ig_inputs` cannot
+            move.
         LocationError: no axis is called like a joint one.
         UnknownLocationError: the graph has no such location.
         ShapeMismatchError: clean and corrupt differ in shape or mask.
@@ -112,38 +114,43 @@ def patching_effect(
         raise HookGraphError(
             "ig_inputs moves the embeddings to those of corrupt inputs: means of nodes are none"
         )
-    places = chosen_places(graph, at)
-    joint = _axes(joint)
-    _check_places(graph, clean, places, method)
-    if max_memory is not None:
-        batch_size = rows_that_fit(graph, clean, metric, places, max_memory, batch_size)
-    path = Path(quadrature, steps, tolerance, batch_size)
+    places, joint = chosen_places(graph, at), joint_axes(joint)
+    _check_gradients(graph, places, method)
+    _check_positions(graph, clean, places)
+    path = _path(method, quadrature, steps, tolerance, batch_size)
     ablation = "mean" if statistics is not None else "zero" if corrupt is None else "corrupt"
 
-    def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
-        contrast = Contrast.of(
+    def contrast(part: Examples) -> Contrast:
+        return Contrast.of(
             graph,
-            clean,
-            corrupt,
-            metric,
+            part.clean,
+            part.corrupt,
+            part.metric,
             places,
             gradients=method == "attrib",
             replays=method in ("ig", "exact"),
             wholes=method == "exact",
             retains=method == "exact",
-            instead=means_instead(graph, clean, statistics),
+            instead=means_instead(graph, part.clean, statistics),
         )
-        estimate = _estimate(method, contrast, path, joint, progress)
-        return _result(contrast, estimate, _convention(graph, method, path, ablation))
 
-    found = by_examples(graph, clean, corrupt, metric, batch_size, measure)
+    def measure(part: Examples) -> PatchingEffect:
+        seen = contrast(part)
+        estimate = _estimate(method, seen, path, joint, progress)
+        return _result(seen, estimate, _convention(graph, method, path, estimate, ablation))
+
+    examples = Examples.of(graph, clean, corrupt, metric)
+    if max_memory is not None:
+        rows = rows_that_fit(examples, lambda part: _largest_pass(method, contrast(part), path), max_memory)
+        path = replace(path, batch_size=min(path.batch_size, rows))
+    found = joined(by_examples(examples, path.batch_size, measure))
     reduced = [dim for dim in joint if any(dim in found.dims(x) for x in found.effects)]
     found = found.sum(*reduced) if reduced else found
 
     def remeasure(nodes: Sequence[Location]) -> Float[Tensor, "... batch"]:
         return exact_effects(
-            graph, clean, corrupt, metric, nodes,
-            statistics=statistics, columns=counted(nodes, places), batch_size=batch_size, progress=progress,
+            graph, clean, corrupt, metric, nodes, statistics=statistics,
+            columns=counted(nodes, places), batch_size=path.batch_size, progress=progress,
         )  # fmt: skip
 
     return replace(found, _remeasure=remeasure)
@@ -167,27 +174,41 @@ def _estimate(
             return rules.relp(contrast)
 
 
-def _axes(joint: Sequence[str]) -> tuple[str, ...]:
-    """Axes by name, also those that only some places have.
+def _largest_pass(method: Method, contrast: Contrast, path: Path) -> None:
+    """Take the passes of a method that need the most memory: over one copy of the examples each."""
+    first = min(contrast.places, key=lambda place: place.order)
+    rough = replace(path, steps=least_steps(path.quadrature), tolerance=None, batch_size=1)
+    if method == "exact":
+        effects_of(contrast, [first], batch_size=1, progress=False)
+        return
+    if method == "ig":
+        contrast = replace(contrast, places=[first])
+    _estimate(method, contrast, rough, (), progress=False)
+
+
+def _path(
+    method: Method, quadrature: Quadrature, steps: int, tolerance: float | None, batch_size: int
+) -> Path:
+    """How to integrate, also for methods that do not: what is given to all of them is looked at.
 
     Raises:
-        LocationError: there is no such axis, or it is the batch.
+        HookGraphError: a tolerance for a method without steps, or numbers that cannot be.
     """
-    names = (joint,) if isinstance(joint, str) else tuple(joint)
-    known = {d.value for d in Dimension} - {Dimension.BATCH.value}
-    for name in names:
-        if name not in known:
-            raise LocationError(f"no joint axis is called {name!r}: {nearest(name, known)}")
-    return names
+    if tolerance is not None and method not in _INTEGRALS:
+        raise HookGraphError(
+            f"tolerance={tolerance}: {method} takes no steps that could be adapted to it: leave it out, or "
+            f"use {' or '.join(_INTEGRALS)}"
+        )
+    share = None if tolerance is None else positive_number("tolerance", tolerance)
+    return Path(quadrature, whole_number("steps", steps), share, whole_number("batch_size", batch_size))
 
 
-def _check_places(graph: HookGraph, clean: Inputs, places: Sequence[Location], method: Method) -> None:
-    """Refuse places of which the effects would say something else than their names.
+def _check_positions(graph: HookGraph, clean: Inputs, places: Sequence[Location]) -> None:
+    """Refuse places whose positions would be counted in two ways.
 
     Raises:
         HookGraphError: a location stands beside some of its positions, in a batch in which positions of the
             columns are not those of the tokens.
-        MetricError: a method that follows gradients is to follow one that a dictionary does not pass on.
     """
     parts = {place.whole for place in places if has_positions(place)}
     both = parts & {place.whole for place in places if not has_positions(place)}
@@ -196,6 +217,14 @@ def _check_places(graph: HookGraph, clean: Inputs, places: Sequence[Location], m
             f"{both.pop()} and some of its positions: in a batch with padding the first count "
             "columns, the others tokens: ask for them one after the other"
         )
+
+
+def _check_gradients(graph: HookGraph, places: Sequence[Location], method: Method) -> None:
+    """Refuse to follow gradients that a dictionary does not pass on.
+
+    Raises:
+        MetricError: a place has no other.
+    """
     constant = {
         (s.name, x) for s in graph.subgraphs if s.splice_gradient == "reconstruction" for x in s.sites
     }
@@ -207,16 +236,17 @@ def _check_places(graph: HookGraph, clean: Inputs, places: Sequence[Location], m
             )
 
 
-def _convention(graph: HookGraph, method: Method, path: Path, ablation: str) -> Convention:
-    integral = method in _INTEGRALS
+def _convention(
+    graph: HookGraph, method: Method, path: Path, estimate: Estimate, ablation: str
+) -> Convention:
     gradients = sorted({s.splice_gradient for s in graph.subgraphs} - {""})
     return Convention(
         method,
         ablation=ablation,
-        quadrature=path.quadrature if integral else "",
-        steps=path.steps if integral else 0,
+        quadrature=path.quadrature if method in _INTEGRALS else "",
+        steps=estimate.steps,
         splice_gradient=", ".join(gradients) or "identity",
-        tolerance=path.tolerance if method == "ig" else None,
+        tolerance=path.tolerance,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.arguments import whole_number
 from hookgraph.errors import HookGraphError, nearest
 
 Quadrature: TypeAlias = Literal["gauss-legendre", "midpoint", "trapezoid", "left", "right"]
@@ -21,14 +22,28 @@ def nodes_and_weights(rule: Quadrature, steps: int) -> tuple[Nodes, Nodes]:
     and `midpoint` for degree 1, `left` and `right` for constants.
 
     Raises:
-        HookGraphError: an unknown rule, or too few steps.
+        HookGraphError: an unknown rule, or a number of steps that it cannot have.
+    """
+    check_rule(rule, steps)
+    return _RULES[rule](steps)
+
+
+def check_rule(rule: Quadrature, steps: int) -> None:
+    """Refuse what is no rule.
+
+    Raises:
+        HookGraphError: an unknown rule, too few steps, or no whole number of them.
     """
     if rule not in _RULES:
-        raise HookGraphError(f"unknown quadrature {rule!r}: {nearest(rule, get_args(Quadrature))}")
-    least = 2 if rule == "trapezoid" else 1
-    if steps < least:
+        raise HookGraphError(f"unknown quadrature {rule!r}: {nearest(str(rule), get_args(Quadrature))}")
+    least = least_steps(rule)
+    if whole_number("steps", steps, least=0) < least:
         raise HookGraphError(f"{rule} needs at least {least} steps, not {steps}")
-    return _RULES[rule](steps)
+
+
+def least_steps(rule: Quadrature) -> int:
+    """The fewest steps that a rule can have."""
+    return 2 if rule == "trapezoid" else 1
 
 
 def _gauss_legendre(steps: int) -> tuple[Nodes, Nodes]:

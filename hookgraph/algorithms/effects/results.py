@@ -37,7 +37,7 @@ class Convention:
         sign: what is subtracted from what.
         ablation: what stands in for a node: its `corrupt` value, or `zero`.
         quadrature: the rule of the path integral, if there is one.
-        steps: its number of points.
+        steps: its number of points; with a tolerance, the most that any site took.
         splice_gradient: what the gradient of an injected dictionary is.
         tolerance: the share of a site's change that its residual may have, if steps were adapted to it.
     """

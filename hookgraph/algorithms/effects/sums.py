@@ -51,6 +51,7 @@ class Mean:
             "squares": (double * double).sum("batch"),
             "deltas": deltas.map(Tensor.double).sum("batch"),
         }
+        before = 0 if self.last is None else self.last.convention.steps
         lists = {str(place): value for place, value in effect.residuals.items()}
         if effect.total_effect is not None:
             lists[""] = effect.total_effect
@@ -60,6 +61,7 @@ class Mean:
             lists = {name: torch.cat([values, lists[name]]) for name, values in self.lists.items()}
         light = replace(
             effect,
+            convention=replace(effect.convention, steps=max(effect.convention.steps, before)),
             effects=_dtypes(effects),
             deltas=Attribution({}),
             grads=Attribution({}),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies, tile
-from hookgraph.algorithms.effects.examples import by_examples
+from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.packing import Index, Note, SetCopies, SetEntries
 from hookgraph.algorithms.interventions.sweeps import TOGETHER
@@ -86,8 +86,8 @@ def path_patching(
     _check_apart(graph, ends)
     axes = axes_of(starts, over)
 
-    def measure(clean: Inputs, corrupt: Inputs | None, metric: Metric) -> PatchingEffect:
-        paths = _Paths.of(graph, clean, corrupt, metric, starts, ends)
+    def measure(part: Examples) -> PatchingEffect:
+        paths = _Paths.of(graph, part.clean, part.corrupt, part.metric, starts, ends)
         nodes = {x: _nodes(x, axes, paths.clean[x]) for x in starts}
         effects = paths.effects([n for found in nodes.values() for n in found], batch_size, progress)
         values: dict[Location, Tensor] = {}
@@ -105,7 +105,7 @@ def path_patching(
             _remeasure="it is exact already, and a path is no node that is patched alone",
         )
 
-    return by_examples(graph, clean, corrupt, metric, batch_size, measure)
+    return joined(by_examples(Examples.of(graph, clean, corrupt, metric), batch_size, measure))
 
 
 def _check_apart(graph: HookGraph, receivers: Sequence[Location]) -> None:

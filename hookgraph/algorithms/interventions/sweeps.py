@@ -11,7 +11,7 @@ from hookgraph.algorithms.attribution import Attribution, part_of
 from hookgraph.algorithms.copies import finite_metric
 from hookgraph.algorithms.effects.enumeration import counted
 from hookgraph.algorithms.effects.exact import exact_effects
-from hookgraph.algorithms.effects.examples import by_examples
+from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.sites import axes_of, chosen_places
@@ -86,8 +86,9 @@ def activation_patching(
         raise HookGraphError("denoising runs the corrupt inputs: give them, or use direction='noising'")
     start, other = (corrupt, clean) if denoising and corrupt is not None else (clean, corrupt)
 
-    def measure(start: Inputs, other: Inputs | None, metric: Metric) -> PatchingEffect:
-        start, other = prepare_pair(graph, start, other)
+    def measure(part: Examples) -> PatchingEffect:
+        metric = part.metric
+        start, other = prepare_pair(graph, part.clean, part.corrupt)
         run = graph.run(start, save=places, metric=metric, logits=False)
         end = None if other is None else graph.run(other, save=places, metric=metric, logits=False)
         moving = {x: _moving(x, axes, run[x], None if end is None else end[x]) for x in places}
@@ -111,7 +112,7 @@ def activation_patching(
             _remeasure="it is exact already: every node was patched alone",
         )
 
-    return by_examples(graph, start, other, metric, batch_size, measure)
+    return joined(by_examples(Examples.of(graph, start, other, metric), batch_size, measure))
 
 
 def _moving(

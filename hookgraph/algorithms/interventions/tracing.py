@@ -1,15 +1,19 @@
 """`causal_tracing`: noise on the subject, and one place after another restored."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import SupportsIndex, TypeAlias, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.arguments import positive_number, whole_number
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies
+from hookgraph.algorithms.effects.examples import Examples, by_examples
 from hookgraph.algorithms.interventions.packing import SetEntries
 from hookgraph.algorithms.interventions.traces import CausalTrace, Noise
 from hookgraph.algorithms.memory import in_pieces
@@ -61,7 +65,8 @@ def causal_tracing(
         graph: the hooked model.
         inputs: prompts whose answer the model knows.
         metric: logits -> one number per example, such as `prob(answer)`.
-        subject: the columns of the subject's tokens, for all examples or for each; -1 is the last.
+        subject: the columns of the subject's tokens, for all examples or for each; -1 is the last. A tensor
+            of one axis is taken for all of them, one of two for each.
         at: whole locations of the stream's shape, such as `graph.every(MLP_OUT)`.
         embedding: what is noised; of a model with an encoder, perhaps `ENCODER.EMBED`.
         noise: the standard deviation of the noise, in units of `std`.
@@ -74,50 +79,59 @@ def causal_tracing(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        HookGraphError: `samples`, `window` or `noise` is not positive, or there is no subject.
+        HookGraphError: `samples`, `window`, `noise` or `std` is not positive, or there is no subject.
         LocationError: a location is none of the stream, or a position of the subject is out of range.
         UnknownLocationError: the graph has no such location, or no token embedding.
-        MetricError: the metric is not one finite number per example, in some run.
+        MetricError: the metric is not one finite number per example, in some run; or there are more examples
+            than may be run at once, and it cannot be divided.
 
     Source: Meng et al., "Locating and editing factual associations in GPT", arXiv:2202.05262.
     """
-    for name, value in {"samples": samples, "window": window, "noise": noise}.items():
-        if value <= 0:
-            raise HookGraphError(f"{name}={value}: it has to be positive")
+    samples, window = whole_number("samples", samples), whole_number("window", window)
+    noise = positive_number("noise", noise)
     places = chosen_places(graph, at)
     for place in places:
         if place.dims != _STREAM or place != place.whole or place.site is not None:
             raise LocationError(f"{place} is no whole location with axes batch pos d_model: {place.whole}")
     windows = {x: _window(graph, x, window) for x in places}
-    restored = list(dict.fromkeys(x for found in windows.values() for x in found))
-    prepared = graph.binding.prepare(inputs)
-    base = graph.run(prepared, save=[*restored, embedding], metric=metric, logits=False)
-    clean, embedded = finite_metric(base), base[embedding]
-    real = real_tokens(prepared, embedded, embedding.type.stack)
-    found_std = float(embedded[real].double().std()) if std is None else std
+    examples = Examples.of(graph, inputs, None, metric)
+    found_std = None if std is None else positive_number("std", std)
+    embedded = torch.cat(
+        by_examples(examples, batch_size, lambda x: graph.run(x.clean, save=[embedding])[embedding])
+    )
+    if found_std is None:
+        real = real_tokens(examples.clean, embedded, embedding.type.stack)
+        found_std = float(embedded[real].double().std())
     chosen = _columns(subject, *embedded.shape[:2])
     drawn = _draws(embedded, chosen, noise * found_std, samples, seed)
-    tracing = _Tracing(graph, base, metric, embedding, windows)
-    pieces: list[tuple[Tensor, dict[Location, Tensor]]] = []
-    total = samples * sum(base[x].shape[1] for x in places)
-    with Progress("causal tracing", total, shown=progress) as bar:
-        for _, found in in_pieces(
-            range(samples),
-            max(1, batch_size // len(clean)),
-            lambda part: tracing.effects(drawn[part[0] : part[-1] + 1], batch_size, bar),
-        ):
-            pieces.append(found)
-    effects = {x: torch.cat([found[x] for _, found in pieces], dim=1) for x in places}
+    with Progress("causal tracing", samples * len(examples) * len(places), shown=progress) as bar:
+
+        def trace(part: Examples) -> _Traced:
+            tracing = _Tracing.of(part, embedding, windows)
+            return tracing.all_draws(drawn[:, list(part.rows)], batch_size, bar)
+
+        parts = by_examples(examples, batch_size, trace)
+    effects = {x: torch.cat([part.effects[x] for part in parts], dim=2) for x in places}
     reduced = {Dimension.D_MODEL: "restored together"}
     return CausalTrace(
         Attribution({x: v.mean(1).mT for x, v in effects.items()}, reduced),
         Attribution({x: _standard_error(v).mT for x, v in effects.items()}, reduced),
-        clean,
-        torch.cat([found for found, _ in pieces]).mean(0),
+        torch.cat([part.clean for part in parts]),
+        torch.cat([part.corrupted for part in parts], dim=1).mean(0),
         Noise(tuple(map(tuple, chosen)), noise, found_std, samples, window, seed),
-        _texts(graph, prepared),
+        _texts(graph, examples.clean),
         graph.binding.metadata,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """The metric with and without noise, and what restoring each place at each position adds to it."""
+
+    clean: Float[Tensor, " batch"]
+    corrupted: Float[Tensor, "... batch"]
+    effects: Mapping[Location, Float[Tensor, "pos ... batch"]]
 
 
 def _standard_error(values: Float[Tensor, "pos ... batch"]) -> Float[Tensor, "pos batch"]:
@@ -141,10 +155,8 @@ def _columns(subject: Subject, batch: int, length: int) -> list[list[int]]:
         HookGraphError: there are none, or there is not one sequence per example.
         LocationError: one is out of range.
     """
-    shared = [x for x in subject if isinstance(x, int)]
-    each = [list(x) for x in subject if not isinstance(x, int)]
-    rows = each if each else [shared] * batch
-    if len(rows) != batch or (shared and each) or not all(rows):
+    rows = _told(subject, batch)
+    if len(rows) != batch or not all(rows):
         raise HookGraphError(
             f"subject={subject!r} for a batch of {batch}: give the positions of its tokens, as in [2, 3], "
             "or such a list for each example"
@@ -152,6 +164,23 @@ def _columns(subject: Subject, batch: int, length: int) -> list[list[int]]:
     for outside in (i for row in rows for i in row if not -length <= i < length):
         raise LocationError(f"subject: pos={outside} is out of range, the inputs have {length} positions")
     return [[i % length for i in row] for row in rows]
+
+
+def _told(subject: Subject, batch: int) -> list[list[int]]:
+    """The numbers of a subject, for each example; none where there are other things among them."""
+    plain = subject.tolist() if isinstance(subject, Tensor | np.ndarray) else subject
+    try:
+        told = [
+            operator.index(x)
+            if isinstance(x, SupportsIndex) and not getattr(x, "ndim", 0)
+            else [*map(operator.index, x)]
+            for x in plain
+        ]
+    except TypeError:
+        return []
+    shared = [x for x in told if isinstance(x, int)]
+    each = [x for x in told if not isinstance(x, int)]
+    return [] if shared and each else each or [shared] * batch
 
 
 def _draws(
@@ -188,9 +217,33 @@ class _Tracing:
     base: Run
     metric: Metric
     embedding: Location
-    windows: dict[Location, list[Location]]
+    windows: Mapping[Location, Sequence[Location]]
 
-    def effects(
+    @staticmethod
+    def of(
+        examples: Examples, embedding: Location, windows: Mapping[Location, Sequence[Location]]
+    ) -> "_Tracing":
+        """Run without noise."""
+        graph, metric = examples.graph, examples.metric
+        restored = list(dict.fromkeys(x for found in windows.values() for x in found))
+        base = graph.run(examples.clean, save=restored, metric=metric, logits=False)
+        return _Tracing(graph, base, metric, embedding, windows)
+
+    def all_draws(
+        self, drawn: Float[Tensor, "... batch pos d_model"], batch_size: int, bar: Progress
+    ) -> _Traced:
+        """What restoring does under each draw, as many draws at once as rows are allowed."""
+        clean = finite_metric(self.base)
+        pieces = in_pieces(
+            range(len(drawn)),
+            max(1, batch_size // len(clean)),
+            lambda part: self._effects(drawn[part[0] : part[-1] + 1], batch_size, bar),
+        )
+        found = [effects for _, effects in pieces]
+        effects = {x: torch.cat([effects[x] for _, effects in found], dim=1) for x in self.windows}
+        return _Traced(clean, torch.cat([corrupted for corrupted, _ in found]), effects)
+
+    def _effects(
         self, drawn: Float[Tensor, "... batch pos d_model"], batch_size: int, bar: Progress
     ) -> tuple[Float[Tensor, "... batch"], dict[Location, Float[Tensor, "pos ... batch"]]]:
         """The metric under each draw, and what restoring each place at each position adds to it."""
@@ -213,7 +266,7 @@ class _Tracing:
                 lambda part, x=place, r=restored: self._restored(noised, base, metric, entries[x], r, part),
             ):
                 found.append(measured.view(len(columns), -1) - corrupted)
-                bar.advance(samples * len(columns))
+            bar.advance(samples * batch)
             effects[place] = torch.cat(found).view(-1, samples, batch)
         return corrupted.view(samples, batch), effects
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookgraph.algorithms.effects.footprint import Footprint
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import HuggingFaceBinding
@@ -71,20 +72,61 @@ def test_where_passes_inside_do_not_fit_with_one_copy_the_batch_is_divided(
     assert torch.allclose(found.effects[at[0]], expected.effects[at[0]], rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("size", [4, 8, 16])
-def test_no_pass_has_more_rows_than_asked_for(size: int, monkeypatch: pytest.MonkeyPatch):
+def few(monkeypatch: pytest.MonkeyPatch, most: int = 1_000) -> list[int]:
+    """The rows of every pass from here on; passes of more than `most` run out of memory."""
     forward, rows = HuggingFaceBinding.forward, list[int]()
 
     def counted(binding: HuggingFaceBinding, inputs: Prepared) -> Tensor:
         ids = inputs["input_ids"]
         assert isinstance(ids, Tensor)
         rows.append(len(ids))
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(binding, inputs)
 
     monkeypatch.setattr(HuggingFaceBinding, "forward", counted)
-    graph = bound("gpt2", torch.float64)
+    return rows
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_no_pass_has_more_rows_than_asked_for(size: int, monkeypatch: pytest.MonkeyPatch):
+    graph, rows = bound("gpt2", torch.float64), few(monkeypatch)
     patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]], "exact", joint=["d_head"], batch_size=size)
     assert max(rows) == size
+
+
+def test_the_top_nodes_are_measured_with_no_more_rows_than_the_effects(monkeypatch: pytest.MonkeyPatch):
+    graph, at = bound("gpt2", torch.float64), [ATTN_Z[1]]
+    expected = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at).check(3)
+    rows = few(monkeypatch)
+    found = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at, batch_size=2).check(3)
+    assert max(rows) == 2
+    assert [n.exact for n in found] == pytest.approx([n.exact for n in expected], rel=1e-9)
+    monkeypatch.undo()
+    whole = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at)
+    few(monkeypatch, most=2)
+    assert [n.exact for n in whole.check(3)] == pytest.approx([n.exact for n in expected], rel=1e-9)
+
+
+def test_where_one_row_fits_late_positions_are_patched_in_the_whole_pass(monkeypatch: pytest.MonkeyPatch):
+    graph, measure = bound("llama", torch.float64), logit_diff(3, 5)
+    at, joint = [ATTN_Z[1].at(pos=slice(-2, None))], ["d_head"]
+    expected = patching_effect(graph, CLEAN[:1], CORRUPT[:1], measure, at, "exact", joint=joint)
+    few(monkeypatch, most=1)
+    found = patching_effect(graph, CLEAN[:1], CORRUPT[:1], measure, at, "exact", joint=joint)
+    assert torch.allclose(found.effects[at[0]], expected.effects[at[0]], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["ig_inputs", "relp"])
+def test_the_memory_of_a_pass_is_that_of_the_method(method: Method, monkeypatch: pytest.MonkeyPatch):
+    """Three rows of `attrib` would fit into what is allowed here."""
+    graph, measure = bound("gpt2", torch.float64), logit_diff(3, 5)
+    at = graph.every(ATTN_Z)
+    with Footprint() as one:
+        patching_effect(graph, CLEAN[:1], CORRUPT[:1], measure, at, method, steps=1, batch_size=1)
+    rows, allowed = few(monkeypatch), int(2.95 * one.peak)
+    patching_effect(graph, CLEAN, CORRUPT, measure, at, method, steps=1, max_memory=allowed)
+    assert max(rows) == 2
 
 
 @EACH

@@ -230,3 +230,14 @@ def test_rows_are_as_many_as_fit_into_what_is_allowed():
     assert limited.peak < 0.6 * free.peak
     with pytest.raises(HookGraphError, match="a pass over one example takes"):
         patching_effect(graph(), ids(0), ids(1), metric, [RESID_PRE[0]], max_memory=one.peak // 2)
+
+
+def test_one_joint_axis_may_be_named_by_itself(tmp_path: Path):
+    batch = [(ids(0), ids(1))]
+    listed = mean_patching_effect(graph(), batch, logit_diff(ANSWERS, 9), at=AT, joint=["d_model"])
+    kept = {"at": AT, "checkpoint": tmp_path / "kept"}
+    named = mean_patching_effect(graph(), batch, logit_diff(ANSWERS, 9), joint="d_model", **kept)
+    again = mean_patching_effect(graph(), batch, logit_diff(ANSWERS, 9), joint=["d_model"], **kept)
+    for place in AT:
+        assert torch.equal(named.effects[place], listed.effects[place])
+        assert torch.equal(again.effects[place], listed.effects[place])

@@ -1,8 +1,10 @@
 """Every method of `patching_effect` against a closed form, brute force, and one another."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -112,6 +114,68 @@ def test_adaptive_steps_bring_the_residual_within_the_tolerance_or_say_so():
     )
     assert hopeless.incomplete == (site,)
     assert "not within the tolerance" in repr(hopeless)
+
+
+def test_steps_over_inputs_adapt_to_the_tolerance_too():
+    graph, at = bound("gpt2", torch.float64), [ATTN_Z[1]]
+    given = (graph, tokens(), tokens(seed=1), logit_diff(3, 5), at, "ig_inputs")
+    found = patching_effect(*given, steps=1, tolerance=0.01)
+    plain = patching_effect(*given, steps=found.convention.steps)
+    total = found.total_effect
+    assert total is not None
+    assert bool((found.residuals[EMBED].abs() <= 0.01 * total.abs()).all())
+    assert 1 < found.convention.steps <= 64
+    assert found.convention.tolerance == 0.01
+    assert torch.allclose(found.effects[at[0]], plain.effects[at[0]], rtol=1e-12, atol=1e-15)
+    hopeless = patching_effect(*given, steps=64, quadrature="left", tolerance=1e-9)
+    assert hopeless.incomplete == (EMBED,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "attrib", "tolerance": 0.1}, "attrib takes no steps that could be adapted to it"),
+        ({"method": "ig", "tolerance": -1}, "tolerance=-1: it has to be a positive number"),
+        ({"method": "ig", "tolerance": float("nan")}, "tolerance=nan: it has to be a positive number"),
+        ({"method": "ig", "steps": 2.5}, "steps=2.5: it has to be a whole number"),
+        ({"method": "attrib", "steps": 0}, "steps=0: it has to be a whole number"),
+        ({"method": "attrib", "quadrature": "simpson"}, "unknown quadrature 'simpson'"),
+        ({"batch_size": 0}, "batch_size=0: it has to be a whole number"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_by_every_method(given: dict[str, Any], message: str):
+    with unchecked(), pytest.raises(HookGraphError, match=message):
+        patching_effect(toy(), CLEAN, CORRUPT, metric, [MLP_OUT[1]], **given)
+
+
+def test_what_was_adapted_is_told_of_all_sites_and_examples_and_can_be_kept(tmp_path: Path):
+    graph, site = toy(quadratic=True), RESID_PRE[0]
+    given: dict[str, Any] = {"method": "ig", "steps": np.int64(2), "tolerance": np.float32(0.25)}
+    with unchecked():
+        found = patching_effect(graph, CLEAN, CORRUPT, metric, [site], quadrature="left", **given)
+    assert found.convention.steps in (4, 8, 16, 32, 64)
+    found.save(tmp_path / "effect")
+    assert hg.PatchingEffect.load(tmp_path / "effect").convention == found.convention
+
+
+class Divided:
+    """A metric with nothing but a method `rows`."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[:, -1].gather(1, self.tokens[:, None])[:, 0]
+
+    def rows(self, chosen: slice) -> "Divided":
+        return Divided(self.tokens[chosen])
+
+
+def test_a_metric_with_a_method_for_some_rows_is_divided():
+    own, at = Divided(torch.tensor([3, 4])), [ATTN_OUT[1]]
+    found = patching_effect(toy(), CLEAN, CORRUPT, own, at, batch_size=1)
+    whole = patching_effect(toy(), CLEAN, CORRUPT, own, at)
+    assert torch.allclose(found.effects[at[0]], whole.effects[at[0]], rtol=1e-12, atol=1e-14)
 
 
 # --- brute force, on models ------------------------------------------------------------------------

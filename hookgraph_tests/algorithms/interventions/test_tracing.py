@@ -1,16 +1,22 @@
 """Causal tracing against passes written by hand."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hookgraph.algorithms import CausalTrace, causal_tracing
 from hookgraph.algorithms.metrics import logit_diff
+from hookgraph.binding import HuggingFaceBinding
 from hookgraph.errors import HookGraphError, LocationError, UnknownLocationError
+from hookgraph.graph.abstract import Prepared
 from hookgraph.locations import ATTN_OUT, ATTN_Z, EMBED, MLP_OUT, RESID_POST
 from hookgraph_tests.families import FAMILIES, bound, tokens
 from hookgraph_tests.toy import toy_graph, toy_tokens
+from hookgraph_tests.unchecked import unchecked
 
 MEASURE = logit_diff([3, 4], 5)
 
@@ -95,9 +101,63 @@ def test_a_trace_is_kept_drawn_and_averaged(tmp_path: Path):
         found.mean("pos").plot()
 
 
+def test_no_pass_has_more_rows_than_asked_for_and_examples_are_divided(monkeypatch: pytest.MonkeyPatch):
+    graph, ids, subject = bound("gpt2", torch.float64), tokens(5), [[1], [2], [1, 2], [3], [1]]
+    measure = logit_diff([3, 4, 5, 6, 7], 8)
+    expected = causal_tracing(graph, ids, measure, subject, [MLP_OUT[1]], samples=3)
+    forward, rows = HuggingFaceBinding.forward, list[int]()
+
+    def counted(binding: HuggingFaceBinding, inputs: Prepared) -> Tensor:
+        ids = inputs["input_ids"]
+        assert isinstance(ids, Tensor)
+        rows.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(binding, inputs)
+
+    monkeypatch.setattr(HuggingFaceBinding, "forward", counted)
+    for size in (2, 256):
+        rows.clear()
+        found = causal_tracing(graph, ids, measure, subject, [MLP_OUT[1]], samples=3, batch_size=size)
+        assert size > 2 or max(rows) == 2
+        assert torch.allclose(found.effects[MLP_OUT[1]], expected.effects[MLP_OUT[1]], atol=1e-10)
+        assert torch.allclose(found.errors[MLP_OUT[1]], expected.errors[MLP_OUT[1]], atol=1e-10)
+        assert torch.allclose(found.clean, expected.clean, atol=1e-10)
+        assert torch.allclose(found.corrupted, expected.corrupted, atol=1e-10)
+
+
+def test_numbers_and_positions_may_be_those_of_tensors(tmp_path: Path):
+    graph, ids = bound("gpt2"), tokens()
+    expected = causal_tracing(graph, ids, MEASURE, [[1, 2], [2, 3]], [MLP_OUT[0]], std=0.5, samples=2)
+    subject = torch.tensor([[1, 2], [2, 3]])
+    with unchecked():
+        found = causal_tracing(
+            graph, ids, MEASURE, subject, [MLP_OUT[0]],  # pyright: ignore[reportArgumentType]
+            noise=np.float32(3), std=torch.tensor(0.5), samples=2,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+    found.save(tmp_path / "trace")
+    assert CausalTrace.load(tmp_path / "trace").noise == expected.noise
+    assert torch.equal(found.effects[MLP_OUT[0]], expected.effects[MLP_OUT[0]])
+
+
+@pytest.mark.parametrize(
+    ("subject", "given", "message"),
+    [
+        (3, {}, "subject=3 for a batch of 2: give the positions"),
+        (torch.tensor(3), {}, "for a batch of 2: give the positions"),
+        ([1], {"std": 0.0}, "std=0.0: it has to be a positive number"),
+        ([1], {"std": -1.0}, "std=-1.0: it has to be a positive number"),
+        ([1], {"batch_size": 0}, "batch_size=0: it has to be a whole number, at least 1"),
+    ],
+)
+def test_what_names_no_noise_is_refused(subject: Any, given: dict[str, Any], message: str):
+    with unchecked(), pytest.raises(HookGraphError, match=message):
+        causal_tracing(bound("gpt2"), tokens(), MEASURE, subject, [MLP_OUT[0]], **given)
+
+
 def test_bad_requests_are_refused():
     graph, ids = bound("gpt2"), tokens()
-    with pytest.raises(HookGraphError, match="samples=0: it has to be positive"):
+    with pytest.raises(HookGraphError, match="samples=0: it has to be a whole number, at least 1"):
         causal_tracing(graph, ids, MEASURE, [1], [MLP_OUT[0]], samples=0)
     with pytest.raises(HookGraphError, match="give the positions of its tokens"):
         causal_tracing(graph, ids, MEASURE, [], [MLP_OUT[0]])
