@@ -3,13 +3,14 @@
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hookgraph.algorithms.arguments import whole_number
+from hookgraph.algorithms.parts import index_columns, part_of, parts_of
 from hookgraph.algorithms.ranking import Node, Ranking
 from hookgraph.errors import HookGraphError, LocationError, nearest
 from hookgraph.graph.storage import Tensors
@@ -48,6 +49,11 @@ class Attribution(Mapping[Location, Tensor]):
     reduced: Mapping[Dimension, str] = field(default_factory=dict[Dimension, str])
 
     def __getitem__(self, location: Location) -> Shaped[Tensor, "..."]:
+        if not isinstance(location, Location):  # pyright: ignore[reportUnnecessaryIsInstance] (users)
+            raise LocationError(
+                f"effects are by Location, and {location!r} is {type(location).__name__}: use "
+                f"Location.parse({str(location)!r})"
+            )
         found = self.values_by_location.get(location)
         if found is None:
             near = nearest(str(location), map(str, self))
@@ -88,6 +94,8 @@ class Attribution(Mapping[Location, Tensor]):
         values: dict[Location, Tensor] = {}
         for location, value in self.items():
             axes = [i for i, d in enumerate(self.dims(location)) if d in chosen]
+            if axes and how == "mean" and not value.is_floating_point():
+                value = value.to(torch.get_default_dtype())  # of a mask, the share of nodes where it holds
             reduce = torch.sum if how == "sum" else torch.mean
             values[location] = reduce(value, dim=axes) if axes else value
         return Attribution(values, {**self.reduced, **dict.fromkeys(chosen, how)})
@@ -212,7 +220,7 @@ class Attribution(Mapping[Location, Tensor]):
         """The nodes whose number is not zero (or, of a comparison, where it holds), as parts of locations."""
         found: list[Location] = []
         for location, value in self.items():
-            found += [self._node(location, place) for place in value.nonzero().tolist()]
+            found += parts_of(location, self.dims(location), value.shape, value.nonzero())
         return tuple(found)
 
     def count(self) -> int:
@@ -222,11 +230,17 @@ class Attribution(Mapping[Location, Tensor]):
     def nodes(self) -> Iterator[Node]:
         """Every node: each location, indexed along the axes that are left."""
         for location, value in self.items():
-            for place, number in zip(_indices(value), value.flatten().tolist(), strict=True):
-                yield Node(self._node(location, place), number)
+            points = torch.ones_like(value, dtype=torch.bool).nonzero()
+            parts = parts_of(location, self.dims(location), value.shape, points)
+            yield from map(Node, parts, value.flatten().tolist())
 
     def top(self, k: int = 10) -> Ranking:
-        """The k nodes with the largest |number|. Reduce axes first to say what a node is."""
+        """The k nodes with the largest |number|. Reduce axes first to say what a node is.
+
+        Raises:
+            HookGraphError: k is no number of nodes.
+        """
+        k = whole_number("k", k, least=0)
         ranked: list[tuple[float, Location, int]] = []
         for location, value in self.items():
             flat = value.flatten().to(torch.uint8) if value.dtype == torch.bool else value.flatten()
@@ -247,15 +261,14 @@ class Attribution(Mapping[Location, Tensor]):
         """One row per node: location, its indices, and the number."""
         import pandas as pd
 
-        rows = [
-            {
-                "location": str(n.location.whole),
-                **{d.value: i for d, i in n.location.index},
-                "effect": n.effect,
-            }
-            for n in self.nodes()
-        ]
-        return pd.DataFrame(rows)
+        tables: list[pd.DataFrame] = []
+        for location, value in ((x, v) for x, v in self.items() if v.numel()):
+            indices = index_columns(location, self.dims(location), value.shape)
+            numbers = value.detach().cpu().flatten()
+            effect = (numbers.double() if numbers.is_floating_point() else numbers).numpy()
+            name = [str(location.whole)] * len(numbers)
+            tables.append(pd.DataFrame({"location": name, **indices, "effect": effect}))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def _nth(self, location: Location, number: int) -> Location:
         """The node of the n-th number at a location."""
@@ -276,9 +289,9 @@ class Attribution(Mapping[Location, Tensor]):
 
     def _repr_html_(self) -> str:
         if not self.is_mask:
-            return self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
+            return self.top(20).to_html()
         held, nodes = self.count(), sum(v.numel() for v in self.values())
-        shown = self.top(min(20, held))._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        shown = self.top(min(20, held)).to_html()
         return f"<p>mask over {len(self)} locations, holds at {held} of {nodes} nodes</p>{shown}"
 
     def pack(self, prefix: str) -> tuple[dict[str, Shaped[Tensor, "..."]], list[str]]:
@@ -313,38 +326,6 @@ class Attribution(Mapping[Location, Tensor]):
 
 
 Values: TypeAlias = Mapping[Location, Shaped[Tensor, "..."]]
-
-
-def part_of(location: Location, index: Mapping[Dimension, int], shape: Mapping[Dimension, int]) -> Location:
-    """A node as a part of its location, in the location's own coordinates.
-
-    An effect over a location that was indexed by a list or a slice counts from 0 within that choice.
-
-    Args:
-        location: what the effect is over.
-        index: the node, counted within the effect.
-        shape: how many entries the effect has along each axis.
-    """
-    chosen = dict(location.index)
-    return location.at(**{d.value: _absolute(chosen.get(d), i, shape[d]) for d, i in index.items()})
-
-
-def _absolute(part: object, i: int, count: int) -> int:
-    """The i-th of the `count` entries that a part selects."""
-    if isinstance(part, tuple):
-        return part[i]
-    if not isinstance(part, slice):
-        return i
-    start, stop, step = part.start or 0, part.stop, part.step or 1
-    if start < 0 and (stop is None or stop < 0) and count < len(range(start, stop or 0, step)):
-        # It begins before the first entry, so with that one; in single steps it is counted from its end.
-        start = 0 if step > 1 else (stop or 0) - count
-    return start + i * step
-
-
-def _indices(value: Tensor) -> Iterator[tuple[int, ...]]:
-    """The index of each number, in order."""
-    return product(*map(range, value.shape))
 
 
 def _told(reduced: Mapping[Dimension, str]) -> str:

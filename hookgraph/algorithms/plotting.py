@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError
+from hookgraph.errors import HookGraphError, nearest
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
@@ -85,6 +85,10 @@ def layer_maps(
         kinds.setdefault(_kind(location), []).append(location)
     if not kinds:
         raise HookGraphError("there are no effects to draw")
+    left = {axis for found in axes.values() for axis in found}
+    for name in labels or {}:
+        if name not in left:
+            raise HookGraphError(f"there are labels for {name!r}, which no map has: {nearest(name, left)}")
     return [_grid(kind, where, effects, axes, labels or {}) for kind, where in kinds.items()]
 
 

@@ -79,6 +79,10 @@ class Ranking(Sequence[Node]):
         return self.to_frame().to_string(float_format=lambda x: f"{x:+.4f}")
 
     def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_html(self) -> str:
+        """The table as HTML."""
         return self.to_frame().to_html(float_format=lambda x: f"{x:+.4f}")
 
 

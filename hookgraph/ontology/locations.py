@@ -159,9 +159,7 @@ class Location:
 
     def __post_init__(self) -> None:
         _check(self)
-        key = (self.type, self.layer, self.site, self.subgraph, self.pass_type)
-        index = tuple((d, (i.start, i.stop, i.step) if isinstance(i, slice) else i) for d, i in self.index)
-        object.__setattr__(self, "_hash", hash((key, index)))
+        object.__setattr__(self, "_hash", _hash(_key(self), self.index))
 
     def __hash__(self) -> int:
         return self._hash
@@ -227,6 +225,27 @@ class Location:
         ordered = tuple(sorted(chosen.items(), key=lambda pair: pair[0].value))
         return dataclasses.replace(self, index=ordered)
 
+    def entries(self, dims: Sequence[Dimension], points: Iterable[Sequence[int]]) -> Iterator["Location"]:
+        """Parts at single entries along some axes, which `at` gives one by one: many, checked once.
+
+        Args:
+            dims: the axes.
+            points: the entries of each part along them.
+        """
+        index = self.at(**{d.value: 0 for d in dims}).index
+        where = [dims.index(d) if d in dims else None for d, _ in index]
+        names = ("type", "layer", "site", "subgraph", "pass_type")
+        same = [(name, getattr(self, name)) for name in names]
+        key, put = _key(self), object.__setattr__
+        for point in points:
+            part = object.__new__(Location)
+            for name, value in same:
+                put(part, name, value)
+            told = tuple([(d, i if k is None else point[k]) for (d, i), k in zip(index, where, strict=True)])
+            put(part, "index", told)
+            put(part, "_hash", _hash(key, told))
+            yield part
+
     def within(self, site: "Location", subgraph: str) -> "Location":
         """This location as one of the subgraph `subgraph` that is injected at `site`."""
         return dataclasses.replace(self, site=site.whole, subgraph=subgraph)
@@ -282,6 +301,17 @@ def declared() -> tuple[LocationType, ...]:
 def reserve_declared() -> None:
     """From now on no type may take the name of another one that is declared already."""
     _reserved.update(_declared)
+
+
+def _key(location: Location) -> int:
+    """A hash of everything that is compared but the index."""
+    return hash((location.type, location.layer, location.site, location.subgraph, location.pass_type))
+
+
+def _hash(key: int, index: Sequence[tuple[Dimension, Index]]) -> int:
+    """A hash of the index too; slices have none of their own."""
+    told = [(d.value, (i.start, i.stop, i.step) if isinstance(i, slice) else i) for d, i in index]
+    return hash((key, *told))
 
 
 def _check(location: Location) -> None:

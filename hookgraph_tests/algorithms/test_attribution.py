@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
+from hookgraph.algorithms.parts import part_of
 from hookgraph.errors import HookGraphError, LoadError, LocationError
 from hookgraph.graph import storage
 from hookgraph.locations import ATTN_Z, MLP_OUT
 from hookgraph.ontology.autoencoder import ERROR, LATENTS
 from hookgraph.ontology.locations import Location
+from hookgraph_tests.unchecked import unchecked
 
 LATENT = LATENTS().within(MLP_OUT[1], "sae")
 LOST = ERROR().within(MLP_OUT[1], "sae")
@@ -198,3 +201,42 @@ def test_an_incomplete_effect_says_so():
     for told in (repr(effect()), effect()._repr_html_()):  # pyright: ignore[reportPrivateUsage]
         assert "not within the tolerance of 0.1: mlp.out[1]/sae/latents" in told
         assert "total effect" in told
+
+
+def test_tables_and_nodes_are_those_of_each_node_by_itself():
+    """Of parts, joint axes, reduced ones, a location with a fixed entry, and one without numbers."""
+    fixed = ATTN_Z[1].at(head=2, pos=slice(1, 4))
+    values = {**drawn(), fixed: torch.randn(2, 3, 4), MLP_OUT[0].at(pos=slice(9, 10)): torch.zeros(2, 0, 8)}
+    for given in (
+        Attribution(values),
+        Attribution(values).sum("pos"),
+        Attribution(values).mean("batch", "d_head"),
+    ):
+        nodes: list[tuple[Location, float]] = []
+        for location, value in given.items():
+            axes = [d for d in given.dims(location) if d not in location.type.joint]
+            sizes = dict(zip(given.dims(location), value.shape, strict=True))
+            for place in torch.ones_like(value).nonzero().tolist():
+                point = dict(zip(given.dims(location), place, strict=True))
+                told = part_of(location, {d: point[d] for d in axes}, sizes)
+                nodes.append((told, float(value[tuple(place)])))
+        assert [(n.location, n.effect) for n in given.nodes()] == nodes
+        assert [hash(n.location) for n in given.nodes()] == [hash(x) for x, _ in nodes]
+        assert given.nonzero() == tuple(x for x, effect in nodes if effect)
+        rows = [
+            {"location": str(x.whole), **{d.value: i for d, i in x.index}, "effect": effect}
+            for x, effect in nodes
+        ]
+        pandas.testing.assert_frame_equal(given.to_frame(), pandas.DataFrame(rows))
+
+
+def test_the_mean_of_a_mask_is_the_share_where_it_holds():
+    mask = drawn() > 0
+    assert torch.allclose(mask.mean("pos")[LATENT], mask[LATENT].float().mean(1))
+
+
+def test_what_is_no_location_or_no_number_of_nodes_is_refused():
+    with unchecked(), pytest.raises(LocationError, match=r"use Location.parse\('attn.z\[0\]'\)"):
+        drawn()["attn.z[0]"]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(HookGraphError, match="k=-1: it has to be a whole number, at least 0"):
+        drawn().top(-1)

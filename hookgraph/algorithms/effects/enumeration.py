@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hookgraph.algorithms.attribution import part_of
 from hookgraph.algorithms.effects.exact import effects_of
 from hookgraph.algorithms.effects.gradients import Estimate
+from hookgraph.algorithms.parts import part_of
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location

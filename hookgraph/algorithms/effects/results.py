@@ -171,7 +171,7 @@ class PatchingEffect:
 
     def _repr_html_(self) -> str:
         told = "".join(f"<p>{escape(line)}</p>" for line in self._told())
-        return told + self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return told + self.top(20).to_html()
 
     def save(self, path: str | Path) -> None:
         """Write effects, deltas, gradients, residuals and conventions to a safetensors file.

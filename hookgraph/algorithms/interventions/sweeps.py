@@ -7,13 +7,14 @@ from typing import Literal, TypeAlias, get_args
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from hookgraph.algorithms.attribution import Attribution, part_of
+from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric
 from hookgraph.algorithms.effects.enumeration import counted
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.pairs import prepare_pair
+from hookgraph.algorithms.parts import part_of
 from hookgraph.algorithms.sites import axes_of, chosen_places
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms import plotting
+from hookgraph.algorithms.arguments import whole_number
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.ranking import Ranking
 from hookgraph.errors import HookGraphError
@@ -91,7 +92,7 @@ class CausalTrace:
     def to_frame(self) -> "pandas.DataFrame":
         """One row per location and position: its indices, the effect and its standard error."""
         frame = self.effects.to_frame()
-        frame["error"] = [node.effect for node in self.errors.nodes()]
+        frame["error"] = self.errors.to_frame()["effect"]
         return frame
 
     def plot(self, example: int = 0) -> "matplotlib.figure.Figure":
@@ -100,8 +101,11 @@ class CausalTrace:
         Of one example, unless the batch was averaged.
 
         Raises:
-            HookGraphError: the position axis is gone, or matplotlib is not installed.
+            HookGraphError: the position axis is gone, there is no such example, or matplotlib is missing.
         """
+        count = len(self.noise.positions)
+        if not 0 <= whole_number("example", example, least=0) < count:
+            raise HookGraphError(f"example={example} is out of range, the trace has {count}, counted from 0")
         kinds: dict[str, list[Location]] = {}
         for location in self.effects:
             if Dimension.POS not in self.effects.dims(location):
@@ -130,7 +134,7 @@ class CausalTrace:
         return f"causal trace, noise {told}\n{measured}\n{self.top(8)!r}"
 
     def _repr_html_(self) -> str:
-        return self.top(20)._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return self.top(20).to_html()
 
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file."""

@@ -1,7 +1,7 @@
 """`causal_tracing`: noise on the subject, and one place after another restored."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex, TypeAlias, final
 
@@ -168,19 +168,19 @@ def _columns(subject: Subject, batch: int, length: int) -> list[list[int]]:
 
 def _told(subject: Subject, batch: int) -> list[list[int]]:
     """The numbers of a subject, for each example; none where there are other things among them."""
-    plain = subject.tolist() if isinstance(subject, Tensor | np.ndarray) else subject
     try:
-        told = [
-            operator.index(x)
-            if isinstance(x, SupportsIndex) and not getattr(x, "ndim", 0)
-            else [*map(operator.index, x)]
-            for x in plain
-        ]
+        told = [_integers(x) for x in subject]
     except TypeError:
         return []
     shared = [x for x in told if isinstance(x, int)]
     each = [x for x in told if not isinstance(x, int)]
     return [] if shared and each else each or [shared] * batch
+
+
+def _integers(value: SupportsIndex | Iterable[SupportsIndex]) -> int | list[int]:
+    """One position or several, a tensor or an array of them too."""
+    plain = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    return operator.index(plain) if isinstance(plain, SupportsIndex) else [*map(operator.index, plain)]
 
 
 def _draws(

@@ -97,6 +97,8 @@ def test_a_trace_is_kept_drawn_and_averaged(tmp_path: Path):
     rows = [text.get_text() for text in mean.plot().axes[0].get_yticklabels()]
     assert rows == ["0", "1*", "2*", "3", "4", "5"]
     assert list(mean.to_frame().columns) == ["location", "pos", "effect", "error"]
+    with pytest.raises(HookGraphError, match="example=7 is out of range, the trace has 2"):
+        found.plot(example=7)
     with pytest.raises(HookGraphError, match="do not reduce pos"):
         found.mean("pos").plot()
 
