@@ -20,6 +20,7 @@ from hookgraph.locations import (
     ATTN_SCORES,
     ATTN_V,
     ATTN_Z,
+    RESID_MID,
 )
 from hookgraph.ontology.locations import LocationType
 from hookgraph_tests.families import binding_of, tokens
@@ -269,6 +270,28 @@ def test_attention_that_is_there_in_parts_is_not_said_to_be_missing():
     for kind in (ATTN_OUT, ATTN_Q):
         with pytest.raises(UnknownLocationError, match=r"\[0\]: layer 0 adds 2 updates of this kind"):
             graph.check(kind[0])
+
+
+class Weighed(Story):
+    """Weighs what attention adds, feature by feature."""
+
+    def __init__(self) -> None:
+        super().__init__(keys_first)
+        self.weight = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream after it."""
+        x = x + self.weight * self.heads(self.first(x))
+        return x + self.think(self.second(x))
+
+
+def test_an_update_that_the_layer_weighs_itself_is_absent_with_the_reason_and_the_rest_is_there():
+    model = teller(keys_first)
+    model.stories = nn.ModuleList(Weighed().double() for _ in range(2))
+    graph = bind(model, check=False)
+    with pytest.raises(UnknownLocationError, match="the layer multiplies what a module returns with weights"):
+        graph.check(ATTN_OUT[0])
+    assert {ATTN_RESULT[0], RESID_MID[0]} <= set(graph.locations)
 
 
 def test_fused_queries_keys_and_values_of_a_head_are_told_apart():

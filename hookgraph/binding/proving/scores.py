@@ -16,6 +16,11 @@ from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import AttentionTypes
 
 _SCORES: Final = "scores = q k times a number"
+_APART: Final = "each head has keys and values of its own"
+_REPEATED: Final = (
+    "every {} heads in a row are the same, which the model repeats before it multiplies them: to edit the "
+    "one they are copies of, edit all of these alike"
+)
 _PATTERN: Final = "pattern = softmax(scores)"
 _Z: Final = "z = pattern v"
 
@@ -26,6 +31,10 @@ def of_scores(types: AttentionTypes, layer: int, present: Values) -> Iterator[Id
     q, k, v, scores, pattern, z = (kind[layer] for kind in kinds)
     if all(x in present for x in (q, k, scores)):
         yield _of_queries(q, k, scores, present)
+    for location in (k, v):
+        copies = _copies_of_each(present[location]) if location in present else 1
+        if copies > 1:
+            yield Unapplied(_APART, (location,), _REPEATED.format(copies))
     if scores in present and pattern in present:
         yield _of_softmax(scores, pattern, present)
     if all(x in present for x in (pattern, v, z)):
@@ -77,6 +86,18 @@ def _of_values(pattern: Location, v: Location, z: Location, present: Values) -> 
 
 def _sizes(locations: tuple[Location, ...], present: Values) -> str:
     return ", ".join(f"{x.type} {' '.join(map(str, present[x].shape[1:]))}" for x in locations)
+
+
+def _copies_of_each(heads: Float[Tensor, "batch key_pos kv_head ..."]) -> int:
+    """How many heads in a row are the same, throughout."""
+    count = heads.shape[2] if heads.ndim == 4 and heads.any() else 1
+    sizes = (n for n in range(count, 1, -1) if count % n == 0)
+    return next((n for n in sizes if _are_alike(heads, n)), 1)
+
+
+def _are_alike(heads: Float[Tensor, "batch key_pos kv_head ..."], copies: int) -> bool:
+    in_a_row = heads.unflatten(2, (-1, copies))
+    return bool((in_a_row == in_a_row[:, :, :, :1]).all())
 
 
 def _pairable(q: Tensor, k: Tensor, scores: Tensor) -> bool:

@@ -232,6 +232,8 @@ def _bind_insides(
 def _bind_update(trace: Trace, found: Findings, location: Location, block: Block, update: Update) -> bool:
     if update.call is None:
         own = "the update is computed by the layer itself, no module returns it"
+        if update.source is not None:
+            own = "the layer multiplies what a module returns with weights of its own, no module returns that"
         found.absent("it is added at some positions only" if update.step.partial else own, location)
         return False
     slot = next(s for s, v in update.call.outputs.items() if v is update.value)

@@ -62,6 +62,15 @@ def test_an_equation_that_is_left_out_tells_between_which_locations_and_why():
     assert "their sizes do not fit: attn.q 5 4 3, attn.k 5 2 3, attn.scores 4 5 6" in str(sunk[MADE])
 
 
+def test_heads_that_the_model_repeats_are_said_to_be_the_same():
+    present = values()
+    present[ATTN_V[0]] = present[ATTN_V[0]].repeat_interleave(2, 2)
+    repeated = equations(present)["each head has keys and values of its own"]
+    assert isinstance(repeated, Unapplied)
+    assert repeated.about == (ATTN_V[0],)
+    assert repeated.why.startswith("every 2 heads in a row are the same, which the model repeats before it")
+
+
 def test_what_is_left_out_stands_among_the_gaps_beside_what_is_proven():
     def of_queries(graph: HookGraph) -> list[Gap]:
         return [g for g in graph.report.gaps if g.location == ATTN_Q[0] and g.invariant == "conserved"]
