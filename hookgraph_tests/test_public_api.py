@@ -31,6 +31,11 @@ def test_every_name_is_in_the_reference(name: str):
         assert found.__module__ in DOCUMENTED
 
 
+@pytest.mark.parametrize("name", hg.algorithms.__all__)
+def test_every_algorithm_is_reached_from_the_top(name: str):
+    assert getattr(hg, name) is getattr(hg.algorithms, name)
+
+
 def test_a_star_import_gives_these_names_and_no_others():
     given: dict[str, object] = {}
     exec("from hookgraph import *", given)

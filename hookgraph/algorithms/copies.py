@@ -16,6 +16,11 @@ from hookgraph.hooks.editing import Hook
 from hookgraph.hooks.positions import ByPosition
 from hookgraph.ontology.locations import Location
 
+USUAL_REASONS = (
+    "a log or a root of what may fall to 0, a masked row, or an overflow in half precision, are usual reasons"
+)
+"""Of what is no finite number."""
+
 
 def run_copies(
     graph: HookGraph,
@@ -31,9 +36,7 @@ def run_copies(
 
     Row i belongs to example i modulo the batch. At `entry` enters `value`, by default what the run saved.
     """
-    if base.metric is None:
-        raise ValueError("the base run was measured")
-    tiled = Tiled(metric, len(base.metric), copies)
+    tiled = Tiled(metric, len(base.measured), copies)
     if entry is None:
         inputs = graph.binding.prepare(dict(base.inputs), copies=copies)
         return graph.run(inputs, save=save, metric=tiled, logits=False)
@@ -78,12 +81,28 @@ def finite_metric(run: Run) -> Float[Tensor, " batch"]:
     Raises:
         MetricError: it is not a number in some example.
     """
-    if run.metric is None:
-        raise ValueError("this run was not measured")
-    if not bool(run.metric.isfinite().all()):
-        bad = (~run.metric.isfinite()).nonzero().flatten().tolist()
+    bad = (~run.measured.isfinite()).nonzero().flatten().tolist()
+    if bad:
         raise MetricError(
             f"the metric is not a finite number in example {', '.join(map(str, bad))}: look at the logits of "
-            "these inputs; a masked row, an overflow in half precision or a log of 0 are usual reasons"
+            f"these inputs; {USUAL_REASONS}"
         )
-    return run.metric
+    return run.measured
+
+
+def finite_per_copy(
+    values: Float[Tensor, "... batch"], nodes: Sequence[Location]
+) -> Float[Tensor, "... batch"]:
+    """What was measured in each copy of a batch, of which each has one node patched.
+
+    Raises:
+        MetricError: it is not a number in some example.
+    """
+    wrong = (~values.isfinite()).nonzero().tolist()
+    if wrong:
+        copy, example = wrong[0]
+        raise MetricError(
+            f"the metric is not a finite number in example {example} where {nodes[copy]} is patched: look at "
+            f"the logits there; {USUAL_REASONS}"
+        )
+    return values

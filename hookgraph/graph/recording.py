@@ -141,6 +141,11 @@ class Recorder:
         for whole, value in zip(wholes, inputs, strict=True):
             if not value.requires_grad:
                 raise MetricError(f"{whole} was computed without gradients, as in {_REENTRANT}")
+        if not metric.requires_grad and torch.is_inference_mode_enabled():
+            raise MetricError(
+                f"{wholes[0].grad} is a gradient, and torch.inference_mode() is on, in which there are none: "
+                "leave it, or use torch.no_grad() instead, which a pass with gradients lifts"
+            )
         if not metric.requires_grad:
             raise MetricError(f"the metric does not depend on {', '.join(map(str, wholes))}")
         total = metric.sum()

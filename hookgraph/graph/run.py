@@ -61,6 +61,17 @@ class Run(Mapping[Location, Tensor]):
             object.__setattr__(self, "_logits", found)
         return found
 
+    @property
+    def measured(self) -> Float[Tensor, " batch"]:
+        """The metric of a run that was given one.
+
+        Raises:
+            HookGraphError: it was given none.
+        """
+        if self.metric is None:
+            raise HookGraphError("this run was not measured: give graph.run a metric")
+        return self.metric
+
     def __getitem__(self, location: Location) -> Shaped[Tensor, "..."]:
         """The saved value at a location; of one that was saved whole, any part of it as well.
 

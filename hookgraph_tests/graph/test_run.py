@@ -104,6 +104,13 @@ def test_a_location_that_is_not_declared_is_an_error_of_the_file(tmp_path: Path)
         Run.load(path)
 
 
+def test_what_was_measured_is_there_or_an_error():
+    run = toy_graph().run(toy_tokens(), metric=metric)
+    assert run.measured is run.metric
+    with pytest.raises(HookGraphError, match=r"not measured: give graph.run a metric"):
+        toy_graph().run(toy_tokens()).measured  # noqa: B018 (raises)
+
+
 def test_printing_a_run_lists_names_shapes_and_dtypes():
     lines = repr(example()).splitlines()
     assert lines[0] == "Run of 4 locations"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from hookgraph.algorithms.effects.exact import effects_of
@@ -58,10 +58,18 @@ def counted(nodes: Sequence[Location], places: Sequence[Location]) -> set[Locati
     return {node for node in nodes if node.whole not in parts}
 
 
+def moving(
+    delta: Shaped[Tensor, "batch ..."],
+    before: Shaped[Tensor, "batch ..."],
+    after: Shaped[Tensor, "batch ..."],
+) -> Bool[Tensor, "..."]:
+    """Which entries differ in any example, by more than rounding."""
+    size = torch.maximum(before.abs(), after.abs())
+    return (delta.abs() > _SAME * size).any(0)
+
+
 def _moving(place: Location, contrast: Contrast, joint: Sequence[str]) -> Bool[Tensor, "..."]:
     """Which nodes differ in any example: over the axes of the place but the batch."""
-    delta = contrast.deltas[place].abs()
-    size = torch.maximum(contrast.clean[place].abs(), contrast.corrupt[place].abs())
-    moved = (delta > _SAME * size).any(0)
+    moved = moving(contrast.deltas[place], contrast.clean[place], contrast.corrupt[place])
     together = [i for i, d in enumerate(place.dims[1:]) if d in place.type.joint or d in joint]
     return moved.amax(together, keepdim=True) if together else moved

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hookgraph.algorithms.copies import per_copy, run_copies, tile
+from hookgraph.algorithms.copies import finite_per_copy, per_copy, run_copies, tile
 from hookgraph.algorithms.effects.examples import Examples, by_examples
 from hookgraph.algorithms.effects.tails import by_start, length_of, same, shifted, tail
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
@@ -111,8 +111,7 @@ def effects_of(
             ordered = sorted(group, key=lambda node: _order(contrast.entries[node.whole]))
             work = _Work(contrast, start, length, max(1, batch_size // batch), by_row)
             for piece, effects in in_pieces(ordered, work.copies, work):
-                _check_finite(piece, effects)
-                found.update(zip(piece, effects, strict=True))
+                found.update(zip(piece, finite_per_copy(effects, piece), strict=True))
                 bar.advance(len(piece))
     empty = contrast.measured.new_zeros(0, batch)
     return torch.stack([found[node] for node in nodes]) if nodes else empty
@@ -152,21 +151,6 @@ class _Work:
         self._tail = None
         release()
         return None
-
-
-def _check_finite(nodes: Sequence[Location], effects: Gains) -> None:
-    """Whether the metric stayed a number.
-
-    Raises:
-        MetricError: it did not, with the node where it was patched.
-    """
-    fine = effects.isfinite().all(1)
-    if not bool(fine.all()):
-        node = nodes[int((~fine).nonzero()[0])]
-        raise MetricError(
-            f"the metric is not a finite number where {node} is patched: a log or a root of what may fall "
-            "below 0, or an overflow in half precision, are usual reasons"
-        )
 
 
 def _check_rows(contrast: Contrast) -> None:
@@ -232,9 +216,7 @@ def _sweep(
 
 
 def _gains(run: Run, clean: Float[Tensor, " batch"]) -> Gains:
-    if run.metric is None:
-        raise ValueError("the run was measured")
-    return run.metric.view(-1, len(clean)) - clean
+    return run.measured.view(-1, len(clean)) - clean
 
 
 def _patched(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies
+from hookgraph.algorithms.copies import USUAL_REASONS, finite_metric, per_copy, run_copies
 from hookgraph.algorithms.effects.quadrature import Quadrature, check_rule, nodes_and_weights
 from hookgraph.algorithms.effects.tails import same
 from hookgraph.algorithms.memory import in_pieces
@@ -259,7 +259,6 @@ def estimate(contrast: Contrast, grads: Tensors) -> Estimate:
     for place, effect in effects.items():
         if not bool(effect.isfinite().all()):
             raise MetricError(
-                f"the gradient of the metric at {place} is not a finite number: a log or a root of what may "
-                "fall to 0, or an overflow in half precision, are usual reasons"
+                f"the gradient of the metric at {place} is not a finite number: {USUAL_REASONS}"
             )
     return Estimate(effects, grads)

@@ -7,7 +7,7 @@ import torch
 
 from hookgraph.algorithms.interventions.replacements import Constant, Shuffled
 from hookgraph.algorithms.interventions.samples import ActivationSamples
-from hookgraph.algorithms.interventions.statistics import AblationStatistics
+from hookgraph.algorithms.interventions.statistics import MADE_BY, AblationStatistics
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.hook_graph import HookGraph
@@ -17,8 +17,6 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 AblationMode: TypeAlias = Literal["zero", "mean", "resample", "optimal"]
-
-_MADE_BY = {"mean": "mean_activations", "optimal": "optimal_constants", "resample": "sample_activations"}
 
 
 def ablate(
@@ -82,7 +80,7 @@ def _replacement(
     Raises:
         HookGraphError: the mode needs other statistics.
     """
-    if mode == "zero":
+    if mode == "zero" and statistics is None:
         return torch.zeros_like
     if mode == "resample" and statistics is None:
         return Shuffled.of(place, seed)
@@ -90,5 +88,8 @@ def _replacement(
         return statistics.hook(place, seed)
     if mode in ("mean", "optimal") and isinstance(statistics, AblationStatistics):
         return Constant(place, statistics.of(place, mode))
+    if mode == "zero":
+        raise HookGraphError("zero ablation takes no statistics: leave them out, or use mode='mean'")
     found = f", not {type(statistics).__name__}" if statistics is not None else ""
-    raise HookGraphError(f"{mode} ablation needs statistics={_MADE_BY[mode]}(graph, data, at){found}")
+    made = "sample_activations" if mode == "resample" else MADE_BY[mode]
+    raise HookGraphError(f"{mode} ablation needs statistics={made}(graph, data, at){found}")

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies, tile
+from hookgraph.algorithms.copies import finite_metric, finite_per_copy, per_copy, run_copies, tile
 from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.packing import Index, Note, SetCopies, SetEntries
@@ -20,7 +20,7 @@ from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import axes_of, chosen_places
 from hookgraph.algorithms.streams import own_update, updates_of_all_stacks
-from hookgraph.errors import HookGraphError, MetricError
+from hookgraph.errors import HookGraphError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -237,19 +237,5 @@ class _Paths:
 
 
 def _measured(run: Run, nodes: Sequence[Sender]) -> Float[Tensor, "... batch"]:
-    """The metric of each copy, one for each sender.
-
-    Raises:
-        MetricError: it is not a number in some example.
-    """
-    if run.metric is None:
-        raise ValueError("this run was not measured")
-    found = run.metric.view(len(nodes), -1)
-    wrong = (~found.isfinite()).nonzero().tolist()
-    if wrong:
-        copy, example = wrong[0]
-        raise MetricError(
-            f"the metric is not a finite number in example {example} where {nodes[copy][0]} is patched: look "
-            "at its logits there"
-        )
-    return found
+    """The metric of each copy, one for each sender."""
+    return finite_per_copy(run.measured.view(len(nodes), -1), [place for place, _ in nodes])

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.arguments import whole_number
 from hookgraph.algorithms.interventions.replacements import Drawn
 from hookgraph.algorithms.padding import check_finite, real_tokens, weights_at
 from hookgraph.algorithms.progress import Progress
@@ -109,12 +110,14 @@ def sample_activations(
 
     Raises:
         InputError: there is no data, or whole examples are padded or differ in length.
+        HookGraphError: `count` is no positive number.
         LocationError: tokens are drawn, and a location has no positions, or key positions.
         MetricError: a value is not finite.
         UnknownLocationError: the graph has no such location.
 
     Source: Chan et al., "Causal scrubbing" (2022).
     """
+    count = whole_number("count", count)
     places = chosen_places(graph, at)
     for place in places if not per_position else ():
         if place.dims[:2] != (Dimension.BATCH, Dimension.POS) or dict(place.index).get(Dimension.POS):

@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.padding import check_finite, weights_at
+from hookgraph.algorithms.padding import check_aligned, check_finite, weights_at
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, InputError, LocationError, nearest
@@ -19,6 +19,8 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 _KIND = "ablation statistics"
+MADE_BY = {"mean": "mean_activations", "optimal": "optimal_constants"}
+"""What makes the constants of a mode."""
 _ALONG = (Dimension.BATCH, Dimension.POS)
 Constants = Mapping[Location, Float[Tensor, "..."]]
 
@@ -51,9 +53,8 @@ class AblationStatistics:
         """
         found = self.means if mode == "mean" else self.optimal
         if location not in found:
-            made = "mean_activations" if mode == "mean" else "optimal_constants"
             near = nearest(str(location), map(str, found))
-            raise HookGraphError(f"no {mode} of {location} is known: give it to {made}; {near}")
+            raise HookGraphError(f"no {mode} of {location} is known: give it to {MADE_BY[mode]}; {near}")
         return found[location]
 
     def __repr__(self) -> str:
@@ -132,7 +133,7 @@ def mean_activations(
                 weight = weight.expand(_counted(place, value))
                 axes = [i for i, d in enumerate(place.dims) if d in _ALONG]
                 if per_position and Dimension.POS in place.dims:
-                    _check_side(place, weight)
+                    check_aligned(place, inputs)
                     axes = [0]
                 _add(sums, place, (value * weight).sum(axes, keepdim=True)[0])
                 _add(counts, place, weight.sum(axes, keepdim=True)[0])
@@ -141,19 +142,6 @@ def mean_activations(
         raise InputError("there is no data to take means of: pass an iterable of batches")
     means = {x: sums[x] / counts[x].clamp(min=1) for x in places}
     return AblationStatistics(means, counts, metadata=graph.binding.metadata)
-
-
-def _check_side(place: Location, weight: Float[Tensor, "batch ..."]) -> None:
-    """Refuse columns that are another position in each row.
-
-    Raises:
-        InputError: a row begins with padding.
-    """
-    if not bool(weight.select(place.dims.index(Dimension.POS), 0).all()):
-        raise InputError(
-            f"{place}: with padding on the left a column is another position in each row: pad on the right, "
-            "or take means over all positions"
-        )
 
 
 def _counted(place: Location, value: Tensor) -> list[int]:

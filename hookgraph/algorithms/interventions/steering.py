@@ -12,7 +12,7 @@ from torch import Tensor
 from hookgraph.algorithms.padding import check_finite, real_tokens
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
-from hookgraph.errors import HookGraphError, InputError
+from hookgraph.errors import HookGraphError, InputError, LocationError
 from hookgraph.graph import storage
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
@@ -102,21 +102,30 @@ def steering_vector(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        InputError: there are no pairs, or a batch has more positive than negative examples.
+        InputError: there are no pairs, one is something else, or a batch has more positive than negative
+            examples.
+        LocationError: `at` is no location.
         HookGraphError: the location has no positions, or an example is too short.
         MetricError: a value is not finite.
         UnknownLocationError: the graph has no such location.
 
     Source: Turner et al., arXiv:2308.10248; Rimsky et al., arXiv:2312.06681.
     """
+    if not isinstance(at, Location):  # pyright: ignore[reportUnnecessaryIsInstance] (users)
+        raise LocationError(f"at={at!r}: a steering vector is read at one location, such as RESID_POST[6]")
     place = chosen_places(graph, [at])[0]
     if place.dims[:2] != (Dimension.BATCH, Dimension.POS) or Dimension.POS in dict(place.index):
         raise HookGraphError(f"{place} has no whole axis of positions to read: leave `pos` out of it")
     total: Tensor | None = None
     count = 0
     with Progress("steering vector", None, shown=progress) as bar:
-        for positive, negative in pairs:
-            first, second = (_read(graph, place, x, pos) for x in (positive, negative))
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance] (users)
+                raise InputError(
+                    "a batch of pairs is (positive, negative): pass a list of such, [(positive, negative)] "
+                    "if there is one"
+                )
+            first, second = (_read(graph, place, x, pos) for x in pair)
             if len(first) != len(second):
                 raise InputError(f"a batch has {len(first)} positive and {len(second)} negative examples")
             difference = first.sum(0) - second.sum(0)

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric
-from hookgraph.algorithms.effects.enumeration import counted
+from hookgraph.algorithms.effects.enumeration import counted, moving
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
@@ -123,9 +124,10 @@ def _moving(
     after: Shaped[Tensor, "..."] | None,
 ) -> Bool[Tensor, "..."]:
     """Which nodes patching changes in any example; without a second run, those that are not zero already."""
-    moved = before != 0 if after is None else before != after
-    joint = [i for i, d in enumerate(place.dims) if d not in axes]
-    return moved.amax(joint)
+    after = torch.zeros_like(before) if after is None else after
+    moved = moving(after - before, before, after)
+    joint = [i for i, d in enumerate(place.dims[1:]) if d not in axes]
+    return moved.amax(joint) if joint else moved
 
 
 def nodes_over(place: Location, axes: Sequence[Dimension], sizes: dict[Dimension, int]) -> list[Location]:

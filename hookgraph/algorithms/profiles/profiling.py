@@ -114,15 +114,13 @@ class _Step:
         graph = per_copy(contrast.graph, batch).hook(whole, self._moved(piece))
         entry = contrast.entries[whole]
         run = run_copies(graph, contrast.base, entry, len(piece), metric=contrast.metric, save=[whole.grad])
-        if run.metric is None:
-            raise ValueError("the run was measured")
         delta = contrast.deltas[whole]
         gradients = run[whole.grad].split(batch)
         slopes = [
             (read(node, gradient) * read(node, delta)).flatten(1).sum(1)
             for (node, _), gradient in zip(piece, gradients, strict=True)
         ]
-        return run.metric.view(-1, batch), torch.stack(slopes)
+        return run.measured.view(-1, batch), torch.stack(slopes)
 
     def _moved(self, piece: Sequence[_Point]) -> Callable[[Tensor], Tensor]:
         clean, corrupt = (x[self.whole] for x in (self.contrast.clean, self.contrast.corrupt))

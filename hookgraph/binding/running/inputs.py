@@ -93,6 +93,8 @@ def prepare(
     # The tokens come first: their rows are the examples, where positions may be given once for all.
     names = sorted(arguments, key=lambda name: name not in _ROWS)
     arguments = {k: _moved(arguments[k], device) for k in names}
+    if "decoder_input_ids" in arguments or "decoder_input_ids" not in accepted.names:
+        arguments.pop("labels", None)  # they make a loss, of all logits, which nothing here reads
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):
         _check_ids(ids, vocabulary)

@@ -242,3 +242,15 @@ def test_what_no_embedding_carries_does_not_move():
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_inference_mode_is_named_as_the_reason_for_missing_gradients():
+    with torch.inference_mode(), pytest.raises(MetricError, match=r"torch.inference_mode\(\) is on"):
+        patching_effect(gpt2(), CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]])
+
+
+def test_labels_of_a_data_collator_do_not_matter():
+    clean, corrupt = ({"input_ids": x, "labels": x} for x in (CLEAN, CORRUPT))
+    found = patching_effect(gpt2(), clean, corrupt, MEASURE, [ATTN_Z[1]])
+    plain = patching_effect(gpt2(), CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]])
+    assert torch.equal(found.effects[ATTN_Z[1]], plain.effects[ATTN_Z[1]])

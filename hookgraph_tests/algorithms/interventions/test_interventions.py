@@ -24,6 +24,7 @@ from hookgraph.locations import ATTN_OUT, ATTN_PATTERN, ATTN_Z, LOGITS, MLP_OUT,
 from hookgraph.ontology.locations import Location
 from hookgraph_tests.families import bound, model_of, tokens
 from hookgraph_tests.toy import toy_graph, toy_of, toy_tokens
+from hookgraph_tests.unchecked import unchecked
 
 MODELS = ("gpt2", "llama")
 MEASURE = logit_diff([3, 4], 5)
@@ -177,6 +178,13 @@ def test_bad_requests_are_refused():
         mean_activations(graph, [], [ATTN_OUT[0]])
     with pytest.raises(InputError, match="there are no pairs"):
         steering_vector(graph, [], ATTN_OUT[0])
+    with (
+        unchecked(),
+        pytest.raises(InputError, match="a batch of pairs is "),
+    ):
+        steering_vector(graph, [(ids, ids, ids)], ATTN_OUT[0])  # pyright: ignore[reportArgumentType]
+    with unchecked(), pytest.raises(LocationError, match="a steering vector is read at one location"):
+        steering_vector(graph, [(ids, ids)], [ATTN_OUT[0]])  # pyright: ignore[reportArgumentType]
     with pytest.raises(HookGraphError, match="pos=5 is out of range"):
         steering_vector(graph, [(ids, ids)], ATTN_OUT[0], pos=5)
     with pytest.raises(LocationError, match="an axis per key"):

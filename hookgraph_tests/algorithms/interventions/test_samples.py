@@ -192,3 +192,12 @@ def test_a_mask_of_tokens_says_nothing_of_patches():
     graph = bound("gpt2", torch.float64)
     wide = {"attention_mask": torch.ones(2, 9), "input_ids": ids}
     assert weights_at(graph, MLP_OUT[0], patches.double(), wide).shape == (2, 1, 1)
+
+
+def test_a_number_of_samples_that_is_none_and_statistics_for_zeros_are_refused():
+    graph = toy_graph()
+    with pytest.raises(HookGraphError, match="count=0: it has to be a whole number, at least 1"):
+        sample_activations(graph, [toy_tokens()], [MLP_OUT[1]], count=0)
+    means = mean_activations(graph, [toy_tokens()], [MLP_OUT[1]])
+    with pytest.raises(HookGraphError, match="zero ablation takes no statistics"):
+        ablate(graph, [MLP_OUT[1]], "zero", statistics=means)
