@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import hookgraph as hg
+from hookgraph import algorithms
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 PAGES = "\n".join(page.read_text(encoding="utf-8") for page in REFERENCE.glob("*.md"))
@@ -31,9 +32,9 @@ def test_every_name_is_in_the_reference(name: str):
         assert found.__module__ in DOCUMENTED
 
 
-@pytest.mark.parametrize("name", hg.algorithms.__all__)
+@pytest.mark.parametrize("name", algorithms.__all__)
 def test_every_algorithm_is_reached_from_the_top(name: str):
-    assert getattr(hg, name) is getattr(hg.algorithms, name)
+    assert getattr(hg, name) is getattr(algorithms, name)
 
 
 def test_a_star_import_gives_these_names_and_no_others():

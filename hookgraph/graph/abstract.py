@@ -149,6 +149,11 @@ class AbstractBinding(ABC):
         """What results should remember of the model: its name, revision, dtype."""
         return {}
 
+    @property
+    def fingerprint(self) -> str:
+        """A short name of what tells the model from others of its name, such as of its weights."""
+        return ""
+
 
 @final
 @dataclass(frozen=True, slots=True)

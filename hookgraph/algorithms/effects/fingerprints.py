@@ -23,8 +23,8 @@ def fingerprint(value: object) -> str:
     """A short name of what a value holds, the same in another process.
 
     Tensors, modules and dataclasses are told by type and contents; functions by name, code and the values
-    that they close over; models by name, revision, class and dtype; objects of other kinds by their type
-    alone.
+    that they close over; models by name, revision, class, dtype and fingerprint; objects of other kinds by
+    their type alone.
     """
     found = _Contents()
     found.add(value)
@@ -98,7 +98,7 @@ def _held(value: object) -> Iterable[object]:
         case nn.Module():
             return [dict(value.state_dict())]
         case AbstractBinding():
-            return [dict(value.metadata)]
+            return [dict(value.metadata), value.fingerprint]
         case partial():
             return [value.func, value.args, value.keywords]
         case MethodType():

@@ -108,7 +108,8 @@ def mean_patching_effect(
         }
         integral = {"steps": steps, "quadrature": quadrature, "tolerance": tolerance}
         told = {"statistics": fingerprint(statistics), **parts_of(graph), **graph.binding.metadata}
-        kept = Checkpoint(checkpoint, {**plan, **integral, **told})
+        weights = {"weights": graph.binding.fingerprint}
+        kept = Checkpoint(checkpoint, {**plan, **integral, **told, **weights})
         state = kept.resume()
         mean = mean if state is None else Mean.unpack(state)
     every = len(pairs) if isinstance(pairs, Sized) else None

@@ -16,6 +16,7 @@ from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.running.attention import Interior, TapsByCall
 from hookgraph.binding.running.compiled import as_written
 from hookgraph.binding.running.experts import ExpertsInterior
+from hookgraph.binding.running.identity import fingerprint, identity
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.running.mechanisms import (
     PassState,
@@ -71,7 +72,7 @@ class HuggingFaceBinding(AbstractBinding):
         self._modules = dict(model.named_modules())
         self._checkpointed = [m for m in self._modules.values() if hasattr(m, "gradient_checkpointing")]
         self._embedding = embedding_of(model)
-        self._identity = _identity(model)
+        self._identity = identity(model)
         self._accepted = Accepted.by(model)
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
@@ -351,12 +352,7 @@ class HuggingFaceBinding(AbstractBinding):
         """Name, revision, class and dtype of the model."""
         return {**self._identity, "dtype": str(self._parameter.dtype).removeprefix("torch.")}
 
-
-def _identity(model: PreTrainedModel) -> Mapping[str, str]:
-    """Which model this is: every run remembers it, and a configuration is slow to ask."""
-    config: Any = model.config
-    return {
-        "model": str(getattr(config, "_name_or_path", "") or config.model_type),
-        "revision": str(getattr(config, "_commit_hash", None) or ""),
-        "class": type(model).__name__,
-    }
+    @property
+    def fingerprint(self) -> str:
+        """A short name of the configuration, and of some entries of every weight as they are now."""
+        return fingerprint(self.model)

@@ -20,7 +20,7 @@ from hookgraph.errors import HookGraphError, InputError, LoadError, MetricError,
 from hookgraph.graph.measuring import Metric
 from hookgraph.hooks.editing import Hook
 from hookgraph.locations import ATTN_PATTERN, ATTN_Z, MLP_OUT, RESID_PRE
-from hookgraph_tests.families import bound
+from hookgraph_tests.families import bound, model_of
 from hookgraph_tests.unchecked import unchecked
 
 AT = [ATTN_Z[1], MLP_OUT[0].at(pos=-1), ATTN_PATTERN[2]]
@@ -241,3 +241,19 @@ def test_one_joint_axis_may_be_named_by_itself(tmp_path: Path):
     for place in AT:
         assert torch.equal(named.effects[place], listed.effects[place])
         assert torch.equal(again.effects[place], listed.effects[place])
+
+
+def test_a_checkpoint_is_of_the_weights_that_it_was_made_with(tmp_path: Path):
+    batch, kept = [(ids(0), ids(1))], tmp_path / "kept"
+    given = {"at": [RESID_PRE[0]], "checkpoint": kept}
+    mean_patching_effect(graph(), batch, logit_diff(ANSWERS, 9), **given)
+    weight = next(iter(model_of(graph()).parameters()))
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1)
+    try:
+        with pytest.raises(LoadError, match="the checkpoint of other work, which differs in weights"):
+            mean_patching_effect(graph(), batch, logit_diff(ANSWERS, 9), **given)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
