@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.binding import bind
 from hookgraph.errors import BindingError
-from hookgraph.ontology.transformer import RESID_POST
+from hookgraph.ontology.transformer import LOGITS, RESID_POST
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 
 
@@ -86,3 +86,24 @@ def test_where_another_example_may_do_it_is_asked_for():
         bind(model, cached=False)
     graph = bind(model, cached=False, check=False, example={"input_ids": torch.arange(24).view(2, 12)})
     assert RESID_POST[0] in graph.locations
+
+
+class Basted(LoomForCausalLM):
+    """A loom that cuts off gradients on one of two ways."""
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_ids)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth + torch.tanh(cloth).detach())))
+
+
+def test_where_a_model_detaches_an_edit_is_right_but_no_gradient_is_proven():
+    torch.manual_seed(0)
+    graph = bind(Basted(LoomConfig(echo=False, rows=1, threads=8, dyes=8)).double().eval(), cached=False)
+    assert RESID_POST[0] in graph.locations
+    assert not graph.report.proves(RESID_POST[0], "edit = gradient")
+    reasons = {g.location: g.reason for g in graph.report.gaps if g.invariant == "edit = gradient"}
+    assert "cuts off a part of the gradient by detach" in reasons[RESID_POST[0]]
+    assert graph.report.proves(LOGITS, "edit = gradient"), "nothing is cut off behind them"

@@ -239,8 +239,9 @@ def _part_of_pass(location: Location, whole: Tensor, value: Tensor, span: Span, 
     """What a pass over everything has in the columns that one pass held, and what that pass has there.
 
     None where they have other columns: keys that stand for several positions are not there in every pass.
+    Another stack runs over all that it is given, or over the tokens too.
     """
-    if location.type.stack != MAIN_STACK:
+    if location.type.stack != MAIN_STACK and whole.shape == value.shape:
         return whole, value
     end = span.past + span.length
     if end > tokens:

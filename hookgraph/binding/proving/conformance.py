@@ -22,7 +22,7 @@ from hookgraph.binding.proving.equations import Identity, Unapplied
 from hookgraph.binding.proving.identities import identities, watching
 from hookgraph.binding.proving.mixtures import mixture_identities, rerouted
 from hookgraph.binding.proving.replays import check_replays
-from hookgraph.binding.proving.slopes import check_gradients
+from hookgraph.binding.proving.slopes import Slopes, check_gradients
 from hookgraph.binding.proving.state import model_state
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.graph.conformance import ConformanceReport, Gap, Proof
@@ -93,12 +93,13 @@ def _check(
     fitting = tuple(p.location for p in shapes if p.holds)
     if fitting != locations:
         locations, clean = fitting, graph.run(example, save=fitting)
-    unapplied = list[Gap]()
+    unapplied, slopes = list[Gap](), Slopes([], [])
     if locations:
         proofs += _check_transparent(graph, example, locations)
         conserved, unapplied = _check_conserved(binding, graph, example, clean)
         proofs += conserved
-        proofs += check_gradients(graph, example, clean)
+        slopes = check_gradients(graph, example, clean)
+        proofs += slopes.proofs
     replays = check_replays(graph, example, clean, locations)
     proofs += replays.proofs
     changed = before.difference(model_state(binding.model))
@@ -111,7 +112,7 @@ def _check(
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         {**binding.metadata, "proven on": f"the model itself, in {binding.metadata['dtype']}"},
-        gaps=(*other.gaps, *replays.gaps, *unapplied, *_unequal((*proofs, *unapplied), clean)),
+        gaps=(*other.gaps, *replays.gaps, *unapplied, *slopes.gaps, *_unequal((*proofs, *unapplied), clean)),
     )
 
 
@@ -208,13 +209,17 @@ def _shape_note(
     return ""
 
 
+_OWN: Final = (Dimension.BATCH, Dimension.D_HEAD, Dimension.POS, Dimension.KEY_POS)
+"""Axes whose sizes are not put to the vote: known, as that of the batch, or each location's own."""
+
+
 def _shared_sizes(
     location: Location, value: Tensor, stage: Callable[[Location], int]
 ) -> Iterator[tuple[_Shared, int]]:
     """The sizes of axes that other locations have too, with what tells which these are."""
     dims = location.type.dims
     for dim, size in zip(dims, value.shape, strict=True) if value.ndim == len(dims) else ():
-        if dim in (Dimension.D_HEAD, Dimension.POS, Dimension.KEY_POS):
+        if dim in _OWN:
             continue
         group: tuple[object, ...] = ()
         if dim in (Dimension.HEAD, Dimension.KV_HEAD, Dimension.D_MLP, Dimension.D_MIXER):

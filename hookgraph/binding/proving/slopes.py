@@ -1,8 +1,9 @@
 """Prove that an edit has the effect that its gradient says: finite differences against autograd."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from hookgraph.binding.proving.edits import inside_kernel, live, replace_rows, r
 from hookgraph.binding.proving.watching import Watch
 from hookgraph.binding.running.outputs import per_example
 from hookgraph.errors import MetricError
-from hookgraph.graph.conformance import Proof
+from hookgraph.graph.conformance import Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
@@ -28,6 +29,8 @@ _CUT: Final = (
     "an edit changes the logits, but the model computes them without gradients from here on, as under "
     "torch.no_grad() or in reentrant checkpointing"
 )
+
+_CUT_OFF: Final = "the model cuts off a part of the gradient by detach(); with that part they agree"
 
 _POINTS: Final = 3
 """How many other points are tried where a choice, as of experts, changes within the smallest step."""
@@ -59,10 +62,22 @@ class _Measured:
     error: float
     chosen_anew: bool
     """Whether something else was chosen at one of the steps."""
+    cut: bool
+    """Whether the model cuts off gradients somewhere."""
 
 
-def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> list[Proof]:
+class Slopes(NamedTuple):
+    """What was proven of gradients, and where the model itself cuts them off."""
+
+    proofs: list[Proof]
+    gaps: list[Gap]
+
+
+def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> Slopes:
     """Finite difference = gradient, along a direction that is half gradient, half random.
+
+    Where it is not, but is with all that the model calls `detach()` on left in the gradient, nothing is
+    proven: the edit is right, and the gradient is the one that the model is made to have.
 
     What is inside a fused kernel is edited in passes of its own: those may leave it for one that goes
     through single precision. Integers have no gradient; what an edit of them does is told by the algebra.
@@ -75,11 +90,11 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
     def metric(logits: Tensor) -> Tensor:
         return (unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
 
-    proofs: list[Proof] = []
+    proofs, gaps = list[Proof](), list[Gap]()
     for inside in (False, True):
         group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
         try:
-            found = _check_group(graph, example, group, metric, generator) if group else []
+            found = _check_group(graph, example, group, metric, generator)
         except Exception:
             dead = _without_gradient(graph, example, list(group), metric)
             if not dead:
@@ -88,9 +103,10 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
             notes = {x: why or (_CUT if x in cut else DEAD) for x, why in dead.items()}
             proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
             alive = {x: value for x, value in group.items() if x not in dead}
-            found = _check_group(graph, example, alive, metric, generator) if alive else []
-        proofs += found
-    return proofs
+            found = _check_group(graph, example, alive, metric, generator)
+        proofs += found.proofs
+        gaps += found.gaps
+    return Slopes(proofs, gaps)
 
 
 def _check_group(
@@ -99,10 +115,20 @@ def _check_group(
     values: Mapping[Location, Tensor],
     metric: Metric,
     generator: torch.Generator,
-) -> list[Proof]:
+) -> Slopes:
+    if not values:
+        return Slopes([], [])
     precision, measured = _measure(graph, example, values, metric, generator)
-    proofs: list[Proof] = []
+    wrong = [x for x, found in measured.items() if found.error > precision.tolerance and found.cut]
+    whole = dict[Location, _Measured]()
+    with suppress(MetricError):  # what has no effect may have no gradient either, by itself
+        kept = {x: values[x] for x in wrong}
+        whole = _measure(graph, example, kept, metric, generator, whole=True)[1] if wrong else whole
+    proofs, gaps = list[Proof](), list[Gap]()
     for location, found in measured.items():
+        if location in whole and whole[location].error <= precision.tolerance:
+            gaps.append(Gap(location, "edit = gradient", _CUT_OFF))
+            continue
         note = precision.reason
         for _ in range(_POINTS):
             if found.error <= precision.tolerance or not found.chosen_anew:
@@ -117,7 +143,7 @@ def _check_group(
             note = f"finite difference {float(found.found[-1]):.4g}, gradient {found.slope:.4g}"
             note += f", {CHOSEN_ANEW}" if found.chosen_anew else ""
         proofs.append(Proof(location, "edit = gradient", holds, found.error, precision.tolerance, note))
-    return proofs
+    return Slopes(proofs, gaps)
 
 
 def _mover(location: Location, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -138,9 +164,11 @@ def _measure(
     values: Mapping[Location, Tensor],
     metric: Metric,
     generator: torch.Generator,
+    *,
+    whole: bool = False,
 ) -> tuple[_Precision, dict[Location, _Measured]]:
-    """The slopes at all locations, in one pass backwards and one over all edits."""
-    with Watch() as plain:
+    """The slopes at all locations, in one pass backwards, `whole` or not, and one over all edits."""
+    with Watch(whole=whole) as plain:
         gradients = graph.run(example, save=[x.grad for x in values], metric=metric)
     per_location = 2 * len(_STEPS)
     hooked, slopes, sizes = graph, dict[Location, float](), dict[Location, float]()
@@ -162,7 +190,7 @@ def _measure(
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
         found, error = _compared(outcome[number], sizes[location], slopes[location], precision)
-        measured[location] = _Measured(found, slopes[location], error, bool(anew[number]))
+        measured[location] = _Measured(found, slopes[location], error, bool(anew[number]), bool(plain.cuts))
     return precision, measured
 
 

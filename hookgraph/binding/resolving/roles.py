@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 
 from hookgraph.binding.resolving.blocks import Block, Update
 from hookgraph.binding.tracing.trace import Trace
-from hookgraph.binding.tracing.values import Value
+from hookgraph.binding.tracing.values import Value, alias_chain
 
 Role: TypeAlias = Literal["attention", "cross-attention", "mixer", "mlp", "extra"]
 
@@ -27,8 +27,10 @@ def assign_roles(
     """
     roles: dict[Role, list[Update]] = {}
     plain: list[Update] = []
+    # A stream may itself have been made of another stack: what attends to it attends to itself.
+    beside = other_stacks - alias_chain(block.entering)
     for update in block.updates:
-        if _reads_any(update, other_stacks):
+        if _reads_any(update, beside):
             roles.setdefault("cross-attention", []).append(update)
         elif update.softmax:
             roles.setdefault("attention", []).append(update)

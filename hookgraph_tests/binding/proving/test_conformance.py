@@ -326,7 +326,12 @@ def changed_copy(family: str, change: Callable[[nn.Module], None]) -> HookGraph:
 
 def straight_through(layer: nn.Module) -> None:
     """The layer's MLP adds something to its output that autograd does not see."""
-    layer.get_submodule("mlp").register_forward_hook(lambda m, args, out: out + args[0].detach().tanh())
+    layer.get_submodule("mlp").register_forward_hook(lambda m, args, out: out + unseen(args[0]))
+
+
+@torch.no_grad()
+def unseen(x: Tensor) -> Tensor:
+    return x.tanh()
 
 
 def test_an_effect_that_the_gradient_does_not_see_is_found():

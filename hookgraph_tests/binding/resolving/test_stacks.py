@@ -9,7 +9,7 @@ from hookgraph.binding.resolving.examples import example_inputs
 from hookgraph.binding.running.outputs import per_example, read_output
 from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.transformer import ATTN_PATTERN, EMBED, ENCODER, RESID_POST, VISION
+from hookgraph.ontology.transformer import ATTN_OUT, ATTN_PATTERN, EMBED, ENCODER, RESID_POST, VISION
 from hookgraph_tests.families import binding_of
 from hookgraph_tests.tiny import build
 
@@ -69,3 +69,9 @@ def test_of_a_comparison_of_all_with_all_each_example_has_its_own():
     assert per_example(square, (1,)).flatten().tolist() == [0.0, 4.0, 8.0]
     assert per_example(square, (3,)) is square
     assert per_example(torch.ones(3, 3, 2), (3, 2)).shape == (3, 3, 2)
+
+
+def test_what_attends_to_a_stream_that_was_made_of_another_stack_attends_to_itself():
+    graph = bind(build("causal", "hrm_text"), check=False)
+    assert len(graph.every(ATTN_OUT)) == graph.binding.layers("decoder") == 2
+    assert graph.binding.layers("encoder") == 4
