@@ -246,6 +246,27 @@ def _large_picture(config: PreTrainedConfig) -> dict[str, Any]:
     return {"pixel_values": _noise(_BATCH, 3, 64, 64)}
 
 
+def _described(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text, and a picture of the size that the backbone of the vision tower takes."""
+    size = config.vision_config.backbone_config.image_size
+    return {**_captioned(config), "pixel_values": _noise(_BATCH, 3, size, size)}
+
+
+def _heard(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text, and a sound that is no longer than the model takes."""
+    ids = _tokens()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "input_features": _noise(_BATCH, 1, 256, config.audio_config.num_mel_bins),
+        "is_longer": torch.zeros(_BATCH, 1, dtype=torch.bool),
+    }
+
+
+def _large_and_pointed_at(config: PreTrainedConfig) -> dict[str, Any]:
+    return {**_pointed_at(config), **_large_picture(config)}
+
+
 def _pointed_at(config: PreTrainedConfig) -> dict[str, Any]:
     """A picture, and a point in it."""
     return {"pixel_values": _picture(), "input_points": torch.full((_BATCH, 1, 1, 2), 12.0)}
@@ -264,6 +285,7 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "blip-2": _queried,
     "blip_2_qformer": _queries,
     "bros": _boxes,
+    "clap": _heard,
     "decision_transformer": _decisions,
     "dia": _channels_to_decode,
     "fun_asr_nano_encoder": _frames,
@@ -278,8 +300,10 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "instructblipvideo": _instructed_film,
     "inkling2_vision": _two_by_two,
     "kosmos-2": _placed,
+    "lw_detr": _large_picture,
     "lxmert": _regions,
     "mask2former": _large_picture,
+    "maskformer": _large_picture,
     "minicpm_ocr_vision": _rectified,
     "minicpmv4_7_vision": _rectified,
     "muse_spark_audio": _waves,
@@ -288,6 +312,11 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "patchtst": _series,
     "pix2struct": _flattened_patches,
     "sam": _pointed_at,
+    "sam2": _large_and_pointed_at,
+    "sam2_hiera_det_model": _large_picture,
+    "sam2_vision_model": _large_picture,
+    "sam3": _described,
+    "sam3_lite_text": _described,
     "speecht5": _embedded,
     "timesfm": _known_values,
     "udop": _boxes_to_decode,

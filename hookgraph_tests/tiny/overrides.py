@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from hookgraph_tests.tiny.rules import EXPERTS, HEAD_WIDTH, HEADS, NEURONS, PICTURE, VOCABULARY, WIDTH
+from hookgraph_tests.tiny.towers import TOWERS
 
 UNSET: Final = object()
 
@@ -70,6 +71,7 @@ _SECTIONED: Final = (
 )
 
 OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
+    **TOWERS,
     # Layers of several kinds
     "bailing_hybrid": {"layer_group_size": 2, "layer_types": _MIXED},
     "bamba": {"attn_layer_indices": [1]},
