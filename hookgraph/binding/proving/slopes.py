@@ -1,7 +1,6 @@
 """Prove that an edit has the effect that its gradient says: finite differences against autograd."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 
@@ -62,8 +61,6 @@ class _Measured:
     error: float
     chosen_anew: bool
     """Whether something else was chosen at one of the steps."""
-    cut: bool
-    """Whether the model cuts off gradients somewhere."""
 
 
 class Slopes(NamedTuple):
@@ -119,14 +116,11 @@ def _check_group(
     if not values:
         return Slopes([], [])
     precision, measured = _measure(graph, example, values, metric, generator)
-    wrong = [x for x, found in measured.items() if found.error > precision.tolerance and found.cut]
-    whole = dict[Location, _Measured]()
-    with suppress(MetricError):  # what has no effect may have no gradient either, by itself
-        kept = {x: values[x] for x in wrong}
-        whole = _measure(graph, example, kept, metric, generator, whole=True)[1] if wrong else whole
+    wrong = {x: values[x] for x, found in measured.items() if found.error > precision.tolerance}
+    cut = _cut_off(graph, example, wrong, metric, generator)
     proofs, gaps = list[Proof](), list[Gap]()
     for location, found in measured.items():
-        if location in whole and whole[location].error <= precision.tolerance:
+        if location in cut:
             gaps.append(Gap(location, "edit = gradient", _CUT_OFF))
             continue
         note = precision.reason
@@ -144,6 +138,25 @@ def _check_group(
             note += f", {CHOSEN_ANEW}" if found.chosen_anew else ""
         proofs.append(Proof(location, "edit = gradient", holds, found.error, precision.tolerance, note))
     return Slopes(proofs, gaps)
+
+
+def _cut_off(
+    graph: HookGraph,
+    example: Mapping[str, Any],
+    values: Mapping[Location, Tensor],
+    metric: Metric,
+    generator: torch.Generator,
+) -> set[Location]:
+    """Where a gradient would be right if the model did not call `detach()`, and only then."""
+    for whole in (True, False):
+        if not values:
+            break
+        try:
+            precision, found = _measure(graph, example, values, metric, generator, whole=whole)
+        except MetricError:  # what has no effect may have no gradient either, by itself
+            return set()
+        values = {x: v for x, v in values.items() if (found[x].error <= precision.tolerance) == whole}
+    return set(values)
 
 
 def _mover(location: Location, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -190,7 +203,7 @@ def _measure(
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
         found, error = _compared(outcome[number], sizes[location], slopes[location], precision)
-        measured[location] = _Measured(found, slopes[location], error, bool(anew[number]), bool(plain.cuts))
+        measured[location] = _Measured(found, slopes[location], error, bool(anew[number]))
     return precision, measured
 
 

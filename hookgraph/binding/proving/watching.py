@@ -20,22 +20,19 @@ class Watch(TorchFunctionMode):
 
     `narrowed` counts the operations that make of a tensor that a gradient goes through one of lower
     precision: constants, such as angles of rotary embeddings, do not count. `choices` are the indices that
-    were chosen, as of the best experts, call by call. `cuts` counts where a gradient was cut off by
-    `detach()`; a pass that is `whole` goes on with the tensor itself there.
+    were chosen, as of the best experts, call by call. A pass that is `whole` goes on with the tensor itself
+    where the model would cut off its gradient by `detach()`.
     """
 
     def __init__(self, *, whole: bool = False) -> None:
         super().__init__()
         self.narrowed = 0
-        self.cuts = 0
         self._whole = whole
         self.choices: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CUT and args[0].requires_grad:
-            self.cuts += 1
-            if self._whole:
-                return args[0].view_as(args[0])
+        if self._whole and func in _CUT:
+            return args[0].view_as(args[0])
         result = func(*args, **(kwargs or {}))
         if func in _CHOOSE:
             chosen = result[1] if isinstance(result, tuple) else result
