@@ -4,7 +4,7 @@ Scores are one product of queries and keys, whatever is done to them before the 
 the pattern and the values. Or a fused attention computes all of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final, final
 
@@ -192,11 +192,12 @@ def _seen(trace: Trace, block: Block, owner: Call, softmax: Value) -> Mapping[Ro
     inner = {b for v in made for x in v.inputs for b in behind(x, block.call.first)}
     last = sorted(made - inner, key=lambda v: v.number)
     returned = [next((o.out for o in trace.operations if o.first <= v.number < o.last), v) for v in last]
+    weights = _made_of_weights(before)
     straight = any(not _turned(v, before) for v in returned)
     seen: dict[Role, Value] = {}
     places: tuple[tuple[Role, int], ...] = (("query", -2), ("key", -1))
     for role, place in places:
-        if straight and len({_origin(v.inputs[place]) for v in last}) == 1:
+        if straight and len({_origin(v.inputs[place], weights) for v in last}) == 1:
             seen[role] = last[-1].inputs[place]
     copies = _copies(trace, softmax, owner)
     after = trace.values[softmax.number + 1 : owner.last]
@@ -206,20 +207,23 @@ def _seen(trace: Trace, block: Block, owner: Call, softmax: Value) -> Mapping[Ro
     return seen
 
 
-def _origin(value: Value) -> Value:
+def _origin(value: Value, weights: Set[Value]) -> Value:
     """What a value is but for views, numbers and weights that it was multiplied with or added to."""
     while value.op in _SHIFTED:
-        inputs = [v for v in value.inputs if not _is_made_of_weights(v)]
+        inputs = [v for v in value.inputs if v.op != "parameter" and v not in weights]
         if len(inputs) != 1:
             break
         value = inputs[0]
     return value
 
 
-def _is_made_of_weights(value: Value) -> bool:
-    if value.is_source:
-        return value.op == "parameter"
-    return bool(value.inputs) and all(map(_is_made_of_weights, value.inputs))
+def _made_of_weights(values: Collection[Value]) -> set[Value]:
+    """Those of some values that were computed from parameters alone."""
+    found: set[Value] = set()
+    for value in sorted(values, key=lambda v: v.number):
+        if value.inputs and all(v.op == "parameter" or v in found for v in value.inputs):
+            found.add(value)
+    return found
 
 
 def _with_reason(found: Mapping[Role, Found], why: str, *roles: Role) -> Own:
