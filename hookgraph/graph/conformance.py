@@ -24,9 +24,9 @@ INVARIANTS = (
     "padded",
     "fused",
     "replayed",
+    "by position",
 )
-"""What is checked of every location, the last one of boundaries between layers; see the explanation page on
-conformance."""
+"""What is checked of every location, the last two of some only: see the explanation page on conformance."""
 
 
 @final

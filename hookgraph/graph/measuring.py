@@ -78,6 +78,21 @@ def take(values: Float[Tensor, "batch pos ..."], reads: Reads) -> Float[Tensor, 
     return values[torch.arange(batch, device=values.device)[:, None], chosen]
 
 
+def put(values: Float[Tensor, "batch few ..."], reads: Reads, length: int) -> Float[Tensor, "batch pos ..."]:
+    """What `take` took, at its positions again among `length` of them; 0 at the others.
+
+    There has to be one position for all examples, or one per example: of positions that are named twice,
+    two values would be put in one place.
+    """
+    whole = values.new_zeros(values.shape[0], length, *values.shape[2:])
+    if isinstance(reads, int):
+        whole[:, reads : reads + 1 or None] = values
+    else:
+        rows = torch.arange(len(values), device=values.device)
+        whole[rows, reads.to(values.device).view(-1)] = values[:, 0]
+    return whole
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Tiled:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.binding.proving.by_position import check_by_position
 from hookgraph.binding.proving.circumstances import Subject, check_circumstances
 from hookgraph.binding.proving.comparison import check_comparison
 from hookgraph.binding.proving.draws import HeldDraws
@@ -101,7 +102,8 @@ def _check(
         slopes = check_gradients(graph, example, clean)
         proofs += slopes.proofs
     replays = check_replays(graph, example, clean, locations)
-    proofs += replays.proofs
+    narrow, wide = check_by_position(binding, example, locations)
+    proofs += [*replays.proofs, *narrow]
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
     proofs += [Proof(x, "removed", not note, float(bool(note)), 0.0, note) for x in locations]
@@ -112,7 +114,14 @@ def _check(
         {k: str(a) for k, a in sorted(binding.findings.anchors.items(), key=lambda p: p[0].order)},
         dict(sorted(binding.findings.reasons.items(), key=lambda p: p[0].order)),
         {**binding.metadata, "proven on": f"the model itself, in {binding.metadata['dtype']}"},
-        gaps=(*other.gaps, *replays.gaps, *unapplied, *slopes.gaps, *_unequal((*proofs, *unapplied), clean)),
+        gaps=(
+            *other.gaps,
+            *replays.gaps,
+            *wide,
+            *unapplied,
+            *slopes.gaps,
+            *_unequal((*proofs, *unapplied), clean),
+        ),
     )
 
 

@@ -25,12 +25,13 @@ from hookgraph.binding.running.mechanisms import (
     needs_state,
     notice_recomputing,
 )
+from hookgraph.binding.running.narrowing import BY_POSITION, is_one_each, last_mlp, narrowing
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
 from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
-from hookgraph.binding.running.remembering import recalled, remember, retaining
+from hookgraph.binding.running.remembering import is_hooked, recalled, remember, retaining
 from hookgraph.binding.running.skipping import entering
 from hookgraph.binding.running.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, InputError, LocationError, UnknownLocationError, nearest
@@ -77,6 +78,9 @@ class HuggingFaceBinding(AbstractBinding):
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
         self._state = PassState()
+        self._last_mlp = last_mlp(findings)
+        self._looked_at = -1
+        """The last of the locations that are looked at in the passes to come."""
 
     @property
     def locations(self) -> tuple[Location, ...]:
@@ -169,6 +173,7 @@ class HuggingFaceBinding(AbstractBinding):
                 )
             _attached.add(self.model)
         try:
+            self._looked_at = max((self._place[x] for x in taps if x.site is None), default=-1)
             # The start comes last, so that what enters is there before any tap sees it.
             with (
                 as_written(self._modules.values()),
@@ -266,8 +271,21 @@ class HuggingFaceBinding(AbstractBinding):
         if anchor is None or anchor.mechanism != "input" or anchor.calls > 1 or LOGITS not in self._place:
             yield False
             return
-        with reading(self._modules[anchor.module], anchor, reads, tokens):
+        with reading(self._modules[anchor.module], anchor, reads, tokens), self._narrowing(reads):
             yield True
+
+    def _narrowing(self, reads: Reads) -> AbstractContextManager[None]:
+        """Within this context the last MLP is computed at these positions, if nobody looks at the others."""
+        place = self._last_mlp
+        if place is None or self._looked_at >= self._place[place] or not is_one_each(reads):
+            return nullcontext()
+        if not all(self._report.proves(x, BY_POSITION) for x in (place, FINAL_LN_OUT)):
+            return nullcontext()
+        anchor = self.findings.anchors[place]
+        module = self._modules[anchor.module]
+        if module.training or any(map(is_hooked, module.modules())):
+            return nullcontext()
+        return narrowing(module, anchor, reads)
 
     @property
     def recomputes(self) -> bool:

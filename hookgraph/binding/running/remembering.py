@@ -101,12 +101,12 @@ def retaining(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
     another forward. The model has to be one whose later positions leave earlier ones alone, which what others
     did to it may have changed: then a pass over the first positions by themselves tells.
     """
-    if any(map(_is_hooked, model.modules())) or _divided(inputs) is None:
+    if any(map(is_hooked, model.modules())) or _divided(inputs) is None:
         return None
     return {**inputs, "use_cache": True, "past_key_values": Retained(model.config)}
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether somebody else looks into a module: transformers leaves hooks that collect outputs."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     own = (str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
