@@ -57,7 +57,13 @@ def per_copy(graph: HookGraph, batch: int) -> HookGraph:
     return replace(graph, registrations=hooked)
 
 
+def looked_at(value: Shaped[Tensor, "..."]) -> None:
+    """A hook that changes nothing, but has its location computed: fused attention computes no pattern."""
+
+
 def _each_copy(hook: Hook, batch: int) -> Hook:
+    if hook is looked_at:
+        return hook
     if isinstance(hook, ByPosition):
         return ByPosition(partial(_called_each, hook.fn, batch))
     return partial(_called_each, hook, batch)

@@ -50,14 +50,30 @@ class PositionedMetric(ABC):
         return replace(self, **parts)  # pyright: ignore[reportArgumentType]
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class LogitDifference(PositionedMetric):
-    """logit[correct] - logit[wrong] at the answer position. Made by `logit_diff`."""
+class AnswerMetric(PositionedMetric):
+    """A metric of one position per example, at which answers are read."""
 
-    correct: Tokens
-    wrong: Tokens
-    pos: Tokens = -1
+    pos: Tokens
+
+    def __post_init__(self) -> None:
+        """See that tokens and positions are whole numbers, one for all examples or one per example.
+
+        Raises:
+            MetricError: they are something else.
+        """
+        for field in fields(self):  # pyright: ignore[reportArgumentType] (dataclasses)
+            _check_numbers(field.name, getattr(self, field.name))
+
+    def check(self, batch: int) -> None:
+        """See that there is one of everything for all examples, or one per example.
+
+        Raises:
+            MetricError: there are more, or fewer.
+        """
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            found = torch.as_tensor(getattr(self, field.name))
+            if found.ndim:
+                _check_count(field.name, found, batch)
 
     @property
     def reads(self) -> Reads:
@@ -65,8 +81,26 @@ class LogitDifference(PositionedMetric):
         return _reads(self.pos)
 
     def of(self, logits: Logits) -> PerExample:
+        """The value of each example, from the logits at the answer positions."""
+        return self.at(logits[:, 0])
+
+    @abstractmethod
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> PerExample:
+        """The value of each example, from its logits at the answer position."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LogitDifference(AnswerMetric):
+    """logit[correct] - logit[wrong] at the answer position. Made by `logit_diff`."""
+
+    correct: Tokens
+    wrong: Tokens
+    pos: Tokens = -1
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> PerExample:
         """The value of each example."""
-        return _pick(logits[:, 0], self.correct) - _pick(logits[:, 0], self.wrong)
+        return _pick(logits, self.correct) - _pick(logits, self.wrong)
 
     @property
     def tokens(self) -> Int[Tensor, "..."]:
@@ -76,59 +110,43 @@ class LogitDifference(PositionedMetric):
 
 @final
 @dataclass(frozen=True, eq=False)
-class LogProbability(PositionedMetric):
+class LogProbability(AnswerMetric):
     """log softmax(logits)[token] at the answer position, in nats. Made by `log_prob`."""
 
     token: Tokens
     pos: Tokens = -1
 
-    @property
-    def reads(self) -> Reads:
-        """The answer position."""
-        return _reads(self.pos)
-
-    def of(self, logits: Logits) -> PerExample:
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> PerExample:
         """The value of each example."""
-        return _pick(logits[:, 0].log_softmax(-1), self.token)
+        return _pick(logits.log_softmax(-1), self.token)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Probability(PositionedMetric):
+class Probability(AnswerMetric):
     """softmax(logits)[token] at the answer position. Made by `prob`."""
 
     token: Tokens
     pos: Tokens = -1
 
-    @property
-    def reads(self) -> Reads:
-        """The answer position."""
-        return _reads(self.pos)
-
-    def of(self, logits: Logits) -> PerExample:
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> PerExample:
         """The value of each example."""
-        return _pick(logits[:, 0].softmax(-1), self.token)
+        return _pick(logits.softmax(-1), self.token)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Margin(PositionedMetric):
+class Margin(AnswerMetric):
     """logit[token] - the largest other logit, at the answer position. Made by `margin`."""
 
     token: Tokens
     pos: Tokens = -1
 
-    @property
-    def reads(self) -> Reads:
-        """The answer position."""
-        return _reads(self.pos)
-
-    def of(self, logits: Logits) -> PerExample:
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> PerExample:
         """The value of each example."""
-        at = logits[:, 0]
-        chosen = _per_example(at, self.token, "token")[:, None]
-        rivals = at.scatter(1, chosen, -torch.inf).amax(-1)
-        return at.gather(1, chosen)[:, 0] - rivals
+        chosen = _per_example(logits, self.token, "token")[:, None]
+        rivals = logits.scatter(1, chosen, -torch.inf).amax(-1)
+        return logits.gather(1, chosen)[:, 0] - rivals
 
 
 @final
@@ -161,7 +179,7 @@ class KullbackLeibler(PositionedMetric):
 class CrossEntropy(PositionedMetric):
     """-log p(next token) in nats, mean over the positions of an example. Made by `cross_entropy`."""
 
-    tokens: Int[Tensor, "batch pos"]
+    ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None = None
 
     @property
@@ -171,12 +189,12 @@ class CrossEntropy(PositionedMetric):
 
     def of(self, logits: Logits) -> PerExample:
         """The value of each example."""
-        if logits.shape[:2] != self.tokens.shape:
+        if logits.shape[:2] != self.ids.shape:
             raise MetricError(
                 f"the logits have {tuple(logits.shape[:2])} examples and positions, the tokens "
-                f"{tuple(self.tokens.shape)}: give the tokens that are run"
+                f"{tuple(self.ids.shape)}: give the tokens that are run"
             )
-        surprise = -logits[:, :-1].log_softmax(-1).gather(2, self.tokens[:, 1:, None])[..., 0]
+        surprise = -logits[:, :-1].log_softmax(-1).gather(2, self.ids[:, 1:, None])[..., 0]
         if self.mask is None:
             return surprise.mean(-1)
         real = (self.mask[:, 1:] & self.mask[:, :-1]).to(surprise.dtype)
@@ -225,29 +243,73 @@ def cross_entropy(tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None) 
     Args:
         tokens: the tokens that are run.
         mask: which of them are real, as an attention mask says; all by default.
+
+    Raises:
+        MetricError: the tokens are no ids of shape (batch, pos), or the mask has another shape.
     """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MetricError(
+            f"cross_entropy takes the token ids that are run, of shape (batch, pos): {tokens!r}"
+        )
+    if mask is not None and mask.shape != tokens.shape:
+        raise MetricError(
+            f"the mask has shape {tuple(mask.shape)}, the tokens {tuple(tokens.shape)}: one entry per token"
+        )
     return CrossEntropy(tokens, None if mask is None else mask.bool())
 
 
+def _check_numbers(name: str, given: Tokens) -> None:
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        kinds = "positions" if name == "pos" else "token ids, which a tokenizer makes of text"
+        raise MetricError(f"{name}={given!r}: give {kinds}, as whole numbers")
+    if found.ndim > 1:
+        raise MetricError(
+            f"{name} has shape {tuple(found.shape)}: give one for all examples, or one per example; add up "
+            "metrics in a function of your own where there are several answers"
+        )
+    if name != "pos" and found.numel() and int(found.min()) < 0:
+        raise MetricError(f"{name}={int(found.min())} is no token: the first is 0")
+
+
 def _reads(pos: Tokens) -> Reads:
-    return pos if isinstance(pos, int) else torch.as_tensor(pos, dtype=torch.long)
+    if isinstance(pos, int):
+        return pos
+    found = torch.as_tensor(pos, dtype=torch.long)
+    return found if found.ndim else int(found)
 
 
 def _pick(values: Float[Tensor, "batch vocab"], token: Tokens) -> PerExample:
     if isinstance(token, int):
+        _check_vocabulary(token, values.shape[1])
         return values[:, token]
     return values.gather(1, _per_example(values, token, "token")[:, None])[:, 0]
 
 
 def _per_example(values: Tensor, chosen: Tokens, name: str) -> Int[Tensor, " batch"]:
-    found = torch.as_tensor(chosen, device=values.device, dtype=torch.long)
+    found = torch.as_tensor(chosen, dtype=torch.long)
+    if found.numel() and found.device.type == "cpu":
+        _check_vocabulary(int(found.max()), values.shape[1])
+    found = found.to(values.device)
     found = found.expand(values.shape[0]) if found.ndim == 0 else found
-    if found.shape != values.shape[:1]:
-        raise MetricError(
-            f"{name} has shape {tuple(found.shape)} for a batch of {values.shape[0]}: give one for all, "
-            "or one per example"
-        )
+    _check_count(name, found, values.shape[0])
     return found
+
+
+def _check_vocabulary(token: int, size: int) -> None:
+    if token >= size:
+        raise MetricError(f"token {token} is out of range, there are {size} logits")
+
+
+def _check_count(name: str, given: Int[Tensor, " batch"], batch: int) -> None:
+    if len(given) != batch:
+        raise MetricError(
+            f"{name} has shape {tuple(given.shape)} for a batch of {batch}: give one for all, or one per "
+            "example"
+        )
 
 
 def _rows(value: Any, chosen: slice) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hookgraph.errors import ShapeMismatchError
+from hookgraph.errors import HookGraphError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 
@@ -14,8 +14,14 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
     """Both inputs as the model takes them.
 
     Raises:
+        HookGraphError: the model draws random numbers, so that two passes over the same inputs differ.
         ShapeMismatchError: they have other shapes, another mask, or other positions.
     """
+    if graph.binding.draws:
+        raise HookGraphError(
+            f"the model is in training mode with {graph.binding.draws}: what it draws anew in every pass "
+            "would be measured as an effect; call model.eval() first"
+        )
     first = graph.binding.prepare(clean)
     if corrupt is None:
         return first, None

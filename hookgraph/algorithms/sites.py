@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.copies import finite_metric
+from hookgraph.algorithms.copies import finite_metric, looked_at
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.errors import HookGraphError, LocationError, nearest
 from hookgraph.graph.abstract import Inputs, Prepared
@@ -149,6 +149,8 @@ class Contrast:
         """
         first, second = prepare_pair(graph, clean, corrupt)
         seen = list(dict.fromkeys([*places, *(p.whole for p in places if wholes)]))
+        for place in dict.fromkeys(p.whole for p in seen if Dimension.KEY_POS in p.type.dims):
+            graph = graph.hook(place, looked_at)  # every pass computes attention as the clean one does
         entries = {place: graph.entry(place) if replays else None for place in seen}
         boundaries = [x for x in entries.values() if x is not None]
         wanted = [*boundaries, *seen, *(p.grad for p in places if gradients)]

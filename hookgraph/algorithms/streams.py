@@ -1,8 +1,12 @@
 """What writes to the residual stream of the main stack, in causal order."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from hookgraph.errors import UnknownLocationError
+import torch
+
+from hookgraph.errors import HookGraphError, UnknownLocationError
+from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import (
@@ -44,6 +48,31 @@ def last_residual(graph: HookGraph) -> Location:
         UnknownLocationError: the model has no such stream.
     """
     return graph.every(RESID_POST)[-1]
+
+
+def check_sum(graph: HookGraph, inputs: Inputs, purpose: str, instead: str) -> None:
+    """Whether the stream after the last layer of the model itself is the sum of what is added to it.
+
+    Args:
+        graph: the hooked model; its hooks and subgraphs do not apply.
+        inputs: what is run.
+        purpose: what takes it to be so.
+        instead: what does not.
+
+    Raises:
+        HookGraphError: it is not, as where norms or numbers stand in the stream, or it begins anew.
+    """
+    plain = replace(graph, registrations=(), subgraphs=())
+    first, last, written = RESID_PRE[0], last_residual(plain), updates(plain)
+    run = plain.run(inputs, save=[first, *written, last])
+    stream = run[last]
+    total = torch.stack([run[first], *(run[x] for x in written)]).sum(0, dtype=torch.float64)
+    gap = float((total - stream).abs().max() / stream.abs().max())
+    if gap > len(written) * torch.finfo(stream.dtype).eps ** 0.75:
+        raise HookGraphError(
+            f"{purpose}: {last} is not {first} and what is added to it, but off by {gap:.0%}: norms or "
+            f"numbers stand in the stream of this model, or it begins anew. {instead}"
+        )
 
 
 def own_update(location: Location, among: Iterable[Location]) -> Location | None:

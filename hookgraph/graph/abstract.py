@@ -9,9 +9,9 @@ from typing import Any, TypeAlias, final
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hookgraph.errors import InputError, SubgraphError, UnknownLocationError
+from hookgraph.errors import InputError, LocationError, SubgraphError, UnknownLocationError
 from hookgraph.graph.conformance import ConformanceReport
-from hookgraph.graph.measuring import Reads
+from hookgraph.graph.measuring import Reads, check_real
 from hookgraph.hooks.positions import Place
 from hookgraph.hooks.taps import Taps
 from hookgraph.ontology.dimensions import Dimension
@@ -109,9 +109,30 @@ class AbstractBinding(ABC):
         """Whether a backward pass of the last pass runs parts of the model again, as with checkpointing."""
         return False
 
+    @property
+    def draws(self) -> str:
+        """What draws random numbers in every pass, such as dropout while a model trains; empty if nothing is
+        known to.
+        """
+        return ""
+
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences; None: at their start, without padding."""
         return None
+
+    def check_read(self, inputs: Prepared, reads: Reads) -> None:
+        """See that none of the positions whose logits are read is padding, where it can be told what is.
+
+        Raises:
+            MetricError: one is.
+        """
+        try:
+            place = self.place(inputs)
+        except LocationError:  # a mask does not show it
+            return
+        span = None if place is None else place.spans.get(MAIN_STACK)
+        if span is not None and span.length:
+            check_real(reads, span)
 
     def following(self, place: Place) -> AbstractContextManager[None]:
         """Within this context `place` is brought up to date when a pass of the model begins."""

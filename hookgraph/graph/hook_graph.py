@@ -350,7 +350,10 @@ class HookGraph:
         )
         reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
-        reads = None if whole or LOGITS in taps else positions_read(metric)
+        reads = positions_read(metric)
+        if reads is not None:
+            self.binding.check_read(inputs, reads)
+        reads = None if whole or LOGITS in taps else reads
         reading = nullcontext(False) if reads is None else self.binding.reading(reads, tokens_read(metric))
         frozen = self.binding.frozen() if needs_graph and not grad else nullcontext()
         attached = self.binding.attached(reached, start)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.errors import MetricError
+from hookgraph.hooks.positions import Span
 
 Metric: TypeAlias = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 """Logits -> one number per example."""
@@ -76,6 +77,27 @@ def take(values: Float[Tensor, "batch pos ..."], reads: Reads) -> Float[Tensor, 
         outside = lowest if lowest < -length else highest
         raise MetricError(f"pos={outside} is out of range, the logits have {length} positions")
     return values[torch.arange(batch, device=values.device)[:, None], chosen]
+
+
+def check_real(reads: Reads, span: Span) -> None:
+    """See that no position that is read is padding.
+
+    Raises:
+        MetricError: one is.
+    """
+    rows = max(len(span.padding), len(span.ends))
+    if isinstance(reads, Tensor) and len(reads) != rows:
+        return  # of one row per example is spoken when the logits are there
+    found = torch.full((rows, 1), reads) if isinstance(reads, int) else reads.view(rows, -1)
+    first = [x - span.past for x in span.padding] * (rows // len(span.padding))
+    last = [x - 1 for x in span.ends or [span.length] * rows]
+    for row, columns in enumerate(found):
+        for column in map(int, columns):
+            if -span.length <= column < span.length and not first[row] <= column % span.length <= last[row]:
+                raise MetricError(
+                    f"the metric reads pos={column}, which is padding in row {row}: positions of a metric "
+                    f"are columns of the logits, and the last tokens of the rows are at pos={last}"
+                )
 
 
 def put(values: Float[Tensor, "batch few ..."], reads: Reads, length: int) -> Float[Tensor, "batch pos ..."]:
@@ -170,4 +192,4 @@ def measure(metric: Metric, logits: Float[Tensor, "batch ..."], *, taken: bool) 
             f"the metric returned shape {tuple(found.shape)} for a batch of {logits.shape[0]}: "
             "return one number per example, without averaging over the batch"
         )
-    return found
+    return found if found.is_floating_point() else found.float()  # counts and hits have means, too

@@ -12,6 +12,7 @@ from hookgraph.errors import MetricError
 from hookgraph.graph.measuring import Tiled, measure, take
 from hookgraph.locations import MLP_OUT
 from hookgraph_tests.families import FAMILIES, bound, tokens
+from hookgraph_tests.unchecked import unchecked
 
 BATCH, LENGTH, VOCABULARY = 3, 5, 11
 
@@ -116,6 +117,8 @@ def test_a_pass_that_computes_the_logits_read_measures_the_same(family: str, pos
         (metrics.logit_diff(1, 2, pos=[0, 1]), "pos has shape .2,. for a batch of 3: give one for all"),
         (metrics.log_prob(1, pos=[0, 1, -6]), "pos=-6 is out of range"),
         (metrics.prob([1, 2]), "token has shape .2,. for a batch of 3"),
+        (metrics.prob(11), "token 11 is out of range, there are 11 logits"),
+        (metrics.margin([1, 2, 12]), "token 12 is out of range"),
         (metrics.kl_to(torch.zeros(2, 5, 11)), "the reference .2, 1, 11.: give the reference's logits"),
         (metrics.cross_entropy(torch.zeros(3, 4, dtype=torch.long)), "give the tokens that are run"),
     ],
@@ -143,3 +146,56 @@ def test_logits_of_half_precision_are_measured_in_single_precision(dtype: torch.
         assert torch.equal(found, measure(metric, other.float(), taken=False))
     assert (measure(metrics.kl_to(logits), other, taken=False) > 0).all()
     assert torch.equal(metrics.kl_to(logits)(other), metrics.kl_to(logits.float())(other.float()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: metrics.prob(-1), "token=-1 is no token"),
+        (lambda: metrics.logit_diff([1, -2], 3), "correct=-2 is no token"),
+        (lambda: metrics.logit_diff(" Mary", 3), "correct=' Mary': give token ids, which a tokenizer makes"),
+        (lambda: metrics.log_prob([5.7, 6.2]), "token=.5.7, 6.2.: give token ids"),
+        (lambda: metrics.margin(1, pos=0.5), "pos=0.5: give positions"),
+        (
+            lambda: metrics.margin(1, pos=torch.tensor([[1, 2]])),
+            "pos has shape .1, 2.: give one for all",
+        ),
+        (lambda: metrics.cross_entropy([[1, 2]]), "takes the token ids that are run"),
+        (
+            lambda: metrics.cross_entropy(tokens(), torch.ones(2, 3)),
+            "mask has shape .2, 3., the tokens",
+        ),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_token_or_position_is_refused_when_the_metric_is_made(
+    make: Callable[[], object], message: str
+):
+    with unchecked(), pytest.raises(MetricError, match=message):
+        make()
+
+
+def test_a_position_may_be_a_tensor_without_axes():
+    logits, _ = drawn()
+    found = metrics.logit_diff(1, 2, pos=torch.tensor(3))
+    assert found.reads == 3
+    assert torch.equal(found(logits), metrics.logit_diff(1, 2, pos=3)(logits))
+
+
+@pytest.mark.parametrize("hits", [torch.bool, torch.long])
+def test_hits_and_counts_are_measured_as_numbers(hits: torch.dtype):
+    logits, _ = drawn()
+    found = measure(lambda x: (x[:, -1].argmax(-1) == 3).to(hits), logits, taken=False)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.bool(), logits[:, -1].argmax(-1) == 3)
+
+
+@pytest.mark.parametrize(("pos", "row"), [(-1, 1), (4, 1), ([4, 3], 1), (0, 0)])
+def test_padding_is_not_read(pos: int | list[int], row: int):
+    graph, ids = bound("llama"), tokens(batch=2, pos=5)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with pytest.raises(MetricError, match=f"which is padding in row {row}: .*are at pos=.4, 2."):
+        graph.run({"input_ids": ids, "attention_mask": mask}, metric=metrics.prob(3, pos=pos))
+    found = graph.run({"input_ids": ids, "attention_mask": mask}, metric=metrics.prob(3, pos=[-1, 2]))
+    assert found.metric is not None
+    assert found.metric.isfinite().all()

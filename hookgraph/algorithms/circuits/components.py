@@ -6,14 +6,11 @@ stream holds it: so says the causal order, and in a parallel block no head acts 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
-
-import torch
 
 from hookgraph.algorithms.streams import if_present, last_residual, updates
 from hookgraph.errors import HookGraphError
-from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
@@ -120,26 +117,6 @@ def readers_of(graph: HookGraph) -> list[Reader]:
         else:
             found.append(Reader(reads, stream, reads))
     return [*found, Reader(LOGITS, last_residual(graph), None)]
-
-
-def check_sum(graph: HookGraph, inputs: Inputs) -> None:
-    """Whether the stream after the last layer is the sum of what is added to it, as edges take it to be.
-
-    Raises:
-        HookGraphError: it is not, as where norms or numbers stand in the stream, or it begins anew.
-    """
-    plain = replace(graph, registrations=(), subgraphs=())
-    first, last, written = RESID_PRE[0], last_residual(plain), updates(plain)
-    run = plain.run(inputs, save=[first, *written, last])
-    stream = run[last]
-    total = torch.stack([run[first], *(run[x] for x in written)]).sum(0, dtype=torch.float64)
-    gap = float((total - stream).abs().max() / stream.abs().max())
-    if gap > len(written) * torch.finfo(stream.dtype).eps ** 0.75:
-        raise HookGraphError(
-            f"edges between components: {last} is not {first} and what is added to it, but off by {gap:.0%}: "
-            "norms or numbers stand in the stream of this model, or it begins anew. Use `edges`, which "
-            "follows gradients through all of these"
-        )
 
 
 def _heads(graph: HookGraph, layer: int) -> list[tuple[Location, Location]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.batches import Batch, PairBatch, batches
 from hookgraph.algorithms.circuits.blocks import Block
-from hookgraph.algorithms.circuits.components import Reader, Writer, check_sum, readers_of, writers_of
+from hookgraph.algorithms.circuits.components import Reader, Writer, readers_of, writers_of
 from hookgraph.algorithms.circuits.reading import Pass, Readings
 from hookgraph.algorithms.circuits.results import Edges, Pair
 from hookgraph.algorithms.circuits.running import CircuitRunner
@@ -21,6 +21,7 @@ from hookgraph.algorithms.effects.quadrature import Quadrature, nodes_and_weight
 from hookgraph.algorithms.effects.results import Convention
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
+from hookgraph.algorithms.streams import check_sum
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
@@ -32,6 +33,8 @@ EapMethod: TypeAlias = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "ex
 
 Scores: TypeAlias = dict[tuple[Writer, Reader], Float[Tensor, "..."]]
 """(nodes of the writer, nodes of the reader), summed over examples."""
+
+_INSTEAD = "Use `edges`, which follows gradients through all of these"
 
 
 def edge_attribution(
@@ -83,7 +86,7 @@ def edge_attribution(
     with Progress("edge attribution", None, shown=progress) as bar:
         for batch in batches(pairs, metric):
             if not examples:
-                check_sum(graph, batch.clean)
+                check_sum(graph, batch.clean, "edges between components", _INSTEAD)
             found, count = work.batch(batch)
             examples += count
             for pair, score in found.items():

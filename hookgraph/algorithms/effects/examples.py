@@ -12,6 +12,7 @@ from hookgraph.algorithms.arguments import whole_number
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.memory import in_pieces
+from hookgraph.algorithms.metrics import AnswerMetric
 from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
@@ -55,10 +56,17 @@ class Examples:
 
     @staticmethod
     def of(graph: HookGraph, clean: Inputs, corrupt: Inputs | None, metric: Metric) -> "Examples":
-        """All examples of a batch."""
+        """All examples of a batch.
+
+        Raises:
+            MetricError: the metric's answers are not one for all examples, or one per example.
+        """
         first = graph.binding.prepare(clean)
         second = None if corrupt is None else graph.binding.prepare(corrupt)
-        return Examples(graph, first, second, metric, range(batch_of(first)))
+        count = batch_of(first)
+        if isinstance(metric, AnswerMetric):
+            metric.check(count)
+        return Examples(graph, first, second, metric, range(count))
 
     def __len__(self) -> int:
         return len(self.rows)

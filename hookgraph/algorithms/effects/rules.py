@@ -10,7 +10,7 @@ from hookgraph.algorithms.effects.gradients import Estimate, Tensors, estimate
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.algorithms.streams import RESIDUALS, updates_of_all_stacks
-from hookgraph.errors import HookGraphError, UnknownLocationError
+from hookgraph.errors import HookGraphError, MetricError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.dimensions import Dimension
@@ -29,6 +29,16 @@ _ATTENTIONS: Mapping[LocationType, AttentionTypes] = {
     for kind in (found.q, found.k)
 }
 """Which attention, of which stack, queries and keys belong to."""
+_MADE_INTO: Mapping[LocationType, LocationType] = {
+    kind: found.pattern
+    for stack in TRANSFORMER_STACKS
+    for found in (stack.attention, stack.cross_attention)
+    for kind in (
+        found.q_pre, found.k_pre, found.q_in, found.k_in, found.q, found.k, found.scores, found.pattern
+    )
+    if kind is not None
+}  # fmt: skip
+"""What acts through a pattern alone, and through which."""
 
 
 def relp(contrast: Contrast) -> Estimate:
@@ -38,9 +48,19 @@ def relp(contrast: Contrast) -> Estimate:
     the product of a gated MLP gives half of the gradient to each factor. Where a model lacks one of these
     locations, its own gradient stands.
 
+    Raises:
+        MetricError: a place acts through an attention pattern alone.
+
     Source: Jafari et al., "RelP", arXiv:2508.21258.
     """
     graph, halved = contrast.graph, set[Location]()
+    for place in contrast.places:
+        pattern = _MADE_INTO.get(place.type)
+        if pattern is not None and pattern[place.layer or 0] in graph.locations:
+            raise MetricError(
+                f"relp holds attention patterns constant, so nothing flows through {place}: use attrib, ig "
+                "or atp_star there"
+            )
     for location in contrast.graph.locations:
         if location.site is None and location.type.name.rpartition(".")[2] in ("ln_scale", "pattern"):
             graph = graph.stop_gradient(location)

@@ -13,7 +13,7 @@ from hookgraph.algorithms.metrics import Tokens
 from hookgraph.algorithms.padding import check_finite
 from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
 from hookgraph.algorithms.readouts.splitting import Frozen, by_latents, by_writers, everything
-from hookgraph.algorithms.streams import if_present, last_residual, updates
+from hookgraph.algorithms.streams import check_sum, if_present, last_residual, updates
 from hookgraph.errors import HookGraphError, InputError, MetricError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
@@ -24,6 +24,9 @@ from hookgraph.ontology.transformer import FINAL_LN_OUT, FINAL_LN_SCALE, RESID_P
 from hookgraph.ontology.weights import W_U, b_U
 
 Parts: TypeAlias = Literal["layer", "head", "neuron", "latent"]
+
+_CLOSE = 1e-3
+"""A residual below this share of the total is a rounding, also in half precision of the total's parts."""
 
 _SUMMED = (Dimension.POS, Dimension.D_MODEL, Dimension.D_HEAD)
 
@@ -60,7 +63,7 @@ def direct_logit_attribution(
 
     Raises:
         HookGraphError: an unknown `by`, there is no dictionary to tell latents apart, or an update with one
-            is to be divided among heads or neurons too.
+            is to be divided among heads or neurons too; or the stream is not the sum of what is added to it.
         MetricError: a position or token is out of range, there is not one per example, or the stream is
             not finite.
         UnknownLocationError: the model lacks what is needed, such as the scale of its last norm.
@@ -90,6 +93,13 @@ def direct_logit_attribution(
     attributed, remaining = Attribution(parts, reduced), Attribution(rest, reduced)
     explained = frozen.bias + sum(v.reshape(len(v), -1).sum(1) for v in (*parts.values(), *rest.values()))
     residual = frozen.total - explained
+    if bool((residual.abs() > _CLOSE * frozen.total.abs().max()).any()):  # hooks on the stream may be why
+        check_sum(
+            graph,
+            inputs,
+            "direct logit attribution",
+            "Use patching_effect, whose gradients see this",
+        )
     return LogitAttribution(
         attributed, remaining, frozen.bias, frozen.total, residual, graph.binding.metadata
     )
@@ -109,6 +119,7 @@ def _frozen(graph: HookGraph, inputs: Inputs, correct: Tokens, wrong: Tokens | N
     places = (graph.check(RESID_PRE[0]), *updates(graph))
     prepared = graph.binding.prepare(inputs)
     answer = _Answer(correct, wrong, pos)
+    graph.binding.check_read(prepared, pos if isinstance(pos, int) else torch.as_tensor(pos))
     if out is None:
         run = graph.run(prepared, save=[*places, last, last.grad], metric=answer)
         total = answer(run.logits)
@@ -116,7 +127,7 @@ def _frozen(graph: HookGraph, inputs: Inputs, correct: Tokens, wrong: Tokens | N
         direction, offset = _unembedding(graph, answer)
         held = _held(graph).hook(out.grad, _Push(answer, direction))
         run = held.run(prepared, save=[*places, last, out, last.grad], metric=everything)
-        at = _one(take(run[out], answer.reads(run[out])))
+        at = _one(take(run[out], answer.where(run[out])))
         total = (at * answer.rows(direction, len(at))).sum(-1) + answer.rows(offset, len(at))
     check_finite({place: run[place] for place in (*places, last)})
     linear = (run[last] * run[last.grad]).flatten(1).sum(1)
@@ -154,7 +165,7 @@ class _Answer:
     wrong: Tokens | None
     pos: Tokens
 
-    def reads(self, values: Float[Tensor, "batch pos ..."]) -> int | Int[Tensor, "..."]:
+    def where(self, values: Float[Tensor, "batch pos ..."]) -> int | Int[Tensor, "..."]:
         """The positions, one per example."""
         return self.pos if isinstance(self.pos, int) else torch.as_tensor(self.pos).to(values.device)
 
@@ -182,7 +193,7 @@ class _Answer:
         """logit[correct] - logit[wrong]."""
         for tokens in (self.correct, self.wrong):
             self.check(tokens, logits.shape[-1])
-        at = _one(take(logits, self.reads(logits)))
+        at = _one(take(logits, self.where(logits)))
         weights = self.rows(self.of(torch.eye(at.shape[1], dtype=at.dtype, device=at.device)), len(at))
         return (at * weights).sum(-1)
 
@@ -199,7 +210,7 @@ class _Push:
         """Zero but at the answer positions."""
         rows = self.answer.rows(self.direction, len(gradient)).to(gradient.dtype)
         places = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
-        here = take(places.expand(gradient.shape[:2]), self.answer.reads(gradient)).long()
+        here = take(places.expand(gradient.shape[:2]), self.answer.where(gradient)).long()
         result = torch.zeros_like(gradient)
         return result.scatter(1, here[..., None].expand(-1, -1, rows.shape[-1]), rows[:, None])
 

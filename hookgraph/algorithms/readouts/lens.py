@@ -44,7 +44,8 @@ def logit_lens(
         inputs: what is run.
         at: the residuals to read; by default `resid.post` of every layer.
         lens: a `TunedLens`; by default the logit lens.
-        pos: the positions to read; by default all.
+        pos: the positions to read, those of each row's tokens where the batch is padded; by default every
+            column of the batch, padding included.
         k: how many tokens.
         follow: tokens whose log-probability and rank are told everywhere.
 
@@ -66,8 +67,9 @@ def logit_lens(
     last = last_residual(graph)
     run = graph.run(prepared, save=list(dict.fromkeys([*places, last])))
     check_finite(run)
-    chosen = _positions(pos, run[last].shape[1])
-    here = LOGITS.at(pos=chosen)
+    placed = graph.binding.place(prepared) is not None
+    chosen = _positions(pos, run[last].shape[1], placed=placed)
+    here = LOGITS if pos is None else LOGITS.at(pos=chosen)
     said = _log_probs(decoded(graph, prepared, run[last], here))
     if not 1 <= k <= said.shape[-1]:
         raise HookGraphError(f"k={k}: there are {said.shape[-1]} tokens to rank")
@@ -144,9 +146,10 @@ def _told(
     }
 
 
-def _positions(pos: int | Sequence[int] | None, length: int) -> list[int]:
-    wanted = range(length) if pos is None else [pos] if isinstance(pos, int) else pos
+def _positions(pos: int | Sequence[int] | None, length: int, *, placed: bool) -> list[int]:
+    """The positions to read. With padding those from the end keep their sign: in each row they are others."""
+    wanted = range(length) if pos is None else torch.as_tensor(pos).view(-1).tolist()
     for place in wanted:
         if not -length <= place < length:
             raise LocationError(f"pos={place} is out of range, the inputs have {length} positions")
-    return [place % length for place in wanted]
+    return [place if placed else place % length for place in wanted]

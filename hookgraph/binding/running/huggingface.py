@@ -48,6 +48,8 @@ from hookgraph.ontology.weights import WeightType
 _INSIDE = frozenset[Mechanism]({"interior", "own code", "experts", "product"})
 """Mechanisms that reach several tensors inside one module at once."""
 
+_DROPOUT = torch.nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage] (what all of them are)
+
 _attached: set[nn.Module] = set()
 """The models that some graph holds, each by its identity. Whoever enters one takes it out again."""
 _attaching = threading.Lock()
@@ -296,6 +298,16 @@ class HuggingFaceBinding(AbstractBinding):
             m.training and getattr(m, "gradient_checkpointing", False) for m in self._checkpointed
         )
 
+    @property
+    def draws(self) -> str:
+        """The first dropout that is on, as a module or as a number of the configuration."""
+        if not self.model.training:
+            return ""
+        named = ((path, getattr(m, "p", 0.0)) for path, m in self._modules.items() if isinstance(m, _DROPOUT))
+        numbers = ((k, v) for k, v in vars(self.model.config).items() if "drop" in k and isinstance(v, float))
+        found = next(((name, rate) for name, rate in (*named, *numbers) if rate), None)
+        return "" if found is None else f"dropout ({found[0]}, {found[1]:g})"
+
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""
         spans = spans_of(inputs)
@@ -311,7 +323,8 @@ class HuggingFaceBinding(AbstractBinding):
         if not self.model.can_generate():
             raise InputError(f"{type(self.model).__name__} does not generate: use run")
         model: Any = self.model
-        output = model.generate(**{**{k: v for k, v in inputs.items() if k != "use_cache"}, **options})
+        given = {k: v for k, v in recalled(inputs).items() if k != "use_cache"}
+        output = model.generate(**{**given, **options})
         return output if isinstance(output, Tensor) else output.sequences
 
     @contextmanager

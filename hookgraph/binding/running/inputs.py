@@ -9,8 +9,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
-from hookgraph.binding.running.remembering import Remembered, Retained
+from hookgraph.binding.running.remembering import Lent, Remembered, Retained, lent
 from hookgraph.binding.tracing.packing import repeated
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
@@ -74,7 +75,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Keyword arguments of a model, on a device, the whole batch repeated `copies` times.
 
-    Where the attention mask shows padding on the left, position ids are derived from it.
+    Where the attention mask shows padding on the left, position ids are derived from it. A cache is read, and
+    not written to: each pass is given a copy.
 
     Args:
         inputs: what to run.
@@ -102,7 +104,8 @@ def prepare(
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         mask = None
     if mask is not None and "position_ids" in accepted.names and "position_ids" not in arguments:
-        arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + accepted.first_position
+        numbers = (mask.long().cumsum(-1) - 1).clamp(min=0) + accepted.first_position
+        arguments["position_ids"] = numbers if ids is None else numbers[:, -ids.shape[1] :]  # behind a cache
     if "use_cache" in accepted.names:
         arguments.setdefault("use_cache", False)
     if copies == 1:
@@ -113,6 +116,8 @@ def prepare(
 def _moved(value: Any, device: torch.device) -> Any:
     if type(value) is dict:  # masks by kind of layer
         return {k: _moved(v, device) for k, v in value.items()}
+    if isinstance(value, Cache):
+        return lent(value)
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -190,7 +195,7 @@ def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     def again(value: object) -> object:
         if type(value) is dict:  # masks by kind of layer
             return {k: again(v) for k, v in value.items()}
-        if isinstance(value, Remembered | Retained):
+        if isinstance(value, Remembered | Retained | Lent):
             return value.repeated(copies)
         if isinstance(value, Tensor) and value.shape[:1] == (batch,):
             return value.repeat(copies, *([1] * (value.ndim - 1)))

@@ -10,8 +10,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hookgraph.errors import InputError
 from hookgraph.hooks.handles import installed
 
 _APPENDED: Final = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -59,6 +60,39 @@ class Remembered:
         if len(states) == 1:  # nothing is copied before a layer of the model appends to it
             return states.expand(self.copies, *rest)
         return states.repeat(self.copies, *([1] * len(rest)))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """A cache that came with the inputs, of another kind: each pass is given a copy."""
+
+    cache: Cache
+
+    def get_seq_length(self) -> int:
+        """How many positions it holds."""
+        return int(self.cache.get_seq_length())
+
+    def repeated(self, copies: int) -> "Lent":
+        """Not known how.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"a {type(self.cache).__name__} cannot be repeated for {copies} copies of its batch: leave "
+            "past_key_values out and give the whole sequence, or use a DynamicCache"
+        )
+
+    def fresh(self) -> Cache:
+        """A cache that a pass may write to."""
+        return copy.deepcopy(self.cache)
+
+
+def lent(cache: Cache) -> "Remembered | Lent":
+    """What came with the inputs, so held that no pass writes to it."""
+    known = isinstance(cache, DynamicCache) and cache.layers and all(map(_appended, cache.layers))
+    return Remembered(cache) if known and isinstance(cache, DynamicCache) else Lent(cache)
 
 
 def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
@@ -169,4 +203,4 @@ def _appended(layer: Any) -> bool:
 
 def recalled(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs as the model takes them, with a fresh cache of what is remembered, or for what is to be."""
-    return {k: v.fresh() if isinstance(v, Remembered | Retained) else v for k, v in inputs.items()}
+    return {k: v.fresh() if isinstance(v, Remembered | Retained | Lent) else v for k, v in inputs.items()}

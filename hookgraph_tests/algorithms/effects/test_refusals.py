@@ -11,10 +11,11 @@ from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.errors import HookGraphError, LocationError, MetricError, ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.locations import ATTN_SCORES, ATTN_Z, EMBED, MLP_OUT, MLP_POST
+from hookgraph.locations import ATTN_PATTERN, ATTN_Q, ATTN_SCORES, ATTN_Z, EMBED, MLP_OUT, MLP_POST
+from hookgraph.ontology.locations import LocationType
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 from hookgraph.subgraphs.splicing import SpliceGradient
-from hookgraph_tests.families import bound, tokens
+from hookgraph_tests.families import bound, build, tokens
 from hookgraph_tests.subgraphs.planted import planted
 
 CLEAN, CORRUPT = tokens(), tokens(seed=1)
@@ -254,3 +255,50 @@ def test_labels_of_a_data_collator_do_not_matter():
     found = patching_effect(gpt2(), clean, corrupt, MEASURE, [ATTN_Z[1]])
     plain = patching_effect(gpt2(), CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]])
     assert torch.equal(found.effects[ATTN_Z[1]], plain.effects[ATTN_Z[1]])
+
+
+# --- passes that would not agree ----------------------------------------------------------------
+
+
+def test_a_model_that_draws_dropout_is_refused_until_it_evaluates():
+    model = build("gpt2", torch.float64)
+    model.transformer.drop.p = 0.1  # pyright: ignore
+    graph = hg.bind(model, check=False)
+    model.train()
+    message = r"training mode with dropout \(transformer.drop, 0.1\): .* call model.eval\(\) first"
+    with pytest.raises(HookGraphError, match=message):
+        patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]])
+    assert model.training
+    model.eval()
+    assert patching_effect(graph, CLEAN, CLEAN, MEASURE, [ATTN_Z[1]]).total_effect is not None
+
+
+def test_a_model_that_trains_without_dropout_is_measured():
+    model = build("llama", torch.float64)
+    graph = hg.bind(model, check=False)
+    expected = patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]]).effects[ATTN_Z[1]]
+    model.train()
+    found = patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]]).effects[ATTN_Z[1]]
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_measured_does_not_depend_on_which_nodes_share_a_pass():
+    """A layer whose pattern is asked for leaves the fused kernel, in the clean run and in all others."""
+    graph = bound("llama", torch.bfloat16)
+    nodes = [ATTN_Z[layer].at(head=head) for layer in range(3) for head in range(4)]
+    nodes.append(ATTN_PATTERN[1].at(head=0))
+    for batch_size in (2, 256):
+        assert not exact_effects(graph, CLEAN, CLEAN, MEASURE, nodes, batch_size=batch_size).any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("place", [ATTN_Q, ATTN_SCORES, ATTN_PATTERN], ids=str)
+def test_relp_says_that_nothing_flows_through_patterns(family: str, place: LocationType):
+    with pytest.raises(MetricError, match="relp holds attention patterns constant, so nothing flows through"):
+        patching_effect(bound(family, torch.float64), CLEAN, CORRUPT, MEASURE, [place[1]], "relp")
+
+
+def test_answers_that_are_not_one_per_example_are_refused_however_the_batch_is_divided():
+    metric = hg.metrics.logit_diff([5, 6, 7], 3)
+    with pytest.raises(MetricError, match=r"correct has shape \(3,\) for a batch of 2"):
+        patching_effect(gpt2(), CLEAN, CORRUPT, metric, [ATTN_Z[1]], batch_size=1)

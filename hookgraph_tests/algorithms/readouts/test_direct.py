@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
 
 from hookgraph.algorithms import LogitAttribution, direct_logit_attribution
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.readouts.direct import Parts
+from hookgraph.binding import bind
 from hookgraph.errors import HookGraphError, MetricError
 from hookgraph.locations import (
     ATTN_OUT,
@@ -150,3 +152,25 @@ def test_bad_requests_are_refused():
         direct_logit_attribution(graph, tokens(), [3, 4, 5])
     with pytest.raises(HookGraphError, match="no dictionary is injected"):
         direct_logit_attribution(graph, tokens(), 3, by="latent")
+
+
+def test_a_stream_that_is_no_sum_is_refused():
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+        )
+    )
+    graph = bind(model.eval(), check=False)
+    with pytest.raises(HookGraphError, match=r"attribution: resid.post\[1\] is not resid.pre\[0\]"):
+        direct_logit_attribution(graph, torch.arange(3, 9)[None], 5, 6)
+
+
+def test_a_hook_on_the_stream_is_told_by_the_residual():
+    graph = bound("gpt2", torch.float64).hook(RESID_POST[0], lambda x: 2 * x)
+    found = direct_logit_attribution(graph, tokens(), CORRECT, WRONG, pos=POS)
+    assert (found.residual.abs() > 1e-3).all()

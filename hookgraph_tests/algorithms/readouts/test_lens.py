@@ -167,3 +167,20 @@ def test_lenses_that_are_none_are_refused(tmp_path: Path):
     with pytest.raises(UnknownLocationError, match=r"no translator for mlp.out\[0\]"):
         shifted().translation(MLP_OUT[0])
     assert LogitLens().translation(MLP_OUT[0]) is None
+
+
+def test_positions_of_a_padded_batch_are_those_of_each_rows_tokens():
+    graph, ids = bound("llama", torch.float64), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    together = logit_lens(graph, padded, pos=[0, 2, -1])
+    alone = logit_lens(graph, ids[1:, 2:], pos=[0, 2, -1])
+    assert together.positions == (0, 2, -1)
+    assert torch.equal(together.tokens[:, 1], alone.tokens[:, 0])
+    torch.testing.assert_close(together.entropy[:, 1], alone.entropy[:, 0], rtol=1e-4, atol=1e-5)
+    everything = logit_lens(graph, padded)
+    assert everything.positions == tuple(range(6))
+    assert torch.equal(everything.tokens[-1, ..., 0], graph.run(padded).logits.argmax(-1))
+    with pytest.raises(LocationError, match="row 1 holds pos 0 to 3"):
+        logit_lens(graph, padded, pos=4)

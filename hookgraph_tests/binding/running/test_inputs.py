@@ -8,12 +8,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import bind
 from hookgraph.binding.running.inputs import Accepted
 from hookgraph.errors import InputError, LoadError, LocationError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
+from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.transformer import ATTN_Z, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
 from hookgraph_tests.families import FAMILIES, LAYERS, PADDING, VOCABULARY, bound, model_of, tokens
 from hookgraph_tests.unchecked import unchecked
@@ -223,3 +227,55 @@ def test_a_model_that_hands_nothing_on_takes_what_it_names_only():
     known.check(["use_cache"])
     with pytest.raises(InputError, match="takes no argument 'pixels': known: input_ids, use_cache"):
         known.check(["input_ids", "pixels"])
+
+
+# --- a cache among the inputs -----------------------------------------------------------------
+
+
+def prefixed(cache: Cache | None = None) -> tuple[HookGraph, dict[str, Any]]:
+    """Tokens behind a prefix that a cache holds."""
+    graph = bound("llama", torch.float64)
+    cache = DynamicCache(config=model_of(graph).config) if cache is None else cache
+    with torch.no_grad():
+        model_of(graph)(input_ids=tokens(seed=3), past_key_values=cache, use_cache=True)
+    return graph, {"input_ids": IDS, "past_key_values": cache}
+
+
+def test_a_cache_is_read_and_not_written_to():
+    graph, inputs = prefixed()
+    whole = graph.run(torch.cat([tokens(seed=3), IDS], 1), save=[RESID_POST[1]])
+    for _ in range(2):
+        found = graph.run(inputs, save=[RESID_POST[1]])
+        torch.testing.assert_close(found[RESID_POST[1]], whole[RESID_POST[1]][:, 6:], rtol=1e-5, atol=1e-6)
+    assert inputs["past_key_values"].get_seq_length() == 6
+
+
+def test_algorithms_begin_each_pass_with_the_cache_that_was_given():
+    graph, inputs = prefixed()
+    other, metric = {**inputs, "input_ids": tokens(seed=1)}, logit_diff(3, 5)
+    nodes = [ATTN_Z[1].at(head=1), MLP_OUT[2]]
+    found = exact_effects(graph, inputs, other, metric, nodes)
+    before, corrupt = graph.run(inputs, metric=metric).metric, graph.run(other, save=nodes)
+    for node, effect in zip(nodes, found, strict=True):
+        moved = graph.hook(node, SetTo(corrupt[node])).run(inputs, metric=metric).metric
+        assert moved is not None
+        assert before is not None
+        torch.testing.assert_close(effect, moved - before, rtol=1e-5, atol=1e-7)
+    assert inputs["past_key_values"].get_seq_length() == 6
+
+
+def test_a_cache_of_another_kind_is_copied_and_not_repeated():
+    graph = bound("llama", torch.float64)
+    graph, inputs = prefixed(StaticCache(config=model_of(graph).config, max_cache_len=16))
+    first = graph.run(inputs).logits
+    assert torch.equal(graph.run(inputs).logits, first)
+    with pytest.raises(InputError, match="a StaticCache cannot be repeated for 2 copies"):
+        graph.binding.prepare(inputs, copies=2)
+
+
+def test_padding_before_a_cache_moves_the_positions_behind_it():
+    graph, inputs = prefixed()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :2] = 0
+    found = graph.binding.prepare({**inputs, "attention_mask": mask})["position_ids"]
+    assert found.tolist() == [[6, 7, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9]]

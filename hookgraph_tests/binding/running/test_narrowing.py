@@ -118,8 +118,9 @@ def test_hooks_of_others_and_training_see_every_position():
 def test_several_positions_of_an_example_take_all_of_them():
     graph, ids = bound("gpt2", torch.float64), tokens()
     with lengths(last_mlp_of(graph)) as seen:
-        graph.run(ids, metric=metric(torch.tensor([[1, 2], [3, 3]])), logits=False)
-    assert seen == [6]
+        several = metrics.kl_to(graph.run(ids).logits, pos=torch.tensor([[1, 2], [3, 3]]))
+        graph.run(ids, metric=several, logits=False)
+    assert seen == [6, 6]
 
 
 class Blended(nn.LayerNorm):
