@@ -100,7 +100,7 @@ def check_real(reads: Reads, span: Span) -> None:
                 )
 
 
-def put(values: Float[Tensor, "batch few ..."], reads: Reads, length: int) -> Float[Tensor, "batch pos ..."]:
+def put(values: Float[Tensor, "batch ..."], reads: Reads, length: int) -> Float[Tensor, "batch pos ..."]:
     """What `take` took, at its positions again among `length` of them; 0 at the others.
 
     There has to be one position for all examples, or one per example: of positions that are named twice,
