@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, final
+from typing import Any, Protocol, TypeAlias, final, runtime_checkable
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -24,6 +24,19 @@ tokenizer."""
 
 Prepared: TypeAlias = Mapping[str, object]
 """Inputs as keyword arguments of the model, on its device."""
+
+
+@runtime_checkable
+class OfExamples(Protocol):
+    """Something among prepared inputs, such as what a cache holds, that has a part for each example."""
+
+    def rows(self, chosen: slice | Int[Tensor, " batch"]) -> "OfExamples":
+        """The same for some examples.
+
+        Raises:
+            InputError: it cannot be divided.
+        """
+        ...
 
 
 @final

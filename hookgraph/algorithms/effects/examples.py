@@ -14,7 +14,7 @@ from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.metrics import AnswerMetric
 from hookgraph.errors import HookGraphError, MetricError
-from hookgraph.graph.abstract import Inputs, Prepared
+from hookgraph.graph.abstract import Inputs, OfExamples, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.locations import Location
@@ -129,6 +129,8 @@ def rows_of(inputs: Prepared, chosen: slice | Int[Tensor, " batch"], count: int)
         if type(v) is dict  # masks by kind of layer
         else v[chosen]
         if isinstance(v, Tensor) and v.ndim and len(v) == count
+        else v.rows(chosen)
+        if isinstance(v, OfExamples)
         else v
         for name, v in inputs.items()
     }

@@ -13,6 +13,7 @@ from hookgraph.errors import HookGraphError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.positions import ByPosition, Placed, is_placed
+from hookgraph.hooks.slicing import read, write
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
@@ -169,7 +170,14 @@ def means_instead(graph: HookGraph, clean: Inputs, statistics: AblationStatistic
         return None
     where = graph.binding.place(graph.binding.prepare(clean))
 
+    parts = [x for x in statistics.means if x != x.whole and not is_placed(x)]
+
     def mean(place: Location, value: Tensor) -> Tensor:
+        inside = [x for x in parts if x.whole == place]
+        if place not in statistics.means and inside:  # of the whole nothing is asked but these parts
+            for part in inside:
+                value = write(part, value, mean(part, read(part, value)))
+            return value
         constant = Constant(place, statistics.of(place, "mean"))
         if where is None or not constant.per_position:
             return constant(value)

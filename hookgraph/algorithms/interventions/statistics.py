@@ -15,6 +15,7 @@ from hookgraph.errors import HookGraphError, InputError, LocationError, nearest
 from hookgraph.graph import storage
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.hooks.slicing import read
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
@@ -52,6 +53,9 @@ class AblationStatistics:
             HookGraphError: there is none.
         """
         found = self.means if mode == "mean" else self.optimal
+        whole = location.whole
+        if location not in found and whole in found:
+            return _part_of(location, found[whole])
         if location not in found:
             near = nearest(str(location), map(str, found))
             raise HookGraphError(f"no {mode} of {location} is known: give it to {MADE_BY[mode]}; {near}")
@@ -142,6 +146,18 @@ def mean_activations(
         raise InputError("there is no data to take means of: pass an iterable of batches")
     means = {x: sums[x] / counts[x].clamp(min=1) for x in places}
     return AblationStatistics(means, counts, metadata=graph.binding.metadata)
+
+
+def _part_of(location: Location, constant: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The part of what stands in for a whole location; what stands in at every position does at any."""
+    axes = location.type.dims[1:]
+    index = {
+        d.value: (0 if isinstance(i, int) else slice(None))
+        if d is Dimension.POS and constant.shape[axes.index(d)] == 1
+        else i
+        for d, i in location.index
+    }
+    return read(location.whole.at(**index), constant[None])[0]
 
 
 def _counted(place: Location, value: Tensor) -> list[int]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Final, final
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -41,6 +42,12 @@ class Remembered:
     def repeated(self, copies: int) -> "Remembered":
         """The same for a batch that is repeated."""
         return replace(self, copies=self.copies * copies)
+
+    def rows(self, chosen: slice | Int[Tensor, " batch"]) -> "Remembered":
+        """The same for some examples of the batch."""
+        cache = copy.copy(self.cache)
+        cache.layers = [_rows_of(layer, chosen) for layer in self.cache.layers]
+        return Remembered(cache, self.copies)
 
     def fresh(self) -> DynamicCache:
         """A cache that a pass may write to."""
@@ -79,9 +86,20 @@ class Lent:
         Raises:
             InputError: always.
         """
-        raise InputError(
-            f"a {type(self.cache).__name__} cannot be repeated for {copies} copies of its batch: leave "
-            "past_key_values out and give the whole sequence, or use a DynamicCache"
+        raise self._fixed(f"repeated for {copies} copies of its batch")
+
+    def rows(self, chosen: slice | Int[Tensor, " batch"]) -> "Lent":
+        """Not known how.
+
+        Raises:
+            InputError: always.
+        """
+        raise self._fixed("divided among the examples of its batch")
+
+    def _fixed(self, wanted: str) -> InputError:
+        return InputError(
+            f"a {type(self.cache).__name__} cannot be {wanted}: leave past_key_values out and give the whole "
+            "sequence, or use a DynamicCache"
         )
 
     def fresh(self) -> Cache:
@@ -93,6 +111,12 @@ def lent(cache: Cache) -> "Remembered | Lent":
     """What came with the inputs, so held that no pass writes to it."""
     known = isinstance(cache, DynamicCache) and cache.layers and all(map(_appended, cache.layers))
     return Remembered(cache) if known and isinstance(cache, DynamicCache) else Lent(cache)
+
+
+def _rows_of(layer: Any, chosen: slice | Int[Tensor, " batch"]) -> Any:
+    own = copy.copy(layer)
+    own.keys, own.values = layer.keys[chosen], layer.values[chosen]
+    return own
 
 
 def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import hookgraph as hg
 from hookgraph.algorithms import memory
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import Method, patching_effect
+from hookgraph.algorithms.interventions.statistics import mean_activations
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
@@ -488,3 +489,22 @@ def test_a_metric_that_raises_leaves_the_model_as_it_was(method: Method):
     with pytest.raises(ValueError, match="my metric is broken"):
         patching_effect(graph, tokens(), tokens(seed=1), broken, [ATTN_Z[1]], method)
     assert torch.equal(graph.run(tokens()).logits, before)
+
+
+@pytest.mark.parametrize("method", ["attrib", "ig", "exact", "atp_star", "relp"])
+def test_means_of_a_part_stand_in_for_it_as_those_of_the_whole_do(method: Method):
+    graph, part, data = bound("gpt2", torch.float64), ATTN_Z[1].at(head=1), [tokens(seed=2), tokens(seed=3)]
+    found = [
+        patching_effect(
+            graph,
+            tokens(),
+            None,
+            logit_diff(5, 7),
+            [part],
+            method,
+            statistics=mean_activations(graph, data, [place]),
+        ).effects[part]
+        for place in (part, part.whole)
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert found[0].abs().max() > 0

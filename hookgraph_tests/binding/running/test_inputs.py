@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from hookgraph.algorithms import patching_effect
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import bind
@@ -264,6 +265,16 @@ def test_algorithms_begin_each_pass_with_the_cache_that_was_given():
     assert inputs["past_key_values"].get_seq_length() == 6
 
 
+def test_a_cache_is_divided_with_the_examples():
+    graph, inputs = prefixed()
+    other, metric = {**inputs, "input_ids": tokens(seed=1)}, logit_diff(3, 5)
+    whole, divided = (
+        patching_effect(graph, inputs, other, metric, [ATTN_Z[1]], batch_size=size).effects[ATTN_Z[1]]
+        for size in (2, 1)
+    )
+    torch.testing.assert_close(divided, whole, rtol=1e-6, atol=1e-9)
+
+
 def test_a_cache_of_another_kind_is_copied_and_not_repeated():
     graph = bound("llama", torch.float64)
     graph, inputs = prefixed(StaticCache(config=model_of(graph).config, max_cache_len=16))
@@ -271,6 +282,8 @@ def test_a_cache_of_another_kind_is_copied_and_not_repeated():
     assert torch.equal(graph.run(inputs).logits, first)
     with pytest.raises(InputError, match="a StaticCache cannot be repeated for 2 copies"):
         graph.binding.prepare(inputs, copies=2)
+    with pytest.raises(InputError, match="a StaticCache cannot be divided among the examples"):
+        patching_effect(graph, inputs, inputs, logit_diff(3, 5), [ATTN_Z[1]], batch_size=1)
 
 
 def test_padding_before_a_cache_moves_the_positions_behind_it():
