@@ -348,6 +348,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
             "vibevoice_acoustic_tokenizer_decoder",
         )
     },
+    "cvt": {"embed_dim": [32, 48, 96], "num_heads": [1, 3, 6], "depth": [1, 2, 4]},
     "pvt": {
         "hidden_sizes": [16, 16, 32, 32],
         "num_attention_heads": [1, 2, 2, 4],
