@@ -284,7 +284,7 @@ def _reads(pos: Tokens) -> Reads:
 
 def _pick(values: Float[Tensor, "batch vocab"], token: Tokens) -> PerExample:
     if isinstance(token, int):
-        _check_vocabulary(token, values.shape[1])
+        _check_vocabulary(token, values.shape[-1])
         return values[:, token]
     return values.gather(1, _per_example(values, token, "token")[:, None])[:, 0]
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import matplotlib.ticker
 
 _MISSING = "maps are drawn with matplotlib, which is not installed: pip install 'hookgraph[plot]'"
+_AXES = tuple(d.value for d in Dimension)
 _NUMBERED = 24
 """Maps with more columns than this show colours only."""
 _CELL = (0.56, 0.44)
@@ -85,10 +86,9 @@ def layer_maps(
         kinds.setdefault(_kind(location), []).append(location)
     if not kinds:
         raise HookGraphError("there are no effects to draw")
-    left = {axis for found in axes.values() for axis in found}
     for name in labels or {}:
-        if name not in left:
-            raise HookGraphError(f"there are labels for {name!r}, which no map has: {nearest(name, left)}")
+        if name not in _AXES:  # an axis that these maps do not have is left out
+            raise HookGraphError(f"there are labels for {name!r}, which is no axis: {nearest(name, _AXES)}")
     return [_grid(kind, where, effects, axes, labels or {}) for kind, where in kinds.items()]
 
 

@@ -24,7 +24,7 @@ INVARIANTS = (
     "padded",
     "fused",
     "replayed",
-    "by position",
+    "narrowed",
 )
 """What is checked of every location, the last two of some only: see the explanation page on conformance."""
 

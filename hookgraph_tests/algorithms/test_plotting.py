@@ -46,7 +46,7 @@ def test_plot_draws_a_map_per_type():
 
 def test_plot_names_positions():
     effect = effect_of({RESID_POST[0]: torch.randn(2, 3, 4)}).mean("batch").sum("d_model")
-    with pytest.raises(HookGraphError, match="labels for 'poz', which no map has: did you mean pos"):
+    with pytest.raises(HookGraphError, match="labels for 'poz', which is no axis: did you mean pos"):
         effect.plot(labels={"poz": ["a", "b", "c"]})
     figure = effect.plot(labels={"pos": ["a", "b", "c"]})
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a", "b", "c"]

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.binding.proving.by_position import check_by_position
 from hookgraph.binding.proving.circumstances import Subject, check_circumstances
 from hookgraph.binding.proving.comparison import check_comparison
 from hookgraph.binding.proving.draws import HeldDraws
@@ -22,6 +21,7 @@ from hookgraph.binding.proving.edits import inside_kernel, live, replace_rows, r
 from hookgraph.binding.proving.equations import Identity, Unapplied
 from hookgraph.binding.proving.identities import identities, watching
 from hookgraph.binding.proving.mixtures import mixture_identities, rerouted
+from hookgraph.binding.proving.narrowed import check_narrowed
 from hookgraph.binding.proving.replays import check_replays
 from hookgraph.binding.proving.slopes import Slopes, check_gradients
 from hookgraph.binding.proving.state import model_state
@@ -102,7 +102,7 @@ def _check(
         slopes = check_gradients(graph, example, clean)
         proofs += slopes.proofs
     replays = check_replays(graph, example, clean, locations)
-    narrow, wide = check_by_position(binding, example, locations)
+    narrow, wide = check_narrowed(binding, example, locations)
     proofs += [*replays.proofs, *narrow]
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed

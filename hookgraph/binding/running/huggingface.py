@@ -25,7 +25,7 @@ from hookgraph.binding.running.mechanisms import (
     needs_state,
     notice_recomputing,
 )
-from hookgraph.binding.running.narrowing import BY_POSITION, is_one_each, last_mlp, narrowing
+from hookgraph.binding.running.narrowing import NARROWED, is_one_each, last_mlp, narrowing
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
@@ -281,7 +281,7 @@ class HuggingFaceBinding(AbstractBinding):
         place = self._last_mlp
         if place is None or self._looked_at >= self._place[place] or not is_one_each(reads):
             return nullcontext()
-        if not all(self._report.proves(x, BY_POSITION) for x in (place, FINAL_LN_OUT)):
+        if not all(self._report.proves(x, NARROWED) for x in (place, FINAL_LN_OUT)):
             return nullcontext()
         anchor = self.findings.anchors[place]
         module = self._modules[anchor.module]

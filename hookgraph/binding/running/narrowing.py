@@ -22,7 +22,7 @@ from hookgraph.ontology.transformer import MLP_IN, MLP_OUT
 _JOINING: Set[str] = frozenset({"anew", "add", "share"})
 """Steps of the stream by which something joins it."""
 
-BY_POSITION = "by position"
+NARROWED = "narrowed"
 """The invariant: what lies at some positions is computed from these positions alone."""
 
 

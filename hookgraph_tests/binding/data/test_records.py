@@ -53,12 +53,21 @@ def test_every_value_comes_back_as_it_was(kind: Any):
     ),
     st.dictionaries(st.tuples(st.text(), st.integers()), st.from_type(ExpertLayer), max_size=2),
     st.dictionaries(st.tuples(st.text(), st.integers()), st.text(), max_size=2),
+    st.dictionaries(st.text(), st.none() | st.integers() | st.text(), max_size=2),
     st.integers(),
 )
 def test_findings_come_back_as_they_were(
-    anchors: Any, reasons: Any, layers: Any, weights: Any, experts: Any, closed: Any, batch: int
+    anchors: Any,
+    reasons: Any,
+    layers: Any,
+    weights: Any,
+    experts: Any,
+    closed: Any,
+    overtaken: Any,
+    batch: int,
 ):
-    assert survives(Findings(anchors, reasons, layers, weights, experts, closed, batch), Findings)
+    found = Findings(anchors, reasons, layers, weights, experts, closed, overtaken, batch)
+    assert survives(found, Findings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,8 +19,8 @@ from transformers import (
 
 from hookgraph.binding import HuggingFaceBinding, bind
 from hookgraph.binding.data.views import Scaled
+from hookgraph.binding.proving import conformance, slopes
 from hookgraph.binding.proving.circumstances import Subject, Verdict, check_circumstances
-from hookgraph.binding.proving.proving import conformance, slopes
 from hookgraph.binding.proving.watching import Watch
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import ATTN_SCORES, LOGITS, MLP_IN, MLP_OUT, RESID_POST, RESID_PRE

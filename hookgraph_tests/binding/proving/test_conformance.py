@@ -76,7 +76,7 @@ def test_every_invariant_of_every_location_is_proven_at_bind(family: str):
     assert report.ok, report
     proven = {name: {p.location for p in report.proofs if p.invariant == name} for name in INVARIANTS}
     missing = {g.invariant for g in report.gaps}
-    everywhere = set(INVARIANTS) - {"replayed", "by position"}
+    everywhere = set(INVARIANTS) - {"replayed", "narrowed"}
     for name in everywhere - missing:
         assert proven[name] == set(graph.locations), name
     assert missing == {"conserved", *UNCHECKED.get(family, {})}

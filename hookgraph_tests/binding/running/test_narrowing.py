@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hookgraph.algorithms import metrics
 from hookgraph.binding import bind
-from hookgraph.binding.running.narrowing import BY_POSITION
+from hookgraph.binding.running.narrowing import NARROWED
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, Reads, put, take
 from hookgraph.hooks.handles import installed
@@ -135,9 +135,9 @@ def test_where_positions_are_mixed_after_the_last_layer_all_are_computed():
     model.transformer.ln_f = Blended(model.config.n_embd, dtype=torch.float64)  # pyright: ignore
     graph, ids = bind(model), tokens()
     report = graph.report
-    assert report.proves(last(graph, MLP_IN), BY_POSITION)
-    assert not report.proves(FINAL_LN_OUT, BY_POSITION)
-    assert "one position by itself" in report.why_unchecked(FINAL_LN_OUT, BY_POSITION)
+    assert report.proves(last(graph, MLP_IN), NARROWED)
+    assert not report.proves(FINAL_LN_OUT, NARROWED)
+    assert "one position by itself" in report.why_unchecked(FINAL_LN_OUT, NARROWED)
     whole = graph.run(ids, save=ATTN_Z[0].grad, metric=metric(-1))
     with lengths(last_mlp_of(graph)) as seen:
         part = graph.run(ids, save=ATTN_Z[0].grad, metric=metric(-1), logits=False)

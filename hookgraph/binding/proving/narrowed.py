@@ -15,7 +15,7 @@ from hookgraph.binding.data.anchors import Anchor
 from hookgraph.binding.proving.edits import unmasked
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.mechanisms import element, replaced
-from hookgraph.binding.running.narrowing import BY_POSITION, is_plain, last_mlp, narrowing
+from hookgraph.binding.running.narrowing import NARROWED, is_plain, last_mlp, narrowing
 from hookgraph.graph.conformance import Gap, Proof
 from hookgraph.graph.measuring import take
 from hookgraph.hooks.handles import installed
@@ -30,7 +30,7 @@ _LAST: Final = -1
 
 
 @torch.no_grad()
-def check_by_position(
+def check_narrowed(
     binding: HuggingFaceBinding, example: Mapping[str, Any], locations: Sequence[Location]
 ) -> tuple[list[Proof], list[Gap]]:
     """Of one position: what MLPs return, and the logits where the last MLP is given that position only.
@@ -56,9 +56,9 @@ def check_by_position(
     if last is not None and FINAL_LN_OUT in locations:
         errors[FINAL_LN_OUT] = _error_of_logits(binding, example, last, logits)
     tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE[torch.float32])
-    fine = [Proof(x, BY_POSITION, True, e, tolerance) for x, e in errors.items() if e <= tolerance]
+    fine = [Proof(x, NARROWED, True, e, tolerance) for x, e in errors.items() if e <= tolerance]
     reason = "one position by itself gives something else, so passes compute all of them"
-    return fine, [Gap(x, BY_POSITION, reason) for x, error in errors.items() if not error <= tolerance]
+    return fine, [Gap(x, NARROWED, reason) for x, error in errors.items() if not error <= tolerance]
 
 
 def _compare(
