@@ -17,7 +17,7 @@ from hookgraph.binding.resolving.examples import candidates, one_row, unrunnable
 from hookgraph.binding.running.compiled import as_written
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.tracing.trace import Trace, evaluating
-from hookgraph.errors import BindingError
+from hookgraph.errors import BindingError, InputError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.hook_graph import HookGraph
 
@@ -62,6 +62,11 @@ def bind(
         raise BindingError(
             f"{type(model).__name__} is not a transformers model (a PreTrainedModel): bind the whole model, "
             "or write an AbstractBinding for a network of your own"
+        )
+    if example is not None and not isinstance(example, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"the example is {type(example).__name__}: give keyword arguments of the model, such as "
+            "{'input_ids': ids}"
         )
     examples = list(candidates(model)) if example is None else [dict(example)]
     with as_written(model.modules()):

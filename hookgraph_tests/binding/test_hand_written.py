@@ -93,6 +93,15 @@ def sum_of_products(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) ->
     return joined(softmax(q @ k.mT + k @ q.mT) @ v)
 
 
+def over_queries(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return joined((k @ q.mT / WIDTH**0.5).softmax(-2).mT @ v)
+
+
+def heads_last(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pattern = torch.einsum("bhqd,bhkd->bqkh", q, k).softmax(2)
+    return joined(torch.einsum("bqkh,bhkd->bhqd", pattern, v))
+
+
 def running_sum(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(softmax(q @ k.mT) @ v).cumsum(1)
 
@@ -227,6 +236,8 @@ def test_heads_in_groups_are_heads(attend: Attention):
 
 
 REASONS: dict[str, tuple[Attention, LocationType, str]] = {
+    "over queries": (over_queries, ATTN_Q, "the softmax is not over the last axis"),
+    "heads last": (heads_last, ATTN_K, "the softmax is not over the last axis"),
     "turned": (
         keys_first,
         ATTN_Q,

@@ -25,8 +25,11 @@ from hookgraph.ontology.transformer import FINAL_LN_OUT, MLP_IN
 _TOLERANCE: Final = {torch.float64: 1e-9, torch.float32: 1e-3}
 """A product with fewer rows may be summed in another order. Coarser dtypes are treated like single ones."""
 
-_LAST: Final = -1
-"""The position that is computed by itself: what attention brings it comes from all others."""
+_FEWEST: Final = 3
+"""With fewer positions none is seen to be left alone by others."""
+
+_LENGTH: Final = 256
+"""How many positions an MLP is tried on: more than an expert has room for, where tokens are dropped."""
 
 
 @torch.no_grad()
@@ -70,25 +73,41 @@ def _compare(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    """A hook: run the module once more, on one position."""
+    """A hook: run the module again on many positions, and on some of these by themselves."""
+    given = element(args, kwargs, anchor.slot)
+    generator = torch.Generator().manual_seed(3)
+    many = torch.randn(2, _LENGTH, given.shape[-1], generator=generator, dtype=torch.float64)
+    many = many.to(given) * given.std()
+
+    def run(x: Tensor) -> Tensor:
+        again = replaced(args, kwargs, anchor.slot, x)
+        return module.forward(*again[0], **again[1])
+
     try:
-        one = replaced(args, kwargs, anchor.slot, take(element(args, kwargs, anchor.slot), _LAST))
-        errors[place] = _difference(module.forward(*one[0], **one[1]), take(output, _LAST))
-    except Exception:  # whatever a module raises that is given one position
+        whole = run(many)
+        parts = [(run(take(many, p)), take(whole, p)) for p in (0, _LENGTH // 2, -1)]
+        errors[place] = max(_difference(*pair) for pair in parts)
+    except Exception:  # whatever a module raises that is given more or fewer positions
         errors[place] = float("inf")
 
 
 def _error_of_logits(
     binding: HuggingFaceBinding, example: Mapping[str, Any], place: Location, logits: Tensor
 ) -> float:
-    """By how much the logits of one position change if the last MLP sees that position only."""
+    """By how much the logits of single positions change if the last MLP sees these only."""
     anchor = binding.findings.anchors[place]
+    module = binding.model.get_submodule(anchor.module)
+    if logits.shape[1] < _FEWEST:
+        return float("inf")
+    worst = 0.0
     try:
-        with narrowing(binding.model.get_submodule(anchor.module), anchor, _LAST):
-            alone = binding.forward(binding.prepare(dict(example)))
-        return _difference(take(unmasked(alone), _LAST), take(unmasked(logits), _LAST))
+        for position in (0, logits.shape[1] // 2, -1):
+            with narrowing(module, anchor, position):
+                alone = binding.forward(binding.prepare(dict(example)))
+            worst = max(worst, _difference(take(unmasked(alone), position), take(unmasked(logits), position)))
     except Exception:  # whatever a model raises whose MLP sees one position
         return float("inf")
+    return worst
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -104,7 +104,10 @@ def _overtaken(trace: Trace, block: Block) -> dict[str, Slot]:
     return {
         call.path: slot
         for call, slot, held in given
-        if not stream.isdisjoint(held) and any(v.overwritten for v in held)
+        if not stream.isdisjoint(held)
+        and any(v.overwritten for v in held)
+        # What changes it itself has to be given the tensor that the model goes on with.
+        and not any(v.overwritten and call.first <= v.changed <= call.last for v in held)
     }
 
 

@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final, final
 
+from jaxtyping import Float
+from torch import Tensor
+
 from hookgraph.binding.data.anchors import Role
 from hookgraph.binding.data.views import Axes
 from hookgraph.binding.resolving.blocks import Block
@@ -26,6 +29,9 @@ _ODD: Final = "batch, heads and positions are not an axis each in the product"
 _PRODUCTS: Final = frozenset({"bmm", "baddbmm", "mm"})
 
 _SHIFTED: Final = frozenset({*ALIASES, "mul", "div", "add", "sub"})
+
+_ROUNDED: Final = 0.05
+"""So little do probabilities that were rounded to half precision miss 1 together."""
 
 _TURNS: Final = frozenset({"transpose", "permute", "t"})
 
@@ -78,6 +84,8 @@ def _reached(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
         return _none_of("the softmax is computed by no function that is looked into", *_EVERY)
     if made.form.kind == "fused":
         return _of_fused(operations, made, block)
+    if not _is_over_last(softmax.tensor):
+        return _none_of("the softmax is not over the last axis, so that is not known to be the keys", *_EVERY)
     heads = _heads_of(made.out, block)
     if heads is None:
         return _none_of(_axes_of(made.out), *_EVERY)
@@ -92,6 +100,12 @@ def _reached(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
     copies = _copies(trace, made.out, owner)
     before = _of_scores(operations, made, owner, heads)
     return inside.and_also(before).and_also(_of_pattern(operations, made, copies, heads))
+
+
+def _is_over_last(pattern: Float[Tensor, "..."]) -> bool:
+    """Whether what a softmax returned adds up to 1 along the last axis."""
+    total = pattern.detach().double().sum(-1)
+    return bool((total - 1).abs().max() < _ROUNDED)
 
 
 def of_pieces(trace: Trace, calls: Sequence[AttentionCall]) -> tuple[Mapping[Role, Found], Value | None]:

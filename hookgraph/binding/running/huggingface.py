@@ -25,13 +25,13 @@ from hookgraph.binding.running.mechanisms import (
     needs_state,
     notice_recomputing,
 )
-from hookgraph.binding.running.narrowing import NARROWED, is_one_each, last_mlp, narrowing
+from hookgraph.binding.running.narrowing import NARROWED, is_one_each, last_mlp, modules_behind, narrowing
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
 from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
-from hookgraph.binding.running.remembering import is_hooked, recalled, remember, retaining
+from hookgraph.binding.running.remembering import Lent, Remembered, is_hooked, recalled, remember, retaining
 from hookgraph.binding.running.skipping import entering
 from hookgraph.binding.running.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, InputError, LocationError, UnknownLocationError, nearest
@@ -81,6 +81,9 @@ class HuggingFaceBinding(AbstractBinding):
         self._place = {x: i for i, x in enumerate(self._locations)}
         self._state = PassState()
         self._last_mlp = last_mlp(findings)
+        self._behind = modules_behind(self._modules, findings)
+        self._watched = False
+        """Whether others have hooks on what may see the last MLP's output."""
         self._looked_at = -1
         """The last of the locations that are looked at in the passes to come."""
 
@@ -175,6 +178,7 @@ class HuggingFaceBinding(AbstractBinding):
                 )
             _attached.add(self.model)
         try:
+            self._watched = any(map(is_hooked, self._behind))
             self._looked_at = max((self._place[x] for x in taps if x.site is None), default=-1)
             # The start comes last, so that what enters is there before any tap sees it.
             with (
@@ -285,7 +289,7 @@ class HuggingFaceBinding(AbstractBinding):
             return nullcontext()
         anchor = self.findings.anchors[place]
         module = self._modules[anchor.module]
-        if module.training or any(map(is_hooked, module.modules())):
+        if module.training or self._watched:
             return nullcontext()
         return narrowing(module, anchor, reads)
 
@@ -323,7 +327,11 @@ class HuggingFaceBinding(AbstractBinding):
         if not self.model.can_generate():
             raise InputError(f"{type(self.model).__name__} does not generate: use run")
         model: Any = self.model
-        given = {k: v for k, v in recalled(inputs).items() if k != "use_cache"}
+        given = {
+            k: v.lasting() if isinstance(v, Remembered | Lent) else v
+            for k, v in inputs.items()
+            if k != "use_cache"
+        }
         output = model.generate(**{**given, **options})
         return output if isinstance(output, Tensor) else output.sequences
 

@@ -32,11 +32,13 @@ class Accepted:
         names: those of its signature.
         more: whether it takes others as well, to hand them on.
         first_position: the number of the first position.
+        known: whether it is a model of transformers itself, where labels make a loss and nothing else.
     """
 
     names: frozenset[str]
     more: bool
     first_position: int = 0
+    known: bool = False
 
     @staticmethod
     def by(model: PreTrainedModel) -> "Accepted":
@@ -44,7 +46,9 @@ class Accepted:
         parameters = inspect.signature(model.forward).parameters.values()
         open_ended = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         names = frozenset(p.name for p in parameters) - frozenset(open_ended)
-        return Accepted(names, any(p.kind is p.VAR_KEYWORD for p in parameters), _first_position(model))
+        more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        known = type(model).__module__.startswith("transformers.")
+        return Accepted(names, more, _first_position(model), known)
 
     def check(self, arguments: Iterable[str]) -> None:
         """Refuse what the model does not know, or, if it hands others on, what is nearly a name it knows.
@@ -95,7 +99,7 @@ def prepare(
     # The tokens come first: their rows are the examples, where positions may be given once for all.
     names = sorted(arguments, key=lambda name: name not in _ROWS)
     arguments = {k: _moved(arguments[k], device) for k in names}
-    if "decoder_input_ids" in arguments or "decoder_input_ids" not in accepted.names:
+    if accepted.known and ("decoder_input_ids" in arguments or "decoder_input_ids" not in accepted.names):
         arguments.pop("labels", None)  # they make a loss, of all logits, which nothing here reads
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):

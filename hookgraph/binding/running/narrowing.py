@@ -4,7 +4,7 @@ After the last layer only the unembedding reads the stream, at the positions tha
 before it takes two thirds of the layer's time, and treats each position by itself.
 """
 
-from collections.abc import Generator, Set
+from collections.abc import Generator, Mapping, Set
 from contextlib import contextmanager
 from itertools import dropwhile
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hookgraph.binding.data.anchors import Anchor
 from hookgraph.binding.data.findings import Findings, StreamStep
+from hookgraph.binding.running.checkpointing import is_checkpointed
 from hookgraph.binding.running.mechanisms import element, replaced
 from hookgraph.graph.measuring import Reads, put, take
 from hookgraph.hooks.handles import installed
@@ -32,6 +33,8 @@ def last_mlp(findings: Findings) -> Location | None:
     place, added = Location(MLP_IN, len(layers) - 1), Location(MLP_OUT, len(layers) - 1)
     if not layers or layers[-1].shared or not is_plain(findings.anchors.get(place)) or findings.counted:
         return None
+    if any(x.layer == place.layer and x.type.name.startswith("moe.") for x in findings.anchors):
+        return None  # routers may count the tokens that an expert has
     steps = layers[-1].stream
     joins = [i for i, step in enumerate(steps) if step.location == added and step.kind == "add"]
     later = dropwhile(_is_added, steps[joins[0] :]) if len(joins) == 1 else steps
@@ -41,6 +44,14 @@ def last_mlp(findings: Findings) -> Location | None:
 def _is_added(step: StreamStep) -> bool:
     """Whether a step adds an update. Those added in one go, as in parallel blocks, read the stream before."""
     return step.kind == "add"
+
+
+def modules_behind(modules: Mapping[str, nn.Module], findings: Findings) -> list[nn.Module]:
+    """The modules of the last layer, and those of no layer: what may see what the last MLP returns."""
+    layers = [layer.module for stack in findings.layers.values() for layer in stack]
+    last = findings.layers[MAIN_STACK][-1].module if findings.layers.get(MAIN_STACK) else ""
+    before = tuple(f"{path}." for path in layers if path != last)
+    return [m for path, m in modules.items() if not f"{path}.".startswith(before)]
 
 
 def is_plain(anchor: Anchor | None) -> bool:
@@ -65,12 +76,14 @@ def narrowing(module: nn.Module, anchor: Anchor, reads: Reads) -> Generator[None
     lengths: list[int] = []
 
     def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_checkpointed():
+            return None  # it runs again when this context is left
         given = element(args, kwargs, anchor.slot)
         lengths.append(given.shape[1])
         return replaced(args, kwargs, anchor.slot, take(given, reads).contiguous())
 
     def widen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return put(output, reads, lengths.pop())
+        return put(output, reads, lengths.pop()) if lengths else output
 
     with installed(
         lambda: module.register_forward_pre_hook(narrow, with_kwargs=True),

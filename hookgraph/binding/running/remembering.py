@@ -50,13 +50,19 @@ class Remembered:
         return Remembered(cache, self.copies)
 
     def fresh(self) -> DynamicCache:
-        """A cache that a pass may write to."""
+        """A cache that a pass may write to. It is for one pass: what that adds is forgotten."""
         cache = copy.copy(self.cache)
         cache.layers = [self._layer(layer) for layer in self.cache.layers]
         return cache
 
+    def lasting(self) -> DynamicCache:
+        """A cache for pass after pass, of the batch itself."""
+        return copy.deepcopy(self.cache)
+
     def _layer(self, layer: Any) -> Any:
         own = copy.copy(layer)
+        if not layer.is_initialized:
+            return own
         own.keys, own.values = (self._tiled(states) for states in (layer.keys, layer.values))
         # Otherwise the states of all layers, for every copy of the batch, would live until the pass is over.
         own.update = partial(_appended_to, copy.copy(own))
@@ -104,18 +110,24 @@ class Lent:
 
     def fresh(self) -> Cache:
         """A cache that a pass may write to."""
+        return self.lasting()
+
+    def lasting(self) -> Cache:
+        """A cache for pass after pass."""
         return copy.deepcopy(self.cache)
 
 
 def lent(cache: Cache) -> "Remembered | Lent":
     """What came with the inputs, so held that no pass writes to it."""
-    known = isinstance(cache, DynamicCache) and cache.layers and all(map(_appended, cache.layers))
-    return Remembered(cache) if known and isinstance(cache, DynamicCache) else Lent(cache)
+    if isinstance(cache, DynamicCache) and all(type(layer) in _APPENDED for layer in cache.layers):
+        return Remembered(cache)
+    return Lent(cache)
 
 
 def _rows_of(layer: Any, chosen: slice | Int[Tensor, " batch"]) -> Any:
     own = copy.copy(layer)
-    own.keys, own.values = layer.keys[chosen], layer.values[chosen]
+    if layer.is_initialized:
+        own.keys, own.values = layer.keys[chosen], layer.values[chosen]
     return own
 
 

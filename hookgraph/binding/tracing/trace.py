@@ -176,7 +176,7 @@ class Trace:
         known = self._current.get(id(tensor))
         if known is not None and known.op != "parameter":
             known.tensor = tensor.detach().clone()
-            known.overwritten = True
+            known.overwritten, known.changed = True, len(self.values)
 
     def inside(self, call: Call) -> list[Call]:
         """The module calls made inside `call`, at any depth."""

@@ -39,6 +39,8 @@ class Value:
     """Which output of the operation this is."""
     overwritten: bool = False
     """Whether the pass changes this tensor in place later on."""
+    changed: int = 0
+    """How many values there were when it did."""
     name: str = ""
     """For a parameter or a buffer: its name."""
     axes: int = 3

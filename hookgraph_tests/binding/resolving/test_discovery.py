@@ -39,6 +39,7 @@ from hookgraph.ontology.transformer import (
     RESID_POST,
     RESID_PRE,
 )
+from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM, Row
 from hookgraph_tests.families import (
     FAMILIES,
     LAYERS,
@@ -359,3 +360,35 @@ def test_a_bound_model_tells_what_results_should_remember():
         "dtype": "float32",
     }
     assert graph.run(tokens()).metadata == graph.binding.metadata
+
+
+class Onto(nn.Module):
+    """Adds in place, to what it is given."""
+
+    def forward(self, cloth: Tensor, more: Tensor) -> Tensor:
+        cloth += more
+        return cloth
+
+
+class OntoRow(Row):
+    """A layer that does not look at what the module returns."""
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        cloth = cloth.clone()
+        self.onto(cloth, self.weft(self.before(cloth)))
+        self.onto(cloth, self.dye(self.between(cloth)))
+        return cloth
+
+
+def test_a_module_that_adds_in_place_is_given_the_tensor_itself():
+    model = LoomForCausalLM(LoomConfig(echo=False)).double().eval()
+    model.cloth = nn.ModuleList(OntoRow(model.config) for _ in range(2)).double()
+    for row in model.cloth:
+        row.onto = Onto()
+    graph, ids = bind(model, check=False), torch.arange(3, 9)[None]
+    plain = graph.run(ids, metric=last_logit).metric
+    assert torch.equal(graph.run(ids, metric=last_logit, save=RESID_POST[0].grad).metric, plain)
+
+
+def last_logit(logits: Tensor) -> Tensor:
+    return logits[:, -1, 3]

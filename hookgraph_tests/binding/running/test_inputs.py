@@ -9,6 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.algorithms import patching_effect
 from hookgraph.algorithms.effects.exact import exact_effects
@@ -20,6 +21,7 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.transformer import ATTN_Z, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
+from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 from hookgraph_tests.families import FAMILIES, LAYERS, PADDING, VOCABULARY, bound, model_of, tokens
 from hookgraph_tests.unchecked import unchecked
 
@@ -292,3 +294,38 @@ def test_padding_before_a_cache_moves_the_positions_behind_it():
     mask[1, :2] = 0
     found = graph.binding.prepare({**inputs, "attention_mask": mask})["position_ids"]
     assert found.tolist() == [[6, 7, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9]]
+
+
+def test_generation_goes_on_from_a_cache():
+    graph, inputs = prefixed()
+    inputs["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+    ids = torch.cat([tokens(seed=3), IDS], 1)
+    expected = model_of(graph).generate(ids, max_new_tokens=4, do_sample=False)[:, 12:]  # pyright: ignore
+    found = graph.generate({**inputs, "input_ids": ids}, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found.tokens[:, 12:], expected)
+    assert inputs["past_key_values"].get_seq_length() == 6
+
+
+def test_an_empty_cache_is_as_good_as_none():
+    graph = bound("llama", torch.float64)
+    inputs = {"input_ids": IDS, "past_key_values": DynamicCache(config=model_of(graph).config)}
+    assert torch.equal(graph.run(inputs).logits, graph.run(IDS).logits)
+    assert graph.run(graph.binding.prepare(inputs, copies=2)).logits.shape[0] == 2 * len(IDS)
+
+
+class Labelled(LoomForCausalLM):
+    """Labels are a condition, and no loss."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
+        cloth = self.spool(input_ids)
+        cloth = cloth if labels is None else cloth + self.spool(labels)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth)))
+
+
+def test_labels_that_a_model_of_somebody_elses_reads_are_given_to_it():
+    model = Labelled(LoomConfig(echo=False)).eval()
+    inputs = {"input_ids": IDS, "labels": IDS.flip(0)}
+    found = bind(model, check=False).run(inputs).logits
+    assert torch.equal(found, model(**inputs).logits.detach())

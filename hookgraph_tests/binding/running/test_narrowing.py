@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.algorithms import metrics
 from hookgraph.binding import bind
-from hookgraph.binding.running.narrowing import NARROWED
+from hookgraph.binding.proving.narrowed import check_narrowed
+from hookgraph.binding.running.narrowing import NARROWED, last_mlp
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, Reads, put, take
 from hookgraph.hooks.handles import installed
@@ -24,7 +28,9 @@ from hookgraph.ontology.transformer import (
     MLP_POST,
     RESID_POST,
     RESID_PRE,
+    ROUTER_LOGITS,
 )
+from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 from hookgraph_tests.families import FAMILIES, binding_of, bound, build, model_of, tokens
 
 READS: list[Reads] = [-1, 2, torch.tensor([4, -2])]
@@ -113,6 +119,77 @@ def test_hooks_of_others_and_training_see_every_position():
     finally:
         module.eval()
     assert seen == [6]
+
+
+def test_who_hooks_the_last_norm_sees_every_position():
+    graph, ids = bound("gpt2", torch.float64), tokens()
+    norm: nn.Module = model_of(graph).get_submodule("transformer.ln_f")
+    given: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        given.append(args[0])
+
+    with installed(lambda: norm.register_forward_pre_hook(look)):
+        graph.run(ids, metric=metric(-1))
+        graph.run(ids, metric=metric(-1), logits=False)
+    assert torch.equal(*given)
+
+
+def test_an_mlp_that_looks_at_another_position_is_seen():
+    graph = bound("gpt2", torch.float64)
+    binding, module = binding_of(graph), last_mlp_of(graph)
+    forward = type(module).forward
+
+    def ahead(self: nn.Module, x: Tensor) -> Tensor:
+        return forward(self, x + 0.1 * torch.cat([x[:, 1:], x[:, -1:]], 1))
+
+    place = last(graph, MLP_IN)
+    example = {"input_ids": tokens(1)}
+    assert {p.location for p in check_narrowed(binding, example, [place])[0]} == {place}
+    with patch.object(type(module), "forward", ahead):
+        proofs, gaps = check_narrowed(binding, example, [place])
+    assert not proofs
+    assert [g.location for g in gaps] == [place]
+
+
+def test_one_position_proves_nothing_of_others():
+    graph = bound("gpt2", torch.float64)
+    proofs, gaps = check_narrowed(binding_of(graph), {"input_ids": tokens(1, 1)}, [FINAL_LN_OUT])
+    assert not proofs
+    assert [g.location for g in gaps] == [FINAL_LN_OUT]
+
+
+def test_routers_may_count_tokens_so_mixtures_see_every_position():
+    findings = binding_of(bound("gpt2", torch.float64)).findings
+    place = last(bound("gpt2", torch.float64), MLP_IN)
+    assert last_mlp(findings) == place
+    router = ROUTER_LOGITS[place.layer or 0]
+    anchors = {**findings.anchors, router: replace(findings.anchors[place], location=router)}
+    assert last_mlp(replace(findings, anchors=anchors)) is None
+
+
+class Rerun(LoomForCausalLM):
+    """Checkpoints its own layers."""
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        cloth = self.spool(input_ids)
+        for row in self.cloth:
+            if torch.is_grad_enabled():
+                cloth = checkpoint(row, cloth, use_reentrant=False)
+            else:
+                cloth = row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth)))
+
+
+def test_what_runs_again_for_the_gradient_runs_as_it_did():
+    torch.manual_seed(0)
+    graph, ids = bind(Rerun(LoomConfig(echo=False)).double().eval()), tokens()
+    assert graph.report.proves(FINAL_LN_OUT, NARROWED)
+    places = [RESID_PRE[0].grad, ATTN_Z[1].grad]
+    whole = graph.run(ids, save=places, metric=metric(-1))
+    part = graph.run(ids, save=places, metric=metric(-1), logits=False)
+    for place in places:
+        torch.testing.assert_close(part[place], whole[place], rtol=1e-9, atol=1e-12)
 
 
 def test_several_positions_of_an_example_take_all_of_them():
