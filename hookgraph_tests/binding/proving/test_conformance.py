@@ -102,6 +102,8 @@ def test_the_errors_of_the_proofs_are_roundings(family: str):
             assert bool(proof.note) == (proof.tolerance == 2e-3)
         elif proof.invariant in ("conserved", "cached", "padded", "fused"):
             limit = 1e-6
+        elif proof.invariant == "narrowed":
+            limit = 1e-12  # a product with fewer rows is summed in another order
         assert proof.error <= (limit or 0.0), proof
 
 
