@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 from hookgraph.ontology.locations import Location
@@ -73,8 +74,7 @@ class ConformanceReport:
 
     def proves(self, location: Location, invariant: str) -> bool:
         """Whether an invariant was checked at a location, or at the peer that stands for it, and holds."""
-        stand = self.peers.get(location, location)
-        return any((p.location, p.invariant, p.holds) == (stand, invariant, True) for p in self.proofs)
+        return (self.peers.get(location, location), invariant) in self._held
 
     def why_unchecked(self, location: Location, invariant: str) -> str:
         """Why there is no proof of an invariant at a location, or at the peer that stands for it; empty if
@@ -85,6 +85,11 @@ class ConformanceReport:
             return ""
         reasons = (g.reason for g in self.gaps if (g.location, g.invariant) == (stand, invariant))
         return next(reasons, "")
+
+    @cached_property
+    def _held(self) -> frozenset[tuple[Location, str]]:
+        """What holds, to be looked up: passes ask for it, and there are thousands of proofs."""
+        return frozenset((p.location, p.invariant) for p in self.proofs if p.holds)
 
     @property
     def failures(self) -> tuple[Proof, ...]:

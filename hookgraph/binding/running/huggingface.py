@@ -82,10 +82,8 @@ class HuggingFaceBinding(AbstractBinding):
         self._state = PassState()
         self._last_mlp = last_mlp(findings)
         self._behind = modules_behind(self._modules, findings)
-        self._watched = False
-        """Whether others have hooks on what may see the last MLP's output."""
-        self._looked_at = -1
-        """The last of the locations that are looked at in the passes to come."""
+        self._unseen = False
+        """Whether nobody looks at what the last MLP is given or returns, in the passes to come."""
 
     @property
     def locations(self) -> tuple[Location, ...]:
@@ -178,8 +176,7 @@ class HuggingFaceBinding(AbstractBinding):
                 )
             _attached.add(self.model)
         try:
-            self._watched = any(map(is_hooked, self._behind))
-            self._looked_at = max((self._place[x] for x in taps if x.site is None), default=-1)
+            self._unseen = self._is_unseen(taps)  # before there are hooks of our own
             # The start comes last, so that what enters is there before any tap sees it.
             with (
                 as_written(self._modules.values()),
@@ -283,15 +280,20 @@ class HuggingFaceBinding(AbstractBinding):
     def _narrowing(self, reads: Reads) -> AbstractContextManager[None]:
         """Within this context the last MLP is computed at these positions, if nobody looks at the others."""
         place = self._last_mlp
-        if place is None or self._looked_at >= self._place[place] or not is_one_each(reads):
+        if place is None or not self._unseen or not is_one_each(reads):
             return nullcontext()
         if not all(self._report.proves(x, NARROWED) for x in (place, FINAL_LN_OUT)):
             return nullcontext()
         anchor = self.findings.anchors[place]
         module = self._modules[anchor.module]
-        if module.training or self._watched:
-            return nullcontext()
-        return narrowing(module, anchor, reads)
+        return nullcontext() if module.training else narrowing(module, anchor, reads)
+
+    def _is_unseen(self, taps: Taps) -> bool:
+        """Whether neither taps nor hooks of others see what the last MLP is given or returns."""
+        place = self._last_mlp
+        if place is None or any(map(is_hooked, self._behind)):
+            return False
+        return all(self._place[x] < self._place[place] for x in taps if x.site is None)
 
     @property
     def recomputes(self) -> bool:
