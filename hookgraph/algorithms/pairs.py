@@ -1,12 +1,11 @@
 """Clean and corrupt inputs: what must agree before they are compared."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from hookgraph.errors import HookGraphError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs, Prepared
+from hookgraph.graph.examples import named_tensors
 from hookgraph.graph.hook_graph import HookGraph
 
 
@@ -26,7 +25,7 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
     if corrupt is None:
         return first, None
     second = graph.binding.prepare(corrupt)
-    ours, theirs = _tensors(first), _tensors(second)
+    ours, theirs = named_tensors(first), named_tensors(second)
     for name in sorted({*ours, *theirs}):
         a, b = ours.get(name), theirs.get(name)
         if "mask" in name:
@@ -61,14 +60,3 @@ def _check_masks(name: str, a: Tensor | None, b: Tensor | None) -> None:
             f"clean and corrupt have different attention masks ({name}): pad both alike, since a position "
             "that is masked in one only cannot be compared"
         )
-
-
-def _tensors(inputs: Prepared, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of inputs by name, those of masks by kind of layer too."""
-    found: dict[str, Tensor] = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            found[prefix + name] = value
-        elif isinstance(value, Mapping):
-            found |= _tensors(value, f"{prefix}{name}.")
-    return found

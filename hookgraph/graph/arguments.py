@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from hookgraph.errors import InputError, LocationError
-from hookgraph.graph.abstract import Prepared
+from hookgraph.errors import LocationError
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
 
@@ -36,15 +33,3 @@ def a_location(found: object) -> Location:
 def asked(save: Sequence[Location] | Location) -> Sequence[Location]:
     """What is to be saved, as a sequence."""
     return [save] if isinstance(save, Location) else save
-
-
-def batch_size(inputs: Prepared) -> int:
-    """How many examples an earlier run had.
-
-    Raises:
-        InputError: it holds no inputs.
-    """
-    found = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor)), None)
-    if found is None:
-        raise InputError("this run holds no inputs, as when it was loaded from a file: run them again")
-    return found

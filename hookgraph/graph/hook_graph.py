@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hookgraph.errors import InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
-from hookgraph.graph.arguments import a_location, asked, batch_size, chooses_steps
+from hookgraph.graph.arguments import a_location, asked, chooses_steps
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.examples import batch_size
 from hookgraph.graph.generating import Generation, StepRecorder
 from hookgraph.graph.injecting import check_injectable
 from hookgraph.graph.measuring import Metric, measure, positions_read, tokens_read

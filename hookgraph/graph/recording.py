@@ -114,7 +114,10 @@ class Recorder:
         """
         missing = [str(whole) for whole in self._wholes if whole not in self._seen]
         if missing:
-            raise HookGraphError(f"did not fire in this pass: {', '.join(missing)}")
+            raise HookGraphError(
+                f"did not fire in this pass: {', '.join(missing)}: the model computes nothing there where "
+                "its inputs already hold what it leads to, as encoder_outputs do"
+            )
         self._differentiate(metric)
         values: dict[Location, Tensor] = {}
         for location in self.asked:

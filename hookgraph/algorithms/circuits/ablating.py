@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hookgraph.algorithms.batches import PairBatch
 from hookgraph.algorithms.copies import finite_metric
-from hookgraph.algorithms.effects.examples import batch_of, rows_of
 from hookgraph.algorithms.interventions.replacements import means_instead, moved
 from hookgraph.algorithms.interventions.statistics import AblationStatistics, mean_activations
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Instead
 from hookgraph.errors import HookGraphError, InputError, nearest
 from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.examples import count_examples, rows_of
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.autoencoder import ERROR
 from hookgraph.ontology.locations import Location
@@ -85,7 +85,8 @@ class StandIn:
         if self.ablation != "resample":
             return None
         clean = graph.binding.prepare(batch.clean)
-        return rows_of(clean, moved(batch_of(clean), self.seed), batch_of(clean))
+        count = count_examples(clean) or 1
+        return rows_of(clean, moved(count, self.seed), count)
 
     def values(self, graph: HookGraph, batch: PairBatch, places: Sequence[Location]) -> Instead:
         """What a value of a location is replaced by, for one batch."""

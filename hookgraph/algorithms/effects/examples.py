@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, final, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.arguments import whole_number
@@ -14,7 +14,8 @@ from hookgraph.algorithms.effects.results import PatchingEffect
 from hookgraph.algorithms.memory import in_pieces
 from hookgraph.algorithms.metrics import AnswerMetric
 from hookgraph.errors import HookGraphError, MetricError
-from hookgraph.graph.abstract import Inputs, OfExamples, Prepared
+from hookgraph.graph.abstract import Inputs, Prepared
+from hookgraph.graph.examples import count_examples, rows_of
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.locations import Location
@@ -63,7 +64,7 @@ class Examples:
         """
         first = graph.binding.prepare(clean)
         second = None if corrupt is None else graph.binding.prepare(corrupt)
-        count = batch_of(first)
+        count = count_examples(first) or 1
         if isinstance(metric, AnswerMetric):
             metric.check(count)
         return Examples(graph, first, second, metric, range(count))
@@ -115,25 +116,6 @@ def by_examples(examples: Examples, batch_size: int, measure: Callable[[Examples
     size = whole_number("batch_size", batch_size)
     pieces = in_pieces(range(len(examples)), size, lambda rows: measure(examples.some(rows)))
     return [found for _, found in pieces]
-
-
-def batch_of(inputs: Prepared) -> int:
-    """How many examples there are."""
-    return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
-
-
-def rows_of(inputs: Prepared, chosen: slice | Int[Tensor, " batch"], count: int) -> Prepared:
-    """Some of the examples, in an order."""
-    return {
-        name: rows_of(v, chosen, count)
-        if type(v) is dict  # masks by kind of layer
-        else v[chosen]
-        if isinstance(v, Tensor) and v.ndim and len(v) == count
-        else v.rows(chosen)
-        if isinstance(v, OfExamples)
-        else v
-        for name, v in inputs.items()
-    }
 
 
 def joined(parts: Sequence[PatchingEffect]) -> PatchingEffect:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -15,6 +16,7 @@ from hookgraph.binding.running.remembering import Lent, Remembered, Retained, le
 from hookgraph.binding.tracing.packing import repeated
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.examples import changed, count_examples
 
 _ROWS: Final = ("input_ids", "inputs_embeds")
 """The arguments that have a row per example, whatever others have."""
@@ -94,11 +96,12 @@ def prepare(
     Raises:
         InputError: the inputs cannot be run, with the reason.
     """
-    arguments = dict(_arguments(tokenizer, inputs))
+    arguments: dict[str, Any] = dict(_arguments(tokenizer, inputs))
     accepted.check(arguments)
     # The tokens come first: their rows are the examples, where positions may be given once for all.
     names = sorted(arguments, key=lambda name: name not in _ROWS)
-    arguments = {k: _moved(arguments[k], device) for k in names}
+    held = {k: lent(v) if isinstance(v := arguments[k], Cache) else v for k in names}
+    arguments = changed(held, partial(_moved, device))
     if accepted.known and ("decoder_input_ids" in arguments or "decoder_input_ids" not in accepted.names):
         arguments.pop("labels", None)  # they make a loss, of all logits, which nothing here reads
     ids = arguments.get("input_ids")
@@ -117,11 +120,7 @@ def prepare(
     return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if type(value) is dict:  # masks by kind of layer
-        return {k: _moved(v, device) for k, v in value.items()}
-    if isinstance(value, Cache):
-        return lent(value)
+def _moved(device: torch.device, value: object) -> object:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -194,15 +193,13 @@ def _check_ids(ids: Tensor, vocabulary: int) -> None:
 
 def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     """The arguments for `copies` batches one after the other."""
-    batch = next((v.shape[0] for v in arguments.values() if isinstance(v, Tensor)), 1)
+    batch = count_examples(arguments)
 
     def again(value: object) -> object:
-        if type(value) is dict:  # masks by kind of layer
-            return {k: again(v) for k, v in value.items()}
         if isinstance(value, Remembered | Retained | Lent):
             return value.repeated(copies)
         if isinstance(value, Tensor) and value.shape[:1] == (batch,):
             return value.repeat(copies, *([1] * (value.ndim - 1)))
         return value
 
-    return {k: again(v) for k, v in arguments.items()}
+    return changed(arguments, again)

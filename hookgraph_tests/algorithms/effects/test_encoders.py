@@ -13,11 +13,13 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
-from hookgraph.algorithms.effects.patching import patching_effect
+from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.interventions.sweeps import activation_patching
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import bind
+from hookgraph.errors import HookGraphError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import (
@@ -39,7 +41,7 @@ from hookgraph.locations import (
     XATTN_Z,
 )
 from hookgraph.ontology.locations import Location
-from hookgraph_tests.families import VOCABULARY, tokens
+from hookgraph_tests.families import VOCABULARY, model_of, tokens
 
 METRIC = logit_diff([3, 4], 5)
 ERROR = {"bert": 1e-10, "t5": 1e-5}
@@ -228,3 +230,52 @@ def test_the_top_nodes_are_measured_exactly(name: str):
     for node in found.mean("batch").check(top=4):
         after = measured(graph, name, {node.location: values[node.location]})
         assert node.exact == pytest.approx(float((after - before).mean()), rel=1e-4, abs=ERROR[name])
+
+
+def encoded(**arguments: Tensor) -> BaseModelOutput:
+    """What the encoder of T5 returns."""
+    with torch.no_grad():
+        return model_of(graph_of("t5")).get_encoder()(**arguments)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("attrib", {"batch_size": 1}), ("ig", {"steps": 3, "batch_size": 4}), ("exact", {"batch_size": 5})],
+)
+def test_outputs_of_the_encoder_are_repeated_and_divided_with_the_examples(
+    method: Method, options: dict[str, int], listed: bool
+):
+    graph = graph_of("t5")
+    at = [x.at(d_head=[0, 1], pos=[2, 3]) for x in (ATTN_Z[0], XATTN_Z[1])]
+    ids, mask = tokens(seed=0), torch.ones_like(tokens(seed=0))
+    mask[0, -2:] = 0
+    read = encoded(input_ids=ids, attention_mask=mask)
+    outputs = [read.last_hidden_state] if listed else read
+    given, plain = (
+        [{**x, "attention_mask": mask, "decoder_input_ids": tokens(pos=4, seed=s)} for s in (10, 11)]
+        for x in ({"encoder_outputs": outputs}, {"input_ids": ids})
+    )
+    found, expected = (
+        patching_effect(graph, *pair, METRIC, at, method, progress=False, **options)
+        for pair in (given, plain)
+    )
+    for place in at:
+        scale = expected.effects[place].abs().max()
+        assert scale > 1e-4
+        assert (found.effects[place] - expected.effects[place]).abs().max() < 1e-12 * scale
+
+
+def test_outputs_of_the_encoder_of_another_length_are_refused():
+    pair = [
+        {"decoder_input_ids": tokens(pos=4), "encoder_outputs": encoded(input_ids=tokens(pos=n))}
+        for n in (5, 6)
+    ]
+    with pytest.raises(ShapeMismatchError, match=r"differ in encoder_outputs\.last_hidden_state"):
+        patching_effect(graph_of("t5"), *pair, METRIC, [ATTN_Z[0]])
+
+
+def test_where_outputs_of_the_encoder_are_given_nothing_fires_in_it():
+    given = {"encoder_outputs": encoded(input_ids=tokens()), "decoder_input_ids": tokens(pos=4)}
+    with pytest.raises(HookGraphError, match="inputs already hold what it leads to, as encoder_outputs do"):
+        graph_of("t5").run(given, save=[ENCODER.RESID_POST[0]])

@@ -1,0 +1,75 @@
+"""Prepared inputs by their examples: how many there are, some of them, all of them several times."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
+
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map
+
+from hookgraph.errors import InputError
+from hookgraph.graph.abstract import OfExamples, Prepared
+
+
+def count_examples(inputs: Prepared) -> int | None:
+    """How many examples there are, by the first tensor; None where there is none."""
+    return next((len(v) for v in tensors_in(inputs) if v.ndim), None)
+
+
+def batch_size(inputs: Prepared) -> int:
+    """How many examples an earlier run had.
+
+    Raises:
+        InputError: it holds no inputs.
+    """
+    found = count_examples(inputs)
+    if found is None:
+        raise InputError("this run holds no inputs, as when it was loaded from a file: run them again")
+    return found
+
+
+def rows_of(inputs: Prepared, chosen: slice | Int[Tensor, " batch"], count: int) -> Prepared:
+    """Some of `count` examples, in an order."""
+
+    def some(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value[chosen] if value.shape[:1] == (count,) else value
+        return value.rows(chosen) if isinstance(value, OfExamples) else value
+
+    return changed(inputs, some)
+
+
+def changed(inputs: Prepared, change: Callable[[object], object]) -> dict[str, object]:
+    """Inputs of which everything is changed that is no container: tensors in dicts (masks by kind of layer),
+    in tuples, lists and the outputs of an encoder, too.
+    """
+    return {name: tree_map(change, v, is_leaf=_is_leaf) for name, v in inputs.items()}
+
+
+def tensors_in(inputs: Prepared) -> Iterator[Tensor]:
+    """The tensors among inputs, those in containers as well: first of all those that are in none."""
+    apart = [v for v in inputs.values() if isinstance(v, Tensor)]
+    yield from apart
+    for value in inputs.values():
+        if not isinstance(value, Tensor):
+            yield from (x for x in tree_iter(value, is_leaf=_is_leaf) if isinstance(x, Tensor))
+
+
+def named_tensors(inputs: Prepared) -> dict[str, Tensor]:
+    """The tensors among inputs by name, as `encoder_outputs.last_hidden_state`."""
+    found: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        inner: Mapping[str, object] = {}
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            inner = cast("Mapping[str, object]", value)
+        elif isinstance(value, list | tuple):
+            inner = {str(i): v for i, v in enumerate(cast("Sequence[object]", value))}
+        found |= {f"{name}.{k}": v for k, v in named_tensors(inner).items()}
+    return found
+
+
+def _is_leaf(value: object) -> bool:
+    """What divides itself: what a cache holds."""
+    return isinstance(value, OfExamples)
