@@ -107,6 +107,32 @@ class LogitDifference(AnswerMetric):
         """The two answers, of all examples."""
         return torch.cat([torch.as_tensor(x).cpu().flatten() for x in (self.correct, self.wrong)])
 
+    def along(self, table: Float[Tensor, "d_model vocab"], batch: int) -> Float[Tensor, "batch d_model"]:
+        """What an unembedding makes of the answers: the difference of their columns, a row per example."""
+        return _column(table, self.correct, batch) - _column(table, self.wrong, batch)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Logit(AnswerMetric):
+    """logit[token] at the answer position. Made by `logit`."""
+
+    token: Tokens
+    pos: Tokens = -1
+
+    def at(self, logits: Float[Tensor, "batch vocab"]) -> PerExample:
+        """The value of each example."""
+        return _pick(logits, self.token)
+
+    @property
+    def tokens(self) -> Int[Tensor, "..."]:
+        """The answer of each example."""
+        return torch.as_tensor(self.token).cpu().flatten()
+
+    def along(self, table: Float[Tensor, "d_model vocab"], batch: int) -> Float[Tensor, "batch d_model"]:
+        """What an unembedding makes of the answer: its column, a row per example."""
+        return _column(table, self.token, batch)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -210,6 +236,11 @@ def logit_diff(correct: Tokens, wrong: Tokens, pos: Tokens = -1) -> LogitDiffere
     return LogitDifference(correct, wrong, pos)
 
 
+def logit(token: Tokens, pos: Tokens = -1) -> Logit:
+    """logit[token] at position `pos`; each one for all examples, or one per example."""
+    return Logit(token, pos)
+
+
 def log_prob(token: Tokens, pos: Tokens = -1) -> LogProbability:
     """log softmax(logits)[token] at position `pos`, in nats; both for all examples, or one per example."""
     return LogProbability(token, pos)
@@ -287,6 +318,10 @@ def _pick(values: Float[Tensor, "batch vocab"], token: Tokens) -> PerExample:
         _check_vocabulary(token, values.shape[-1])
         return values[:, token]
     return values.gather(1, _per_example(values, token, "token")[:, None])[:, 0]
+
+
+def _column(table: Float[Tensor, "d_model vocab"], token: Tokens, batch: int) -> Float[Tensor, "..."]:
+    return table.mT[_per_example(table[:1].expand(batch, -1), token, "token")]
 
 
 def _per_example(values: Tensor, chosen: Tokens, name: str) -> Int[Tensor, " batch"]:

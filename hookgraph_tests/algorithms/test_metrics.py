@@ -20,6 +20,7 @@ Make = Callable[[Tensor, Tensor], PositionedMetric]
 
 EACH: dict[str, Make] = {
     "logit_diff": lambda logits, ids: metrics.logit_diff([1, 2, 3], 4, pos=[0, -1, 2]),
+    "logit": lambda logits, ids: metrics.logit([1, 2, 3], pos=[4, 3, 2]),
     "log_prob": lambda logits, ids: metrics.log_prob(torch.tensor([1, 2, 3]), pos=2),
     "prob": lambda logits, ids: metrics.prob([1, 2, 3]),
     "margin": lambda logits, ids: metrics.margin([1, 2, 3], pos=[4, 3, 2]),
@@ -40,6 +41,28 @@ def test_logit_difference_reads_the_answer_of_each_example():
     rows, places = torch.arange(3), torch.tensor([0, 4, 2])
     correct = logits[rows, places, torch.tensor([1, 2, 3])]
     assert torch.equal(got, correct - logits[rows, places, 4])
+
+
+def test_a_logit_is_that_of_the_answer_of_each_example():
+    logits, _ = drawn()
+    assert torch.equal(
+        metrics.logit([1, 2, 3], pos=2)(logits), logits[torch.arange(3), 2, torch.tensor([1, 2, 3])]
+    )
+    assert metrics.logit([1, 2, 3]).tokens.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "metric", [metrics.logit([1, 2, 3]), metrics.logit_diff(5, [1, 2, 3]), metrics.logit(4)]
+)
+def test_answers_are_linear_along_the_columns_of_an_unembedding(
+    metric: metrics.Logit | metrics.LogitDifference,
+):
+    table, states = (
+        torch.randn(7, VOCABULARY, dtype=torch.float64),
+        torch.randn(BATCH, 1, 7, dtype=torch.float64),
+    )
+    found = (states[:, 0] * metric.along(table, BATCH)).sum(-1)
+    assert torch.allclose(found, metric(states @ table), rtol=1e-12)
 
 
 def test_a_margin_is_positive_exactly_where_the_token_wins():

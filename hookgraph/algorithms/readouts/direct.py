@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final, get_args
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.metrics import Tokens
+from hookgraph.algorithms.metrics import Logit, LogitDifference, Tokens, logit, logit_diff
 from hookgraph.algorithms.padding import check_finite
 from hookgraph.algorithms.readouts.logit_attribution import LogitAttribution
 from hookgraph.algorithms.readouts.splitting import Frozen, by_latents, by_writers, everything
 from hookgraph.algorithms.streams import check_sum, if_present, last_residual, updates
-from hookgraph.errors import HookGraphError, InputError, MetricError, UnknownLocationError, nearest
+from hookgraph.errors import HookGraphError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.examples import count_examples
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.graph.measuring import take
+from hookgraph.graph.measuring import Reads, put, take
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import FINAL_LN_OUT, FINAL_LN_SCALE, RESID_PRE
@@ -118,17 +118,18 @@ def _frozen(graph: HookGraph, inputs: Inputs, correct: Tokens, wrong: Tokens | N
     last, out = last_residual(graph), if_present(graph, FINAL_LN_OUT)
     places = (graph.check(RESID_PRE[0]), *updates(graph))
     prepared = graph.binding.prepare(inputs)
-    answer = _Answer(correct, wrong, pos)
-    graph.binding.check_read(prepared, pos if isinstance(pos, int) else torch.as_tensor(pos))
+    answer = logit(correct, pos) if wrong is None else logit_diff(correct, wrong, pos)
+    batch = count_examples(prepared) or 1
+    answer.check(batch)
+    graph.binding.check_read(prepared, answer.reads)
     if out is None:
-        run = graph.run(prepared, save=[*places, last, last.grad], metric=answer)
-        total = answer(run.logits)
+        run = graph.run(prepared, save=[*places, last, last.grad], metric=answer, logits=False)
+        total = run.measured
     else:
-        direction, offset = _unembedding(graph, answer)
-        held = _held(graph).hook(out.grad, _Push(answer, direction))
+        direction, offset = _unembedding(graph, answer, batch)
+        held = _held(graph).hook(out.grad, _Push(answer.reads, direction))
         run = held.run(prepared, save=[*places, last, out, last.grad], metric=everything)
-        at = _one(take(run[out], answer.where(run[out])))
-        total = (at * answer.rows(direction, len(at))).sum(-1) + answer.rows(offset, len(at))
+        total = (take(run[out], answer.reads)[:, 0] * direction).sum(-1) + offset
     check_finite({place: run[place] for place in (*places, last)})
     linear = (run[last] * run[last.grad]).flatten(1).sum(1)
     return Frozen(graph, prepared, run, places, run[last.grad], total, total - linear)
@@ -144,58 +145,14 @@ def _held(graph: HookGraph) -> HookGraph:
         ) from error
 
 
-def _unembedding(graph: HookGraph, answer: "_Answer") -> tuple[Tensor, Tensor]:
-    """W_U[:, correct] - W_U[:, wrong], one row per answer, and the same of the bias."""
+def _unembedding(graph: HookGraph, answer: Logit | LogitDifference, batch: int) -> tuple[Tensor, Tensor]:
+    """W_U[:, correct] - W_U[:, wrong], one row per example, and the same of the bias."""
     table = graph.weight(W_U).detach()
     try:
         bias = graph.weight(b_U).detach()
     except UnknownLocationError:
         bias = table.new_zeros(table.shape[1])
-    for tokens in (answer.correct, answer.wrong):
-        answer.check(tokens, table.shape[1])
-    return answer.of(table), answer.of(bias[None])[:, 0]
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Answer:
-    """Which logits, and where. Called, it is the metric: their difference."""
-
-    correct: Tokens
-    wrong: Tokens | None
-    pos: Tokens
-
-    def where(self, values: Float[Tensor, "batch pos ..."]) -> int | Int[Tensor, "..."]:
-        """The positions, one per example."""
-        return self.pos if isinstance(self.pos, int) else torch.as_tensor(self.pos).to(values.device)
-
-    def check(self, tokens: Tokens | None, vocabulary: int) -> None:
-        """Refuse a token that does not exist."""
-        found = torch.as_tensor([] if tokens is None else tokens)
-        wrong = found[(found < 0) | (found >= vocabulary)]
-        if wrong.numel():
-            raise MetricError(f"token {int(wrong[0])} is out of range, there are {vocabulary} logits")
-
-    def of(self, table: Float[Tensor, "d_model vocab"]) -> Float[Tensor, "..."]:
-        """Columns of a table, as rows, one for all examples or one per example."""
-        chosen = table[:, torch.as_tensor(self.correct, device=table.device).view(-1)]
-        if self.wrong is not None:
-            chosen = chosen - table[:, torch.as_tensor(self.wrong, device=table.device).view(-1)]
-        return chosen.T
-
-    def rows(self, values: Float[Tensor, "..."], batch: int) -> Float[Tensor, "..."]:
-        """One row per example."""
-        if len(values) not in (1, batch):
-            raise MetricError(f"{len(values)} answers for a batch of {batch}: give one for all, or one each")
-        return values.expand(batch, *values.shape[1:])
-
-    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-        """logit[correct] - logit[wrong]."""
-        for tokens in (self.correct, self.wrong):
-            self.check(tokens, logits.shape[-1])
-        at = _one(take(logits, self.where(logits)))
-        weights = self.rows(self.of(torch.eye(at.shape[1], dtype=at.dtype, device=at.device)), len(at))
-        return (at * weights).sum(-1)
+    return answer.along(table, batch), answer.along(bias[None], batch)[:, 0]
 
 
 @final
@@ -203,20 +160,10 @@ class _Answer:
 class _Push:
     """A gradient hook at what the unembedding reads: the difference's own gradient, whatever the metric."""
 
-    answer: _Answer
-    direction: Float[Tensor, "..."]
+    reads: Reads
+    direction: Float[Tensor, "batch d_model"]
 
     def __call__(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Zero but at the answer positions."""
-        rows = self.answer.rows(self.direction, len(gradient)).to(gradient.dtype)
-        places = torch.arange(gradient.shape[1], device=gradient.device, dtype=torch.float64)
-        here = take(places.expand(gradient.shape[:2]), self.answer.where(gradient)).long()
-        result = torch.zeros_like(gradient)
-        return result.scatter(1, here[..., None].expand(-1, -1, rows.shape[-1]), rows[:, None])
-
-
-def _one(values: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch ..."]:
-    """The one position of each example."""
-    if values.shape[1] != 1:
-        raise InputError(f"give one position per example, not {values.shape[1]}")
-    return values[:, 0]
+        take(gradient, self.reads)  # which are there, or this says so
+        return put(self.direction[:, None].to(gradient.dtype), self.reads, gradient.shape[1])
