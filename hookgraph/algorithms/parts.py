@@ -39,9 +39,8 @@ def parts_of(
         points: the nodes, a row each, counted within the effect.
     """
     told = [i for i, d in enumerate(dims) if d not in location.type.joint]
-    numbers = [_entries(location, dims[i], shape[i])[points[:, i].cpu().numpy()].tolist() for i in told]
-    rows = zip(*numbers, strict=True) if told else [()] * len(points)
-    return location.entries([dims[i] for i in told], rows)
+    columns = [_entries(location, dims[i], shape[i])[points[:, i].cpu().numpy()].tolist() for i in told]
+    return location.entries([dims[i] for i in told], columns, len(points))
 
 
 def index_columns(location: Location, dims: Sequence[Dimension], shape: Sequence[int]) -> dict[str, Column]:

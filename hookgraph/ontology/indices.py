@@ -1,9 +1,11 @@
 """An index along one dimension, as a value and as text."""
 
 import re
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from hookgraph.errors import LocationError
+from hookgraph.ontology.dimensions import Dimension
 
 Index: TypeAlias = int | slice | tuple[int, ...]
 """An index along one dimension: an int removes the axis, a slice or a tuple of ints keeps it."""
@@ -49,3 +51,17 @@ def parse_index(text: str, whole: str) -> int | slice | list[int]:
         return _parse_integer(text)
     except ValueError:
         raise LocationError(f"cannot parse {whole!r}: {text!r} is no index; write 3, 2:5 or 6,9") from None
+
+
+def hash_of(key: int, index: Sequence[tuple[Dimension, Index]]) -> int:
+    """A hash of an index and of what it is an index of; slices have none of their own."""
+    try:
+        return hash((key, *index))
+    except TypeError:
+        return hash((key, *((d, (i.start, i.stop, i.step) if isinstance(i, slice) else i) for d, i in index)))
+
+
+def paired(dim: Dimension, column: Sequence[int]) -> list[tuple[Dimension, Index]]:
+    """Each entry with its axis; those that are alike are one object, so that many take little memory."""
+    pairs = {i: (dim, i) for i in set(column)}
+    return [pairs[i] for i in column]

@@ -9,7 +9,7 @@ from typing import Final, SupportsIndex, cast, final, overload
 
 from hookgraph.errors import LocationError, nearest
 from hookgraph.ontology.dimensions import Dimension
-from hookgraph.ontology.indices import Index, parse_index, print_index, print_slice
+from hookgraph.ontology.indices import Index, hash_of, paired, parse_index, print_index, print_slice
 from hookgraph.ontology.passes import PassType
 
 STACKS: Final[tuple[str, ...]] = ("vision", "encoder", "decoder")
@@ -159,7 +159,7 @@ class Location:
 
     def __post_init__(self) -> None:
         _check(self)
-        object.__setattr__(self, "_hash", _hash(_key(self), self.index))
+        object.__setattr__(self, "_hash", hash_of(_key(self), self.index))
 
     def __hash__(self) -> int:
         return self._hash
@@ -225,25 +225,29 @@ class Location:
         ordered = tuple(sorted(chosen.items(), key=lambda pair: pair[0].value))
         return dataclasses.replace(self, index=ordered)
 
-    def entries(self, dims: Sequence[Dimension], points: Iterable[Sequence[int]]) -> Iterator["Location"]:
+    def entries(
+        self, dims: Sequence[Dimension], columns: Sequence[Sequence[int]], count: int
+    ) -> Iterator["Location"]:
         """Parts at single entries along some axes, which `at` gives one by one: many, checked once.
 
         Args:
             dims: the axes.
-            points: the entries of each part along them.
+            columns: the entries along each of them, one per part.
+            count: how many parts there are.
         """
-        index = self.at(**{d.value: 0 for d in dims}).index
-        where = [dims.index(d) if d in dims else None for d, _ in index]
         names = ("type", "layer", "site", "subgraph", "pass_type")
         same = [(name, getattr(self, name)) for name in names]
         key, put = _key(self), object.__setattr__
-        for point in points:
+        told = [
+            paired(d, columns[dims.index(d)]) if d in dims else [(d, i)] * count
+            for d, i in self.at(**{d.value: 0 for d in dims}).index
+        ]
+        for index in zip(*told, strict=True) if told else [()] * count:
             part = object.__new__(Location)
             for name, value in same:
                 put(part, name, value)
-            told = tuple([(d, i if k is None else point[k]) for (d, i), k in zip(index, where, strict=True)])
-            put(part, "index", told)
-            put(part, "_hash", _hash(key, told))
+            put(part, "index", index)
+            put(part, "_hash", hash_of(key, index))
             yield part
 
     def within(self, site: "Location", subgraph: str) -> "Location":
@@ -306,12 +310,6 @@ def reserve_declared() -> None:
 def _key(location: Location) -> int:
     """A hash of everything that is compared but the index."""
     return hash((location.type, location.layer, location.site, location.subgraph, location.pass_type))
-
-
-def _hash(key: int, index: Sequence[tuple[Dimension, Index]]) -> int:
-    """A hash of the index too; slices have none of their own."""
-    told = [(d.value, (i.start, i.stop, i.step) if isinstance(i, slice) else i) for d, i in index]
-    return hash((key, *told))
 
 
 def _check(location: Location) -> None:
