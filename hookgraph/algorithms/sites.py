@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
@@ -97,7 +97,7 @@ class Contrast:
         clean: the values there in the clean run.
         corrupt: and in the corrupt run.
         total: m(corrupt) - m(clean) per example.
-        entries: the boundary before each place.
+        entries: the boundary before each place, if the clean run kept it.
         retained: the clean inputs, if their run retained what the model remembers of each position.
     """
 
@@ -110,7 +110,7 @@ class Contrast:
     clean: Values
     corrupt: Values
     total: Float[Tensor, " batch"] | None
-    entries: Mapping[Location, Location | None]
+    entries: Mapping[Location, Location | None] = field(default_factory=dict[Location, "Location | None"])
     retained: Prepared | None = None
 
     @staticmethod
@@ -121,9 +121,7 @@ class Contrast:
         metric: Metric,
         places: Sequence[Location],
         *,
-        gradients: bool = False,
         replays: bool = False,
-        wholes: bool = False,
         retains: bool = False,
         totals: bool = True,
         instead: Instead | None = None,
@@ -136,39 +134,68 @@ class Contrast:
             corrupt: the corrupt ones, or None.
             metric: what is measured.
             places: what is attributed.
-            gradients: whether the clean run keeps the gradient at each place.
-            replays: whether it keeps the boundary before each.
-            wholes: whether to see the whole locations of parts, too.
+            replays: whether the clean run keeps the boundary before each place.
             retains: whether it keeps what the model remembers of each position, for passes over late ones.
             totals: whether to measure the corrupt run.
             instead: what stands in for a clean value, without corrupt inputs; by default zero.
 
         Raises:
+            HookGraphError: the model draws random numbers.
             ShapeMismatchError: clean and corrupt differ in shape or mask.
             MetricError: the metric is not a finite number, or does not depend on a place.
         """
-        first, second = prepare_pair(graph, clean, corrupt)
-        seen = list(dict.fromkeys([*places, *(p.whole for p in places if wholes)]))
-        for place in dict.fromkeys(p.whole for p in seen if Dimension.KEY_POS in p.type.dims):
-            graph = graph.hook(place, looked_at)  # every pass computes attention as the clean one does
-        entries = {place: graph.entry(place) if replays else None for place in seen}
+        pair = prepare_pair(graph, clean, corrupt)
+        graph = _looked_at(graph, places)
+        entries = {place: graph.entry(place) if replays else None for place in places}
         boundaries = [x for x in entries.values() if x is not None]
-        wanted = [*boundaries, *seen, *(p.grad for p in places if gradients)]
-        retained = graph.retaining(first) if retains else None
-        base = graph.run(retained or first, save=wanted, metric=metric, logits=False)
-        base = replace(base, inputs=first)
-        measured = finite_metric(base)
-        if second is None:
-            stand_in = instead or (lambda _, value: torch.zeros_like(value))
-            corrupted: Values = {place: stand_in(place, base[place]) for place in seen}
-            total = None
-        else:
-            run = graph.run(second, save=seen, metric=metric if totals else None, logits=False)
-            corrupted, total = run, finite_metric(run) - measured if totals else None
-        values = {place: base[place] for place in seen}
-        return Contrast(
-            graph, metric, places, first, second, base, values, corrupted, total, entries, retained
-        )
+        retained = graph.retaining(pair[0]) if retains else None
+        base = graph.run(retained or pair[0], save=[*boundaries, *places], metric=metric, logits=False)
+        found = _seen(graph, pair, metric, places, base, instead, totals=totals)
+        return replace(found, entries=entries, retained=retained)
+
+    @staticmethod
+    def with_gradients(
+        graph: HookGraph,
+        clean: Inputs,
+        corrupt: Inputs | None,
+        metric: Metric,
+        places: Sequence[Location],
+        instead: Instead | None = None,
+    ) -> "Contrast":
+        """Run both inputs; the clean run keeps the gradient at each place. For the rest see `of`."""
+        pair = prepare_pair(graph, clean, corrupt)
+        graph = _looked_at(graph, places)
+        wanted = [*places, *(p.grad for p in places)]
+        base = graph.run(pair[0], save=wanted, metric=metric, logits=False)
+        return _seen(graph, pair, metric, places, base, instead)
+
+    @staticmethod
+    def with_entries(
+        graph: HookGraph,
+        clean: Inputs,
+        corrupt: Inputs | None,
+        metric: Metric,
+        places: Sequence[Location],
+        instead: Instead | None = None,
+    ) -> "Contrast":
+        """Run both inputs; the clean run keeps the boundary before each place, from which to replay."""
+        return Contrast.of(graph, clean, corrupt, metric, places, replays=True, instead=instead)
+
+    @staticmethod
+    def for_patches(
+        graph: HookGraph,
+        clean: Inputs,
+        corrupt: Inputs | None,
+        metric: Metric,
+        places: Sequence[Location],
+        instead: Instead | None = None,
+    ) -> "Contrast":
+        """Run both inputs, to patch parts of the places from the latest point on: their whole locations are
+        seen, too, and what the model remembers of each position is kept.
+        """
+        seen = list(dict.fromkeys([*places, *(p.whole for p in places)]))
+        found = Contrast.of(graph, clean, corrupt, metric, seen, replays=True, retains=True, instead=instead)
+        return replace(found, places=places)
 
     @property
     def measured(self) -> Float[Tensor, " batch"]:
@@ -194,8 +221,39 @@ class Contrast:
 
     def entry(self, site: Sequence[Location]) -> Location | None:
         """The boundary before a site."""
-        found = [self.entries[place] for place in site]
+        found = [self.entries.get(place) for place in site]
         return None if None in found else min((x for x in found if x), key=lambda x: x.order)
+
+
+def _looked_at(graph: HookGraph, places: Sequence[Location]) -> HookGraph:
+    """The graph of which every pass computes attention as the clean one does, which looks into it."""
+    for place in dict.fromkeys(p.whole for p in places if Dimension.KEY_POS in p.type.dims):
+        graph = graph.hook(place, looked_at)
+    return graph
+
+
+def _seen(
+    graph: HookGraph,
+    pair: tuple[Prepared, Prepared | None],
+    metric: Metric,
+    places: Sequence[Location],
+    base: Run,
+    instead: Instead | None,
+    *,
+    totals: bool = True,
+) -> Contrast:
+    """The contrast of a clean run with the corrupt inputs, or with what stands in for them."""
+    first, second = pair
+    base = replace(base, inputs=first)
+    measured, total = finite_metric(base), None
+    if second is None:
+        stand_in = instead or (lambda _, value: torch.zeros_like(value))
+        corrupt: Values = {place: stand_in(place, base[place]) for place in places}
+    else:
+        run = graph.run(second, save=places, metric=metric if totals else None, logits=False)
+        corrupt, total = run, finite_metric(run) - measured if totals else None
+    clean = {place: base[place] for place in places}
+    return Contrast(graph, metric, places, first, second, base, clean, corrupt, total)
 
 
 def _difference(place: Location, clean: Tensor, corrupt: Tensor) -> Tensor:

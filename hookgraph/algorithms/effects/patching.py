@@ -1,6 +1,6 @@
 """`patching_effect`: how much each node matters for a metric."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
@@ -36,6 +36,12 @@ from hookgraph.ontology.locations import Location
 Method: TypeAlias = Literal["attrib", "ig", "ig_inputs", "exact", "atp_star", "relp"]
 
 _INTEGRALS = ("ig", "ig_inputs")
+_SEEN: Mapping[str, Callable[..., Contrast]] = {
+    "attrib": Contrast.with_gradients,
+    "ig": Contrast.with_entries,
+    "exact": Contrast.for_patches,
+}
+"""What the clean run keeps for a method; for the others, the values alone."""
 
 
 def patching_effect(
@@ -121,18 +127,9 @@ def patching_effect(
     ablation = "mean" if statistics is not None else "zero" if corrupt is None else "corrupt"
 
     def contrast(part: Examples) -> Contrast:
-        return Contrast.of(
-            graph,
-            part.clean,
-            part.corrupt,
-            part.metric,
-            places,
-            gradients=method == "attrib",
-            replays=method in ("ig", "exact"),
-            wholes=method == "exact",
-            retains=method == "exact",
-            instead=means_instead(graph, part.clean, statistics),
-        )
+        seen = _SEEN.get(method, Contrast.of)
+        instead = means_instead(graph, part.clean, statistics)
+        return seen(graph, part.clean, part.corrupt, part.metric, places, instead=instead)
 
     def measure(part: Examples) -> PatchingEffect:
         seen = contrast(part)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.effects.gradients import Estimate, Tensors, estimate
 from hookgraph.algorithms.progress import Progress
-from hookgraph.algorithms.sites import Contrast
+from hookgraph.algorithms.sites import Contrast, contracted
 from hookgraph.algorithms.streams import RESIDUALS, updates_of_all_stacks
 from hookgraph.errors import HookGraphError, MetricError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
@@ -115,7 +115,8 @@ def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
 
     The layers are those of all stacks.
 
-    A node is a vector: its effect is summed over d_head and d_model before the absolute value is taken.
+    A node is a vector: its effect is summed over d_head and d_model before the absolute value is taken. What
+    is one node by its type, such as an error, keeps the axis with size 1, as by every other method.
     A layer's own inside is not averaged over the pass that cuts this layer off. For queries and keys the
     change of the pattern is computed exactly and only what follows it is linear:
 
@@ -134,6 +135,8 @@ def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
     plain = [p for p in contrast.places if p not in changes]
     wanted = [x.grad for x in (*patterns, *plain)]
     updates = _updates(contrast.graph)
+    vectors = {d for p in contrast.places for d in p.dims if d in _VECTORS and d not in p.type.joint}
+    reduced = {dim: "sum" for dim in _VECTORS if dim in vectors}
     sums: Tensors = {}
     counts: dict[Location, int] = {}
     with Progress("AtP*", len(updates), shown=progress) as bar:
@@ -145,11 +148,10 @@ def atp_star(contrast: Contrast, progress: bool | None) -> Estimate:
             for place in contrast.places:
                 if layer == _layer(place.root) and len(updates) > 1 and not _in_stream(place.root):
                     continue
-                effect = _effect(contrast, place, changes, run)
+                effect = _effect(contrast, place, changes, run, reduced)
                 sums[place] = sums.get(place, torch.zeros_like(effect)) + effect.abs()
                 counts[place] = counts.get(place, 0) + 1
             bar.advance()
-    reduced = {dim: "sum" for dim in _VECTORS if any(dim in p.dims for p in contrast.places)}
     return Estimate({p: sums[p] / counts[p] for p in contrast.places}, {}, reduced=reduced)
 
 
@@ -158,14 +160,18 @@ Change = Callable[[Float[Tensor, "batch head pos key_pos"]], Float[Tensor, "..."
 
 
 def _effect(
-    contrast: Contrast, place: Location, changes: Mapping[Location, Change], run: Mapping[Location, Tensor]
+    contrast: Contrast,
+    place: Location,
+    changes: Mapping[Location, Change],
+    run: Mapping[Location, Tensor],
+    reduced: Mapping[Dimension, str],
 ) -> Float[Tensor, "..."]:
     """The signed effect of each node at a place."""
     if place in changes:
         return changes[place](run[_pattern(place).grad])
     effect = (contrast.corrupt[place] - contrast.clean[place]) * run[place.grad]
-    axes = [i for i, d in enumerate(place.dims) if d in _VECTORS]
-    return effect.sum(axes) if axes else effect
+    axes = [i for i, d in enumerate(place.dims) if d in reduced]
+    return contracted(place, effect).sum(axes) if axes else contracted(place, effect)
 
 
 def _pattern_change(contrast: Contrast, place: Location) -> Change:

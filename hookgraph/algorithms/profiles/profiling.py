@@ -67,7 +67,7 @@ def path_profile(
     places = chosen_places(graph, [at] if isinstance(at, Location) else at)
     axes = axes_of(places, over)
     wholes = list(dict.fromkeys(place.whole for place in places))
-    contrast = Contrast.of(graph, clean, corrupt, metric, wholes, replays=True)
+    contrast = Contrast.with_entries(graph, clean, corrupt, metric, wholes)
     nodes: list[Location] = []
     for place in places:
         sizes = dict(zip(place.dims, read(place, contrast.clean[place.whole]).shape, strict=True))

@@ -31,6 +31,7 @@ from hookgraph.locations import (
     RESID_PRE,
 )
 from hookgraph.ontology.locations import Location
+from hookgraph.subgraphs import Autoencoder
 from hookgraph_tests.families import FAMILIES, bound, tokens
 from hookgraph_tests.toy import Coordinates, ToyBinding, orthonormal
 from hookgraph_tests.unchecked import unchecked
@@ -350,6 +351,19 @@ def test_coordinates_of_a_subgraph_are_attributed_like_locations_of_the_model(me
     run = graph.run(CLEAN, save=[basis.latents, basis.latents.grad], metric=metric)
     delta = graph.run(CORRUPT, save=[basis.latents])[basis.latents] - run[basis.latents]
     assert torch.allclose(got.effects[basis.latents], delta * run[basis.latents.grad], atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["attrib", "ig", "exact", "atp_star"])
+def test_errors_keep_the_axis_along_which_they_are_one_node_by_every_method(method: Method):
+    graph = bound("gpt2", torch.float64)
+    weights = torch.randn(32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sae = hg.AutoencoderGraph(Autoencoder(weights, weights.T / 8), at=MLP_OUT[1])
+    at = [ATTN_Z[1].at(pos=-1), sae.error.at(pos=[-1]), sae.latents.at(pos=[-1])]
+    found = patching_effect(
+        graph.inject(sae), tokens(), tokens(seed=1), logit_diff(3, 5), at, method, joint=["d_head"], steps=2
+    )
+    assert [tuple(found.effects[x].shape) for x in at] == [(2, 4), (2, 1, 1), (2, 1, 8)]
+    assert found.dims(at[1]) == at[1].dims
 
 
 # --- batches, memory, hooks ------------------------------------------------------------------------
