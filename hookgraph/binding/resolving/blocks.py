@@ -125,7 +125,7 @@ def _updates(trace: Trace, block: Block) -> list[Update]:
     attention = {a.out: a for a in trace.attention_calls}
     updates: list[Update] = []
     for step in block.adds:
-        for term in terms_of(trace, block.call, step.update, step.sign):
+        for term in terms_of(trace, block.call, step.update):
             cone = frozenset(cone_of(term.value, stream - {term.value}, block.call.first))
             found = [attention[v] for v in cone if v in attention]
             softmax = bool(found) or any(is_softmax_over_positions(v, block.entering) for v in cone)

@@ -26,7 +26,6 @@ class Step:
     value: Value
     base: Value
     update: Value | None = None
-    sign: float = 1.0
     norm: Norm | None = None
     partial: bool = False
     """Whether what is added is added at some positions only."""
@@ -94,7 +93,7 @@ class PathFinder:
             if before is None or operands[0].tensor.dtype == value.tensor.dtype:
                 return before
             return [*before, Step("cast", value, operands[0])]
-        if value.op in ("add", "sub") and len(operands) == 2:
+        if value.op == "add" and len(operands) == 2:
             return self._through_addition(value)
         if value.op in ("add", "sub") and len(operands) == 1:
             before = self.path(operands[0])
@@ -120,16 +119,15 @@ class PathFinder:
 
     def _through_addition(self, value: Value) -> list[Step] | None:
         left, right = value.inputs
-        sign = -value.alpha if value.op == "sub" else value.alpha
         if self._begins:
             by_left, by_right = self._beginning(left, right), self._beginning(right, left)
         else:
             by_left, by_right = self.path(left), self.path(right)
         # Both operands may come from the stream, as when a norm of it is added: the longer path wins.
         if by_left is not None and (by_right is None or len(by_left) >= len(by_right)):
-            return [*by_left, Step("add", value, left, right, sign)]
+            return [*by_left, Step("add", value, left, right)]
         if by_right is not None:
-            return [*by_right, Step("add", value, right, left, 1.0)]
+            return [*by_right, Step("add", value, right, left)]
         return None
 
     def _through_factor(self, value: Value) -> list[Step] | None:

@@ -22,7 +22,7 @@ class Term:
     spread: int = 0
 
 
-def terms_of(trace: Trace, block: Call, value: Value | None, coefficient: float) -> Iterator[Term]:
+def terms_of(trace: Trace, block: Call, value: Value | None, coefficient: float = 1.0) -> Iterator[Term]:
     """The terms of a value that is added to the stream inside the call of a layer."""
     if value is None:
         return
@@ -44,8 +44,8 @@ def terms_of(trace: Trace, block: Call, value: Value | None, coefficient: float)
         and len(operands) == 2
         and all(o.tensor.shape == value.tensor.shape for o in operands)
     ):
-        yield from terms_of(trace, block, operands[0], coefficient)
-        yield from terms_of(trace, block, operands[1], coefficient * value.alpha)
+        for operand in operands:
+            yield from terms_of(trace, block, operand, coefficient)
     else:
         yield Term(value, coefficient, None, _behind_weights(trace, block, value))
 

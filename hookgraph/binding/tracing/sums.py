@@ -5,7 +5,7 @@ through sums that are written out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -15,8 +15,8 @@ from hookgraph.binding.tracing.values import Value
 Add: TypeAlias = Callable[..., Value]
 """Keeps one more value, given what computes it, from what, the tensor, and numbers that take part."""
 
-Last: TypeAlias = tuple[str, tuple[Value, ...], float]
-"""The operation that returns what all of them return, its operands, and the factor of the second one."""
+Last: TypeAlias = tuple[str, tuple[Value, ...]]
+"""The operation that returns what all of them return, and its operands."""
 
 
 def taken_apart(
@@ -41,7 +41,7 @@ def _product(
     """addcmul(x, a, b) = x + value · a b."""
     base, left, right = inputs
     product = add("mul", (left, right), left.tensor * right.tensor)
-    return "add", (base, product), float(kwargs.get("value", 1))
+    return "add", (base, _times(add, product, float(kwargs.get("value", 1))))
 
 
 def _between(
@@ -51,12 +51,11 @@ def _between(
     start, end = inputs[:2]
     if len(inputs) == 2:
         weight = float(args[2])
-        kept = add("mul", (start,), (1 - weight) * start.tensor, scalars=(1 - weight,))
-        return "add", (kept, end), weight
+        return "add", (_times(add, start, 1 - weight), _times(add, end, weight))
     gate = inputs[2]
     rest = add("rsub", (gate,), 1 - gate.tensor)
     kept = add("mul", (start, rest), start.tensor * rest.tensor)
-    return "add", (kept, add("mul", (end, gate), end.tensor * gate.tensor)), 1.0
+    return "add", (kept, add("mul", (end, gate), end.tensor * gate.tensor))
 
 
 def _onto(add: Add, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: tuple[Value, ...]) -> Last | None:
@@ -67,15 +66,18 @@ def _onto(add: Add, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: tupl
     if base.is_source or tuple(base.tensor.shape) != shape or beta == 0:
         return None
     product = add("mm" if len(shape) == 2 else "bmm", (left, right), left.tensor @ right.tensor)
-    if beta != 1:
-        base = add("mul", (base,), beta * base.tensor, scalars=(beta,))
-    return "add", (base, product), float(kwargs.get("alpha", 1))
+    return "add", (_times(add, base, beta), _times(add, product, float(kwargs.get("alpha", 1))))
 
 
 def _stacked(
-    add: Add, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: tuple[Value, ...]
+    add: Add,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    inputs: tuple[Value, ...],
+    *,
+    mean: bool = False,
 ) -> Last | None:
-    """The sum of tensors that were stacked, over the axis on which they were."""
+    """The sum, or the mean, of tensors that were stacked, over the axis on which they were."""
     stack, axes = inputs[0], list(args[1]) if len(args) > 1 and args[1] is not None else []
     count = stack.tensor.ndim
     along = int(stack.scalars[0]) if stack.scalars else 0
@@ -84,8 +86,31 @@ def _stacked(
         return None
     if len(stack.inputs) < 2:
         return None
-    *first, last = stack.inputs
-    return "add", (reduce(lambda a, b: add("add", (a, b), torch.add(a.tensor, b.tensor)), first), last), 1.0
+    share = 1 / len(stack.inputs) if mean else 1.0
+    *first, last = (_times(add, part, share) for part in stack.inputs)
+    return "add", (reduce(lambda a, b: add("add", (a, b), torch.add(a.tensor, b.tensor)), first), last)
+
+
+def _weighed(
+    add: Add,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    inputs: tuple[Value, ...],
+    *,
+    sign: float,
+    turned: bool = False,
+) -> Last | None:
+    """add(x, y) = x + alpha · y, sub(x, y) = x - alpha · y, and rsub(x, y), which is that `turned` about."""
+    factor = sign * float(kwargs.get("alpha", 1))
+    if len(inputs) != 2 or factor == 1 or not all(v.tensor.is_floating_point() for v in inputs):
+        return None
+    base, other = inputs[::-1] if turned else inputs
+    return "add", (base, _times(add, other, factor))
+
+
+def _times(add: Add, value: Value, factor: float) -> Value:
+    """A value times a number; itself if that is 1."""
+    return value if factor == 1 else add("mul", (value,), factor * value.tensor, scalars=(factor,))
 
 
 _Make: TypeAlias = Callable[[Add, Sequence[Any], Mapping[str, Any], tuple[Value, ...]], Last | None]
@@ -96,5 +121,9 @@ _MADE: Final[Mapping[str, _Make]] = {
     "addmm": _onto,
     "baddbmm": _onto,
     "sum": _stacked,
+    "mean": partial(_stacked, mean=True),
+    "add": partial(_weighed, sign=1.0),
+    "sub": partial(_weighed, sign=-1.0),
+    "rsub": partial(_weighed, sign=-1.0, turned=True),
 }
 """By the name of an operation, what takes it apart."""

@@ -284,7 +284,6 @@ class _Recording(TorchDispatchMode):
         if func._schema.is_mutable and operands:
             self._trace.before_mutation(operands[0])
         name = name if name.startswith("_") else name.rstrip("_")
-        alpha = float(kwargs.get("alpha", 1))
         last = taken_apart(self._trace.add, name, args, kwargs, inputs)
         output = func(*args, **kwargs)
         scalars = tuple(float(a) for a in args if isinstance(a, (int, float)) and not isinstance(a, bool))
@@ -292,10 +291,10 @@ class _Recording(TorchDispatchMode):
         if name in ALIASES and args and isinstance(args[0], Tensor):
             replay = lambda tensor: func(tensor, *args[1:], **kwargs)  # noqa: E731
         if last is not None:
-            name, inputs, alpha = last
+            name, inputs = last
             scalars = ()
         for number, tensor in enumerate(tensors_in(output)):
-            self._trace.add(name, inputs, tensor, scalars=scalars, alpha=alpha, replay=replay, output=number)
+            self._trace.add(name, inputs, tensor, scalars=scalars, replay=replay, output=number)
         return output
 
 

@@ -32,7 +32,6 @@ class Value:
     inputs: "tuple[Value, ...]"
     tensor: Shaped[Tensor, "..."]
     scalars: tuple[float, ...] = ()
-    alpha: float = 1.0
     replay: Callable[[Tensor], object] | None = None
     """The operation again, with another tensor in place of its first input."""
     output: int = 0

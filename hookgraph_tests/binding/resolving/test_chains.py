@@ -104,6 +104,16 @@ def between(row: KnottedRow, x: Tensor) -> Tensor:
     return torch.lerp(x, row.dyed(x), 0.6)
 
 
+def about(row: KnottedRow, x: Tensor) -> Tensor:
+    x = torch.add(row.woven(x), x, alpha=0.7)
+    return torch.lerp(row.dyed(x), x, 0.6)
+
+
+def averaged(row: KnottedRow, x: Tensor) -> Tensor:
+    x = torch.sub(row.woven(x), x, alpha=-0.5)
+    return torch.stack([x, row.dyed(x)]).mean(0)
+
+
 def weighed(row: KnottedRow, x: Tensor) -> Tensor:
     x = torch.addcmul(x, row.share, row.woven(x))
     return torch.addcmul(x, row.dyed(x), row.share, value=0.5)
@@ -121,13 +131,13 @@ def highway(row: KnottedRow, x: Tensor) -> Tensor:
     return torch.lerp(x, row.dyed(x), row.gate(x).sigmoid())
 
 
-WHOLE = {plain, in_place, in_place_of_a_copy, stacked, summed, scaled, between}
+WHOLE = {plain, in_place, in_place_of_a_copy, stacked, summed, scaled, between, about, averaged}
 """Those of which each update is what a module returns, times a number."""
 
 
-PROVEN = {in_place, highway}
+PROVEN = {in_place, highway, about}
 """Those of which the proof is of another kind than that of sums, for which one speaks: gates are not
-replayed, and autograd is given copies of what is changed.
+replayed, autograd is given copies of what is changed, and the stream itself has a factor.
 """
 
 
@@ -143,7 +153,8 @@ def test_layers_that_lie_in_no_list_are_found(hold: str):
 
 
 @pytest.mark.parametrize(
-    "way", [in_place, in_place_of_a_copy, stacked, summed, scaled, between, weighed, onto, highway]
+    "way",
+    [in_place, in_place_of_a_copy, stacked, summed, scaled, between, about, averaged, weighed, onto, highway],
 )
 def test_sums_in_other_words_are_followed(way: Way):
     graph = knotted(way, check=way in PROVEN)

@@ -14,7 +14,7 @@ A, B, C = (torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(n)).doub
 COMPUTED: dict[str, Callable[[Value, list[Tensor]], Tensor]] = {
     "mul": lambda value, x: x[0] * (x[1] if len(x) > 1 else value.scalars[0]),
     "rsub": lambda value, x: 1 - x[0],
-    "add": lambda value, x: x[0] + value.alpha * x[1],
+    "add": lambda value, x: x[0] + x[1],
     "mm": lambda value, x: x[0] @ x[1],
     "bmm": lambda value, x: x[0] @ x[1],
 }
@@ -33,7 +33,7 @@ def computed(value: Value) -> Tensor:
 def apart(name: str, *args: Any, inputs: tuple[Value, ...] | None = None, **kwargs: Any) -> Value | None:
     given = inputs or tuple(made("given", (), x) for x in args if isinstance(x, Tensor))
     last = taken_apart(made, name, args, kwargs, given)
-    return None if last is None else made(last[0], last[1], torch.empty(0), alpha=last[2])
+    return None if last is None else made(last[0], last[1], torch.empty(0))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,10 @@ def apart(name: str, *args: Any, inputs: tuple[Value, ...] | None = None, **kwar
         ("addcmul", (A, B, C), {"value": 0.5}),
         ("lerp", (A, B, 0.3), {}),
         ("lerp", (A, B, C), {}),
+        ("add", (A, B), {"alpha": 0.5}),
+        ("sub", (A, B), {"alpha": -0.5}),
+        ("sub", (A, B), {}),
+        ("rsub", (A, B), {"alpha": 2}),
         ("addmm", (A[0], B[0], C[0]), {"beta": 2, "alpha": 3}),
         ("baddbmm", (A, B, C), {}),
     ],
@@ -63,6 +67,9 @@ def test_a_sum_over_the_axis_of_a_stack_is_the_sum_of_what_was_stacked(axis: int
     found = apart("sum", stack.tensor, [axis], inputs=(stack,))
     assert found is not None
     torch.testing.assert_close(computed(found), A + B + C)
+    mean = apart("mean", stack.tensor, [axis], inputs=(stack,))
+    assert mean is not None
+    torch.testing.assert_close(computed(mean), (A + B + C) / 3)
     assert apart("sum", stack.tensor, [1], inputs=(stack,)) is None, "over another axis"
     assert apart("sum", stack.tensor, [axis], True, inputs=(stack,)) is None, "the axis is kept"
     assert apart("sum", A, [axis]) is None, "not of a stack"
