@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from hookgraph.algorithms.interventions.replacements import Constant, Shuffled
+from hookgraph.algorithms.interventions.replacements import Constant, Drawn, Shuffled
 from hookgraph.algorithms.interventions.samples import ActivationSamples
 from hookgraph.algorithms.interventions.statistics import MADE_BY, AblationStatistics
 from hookgraph.algorithms.sites import chosen_places
@@ -48,7 +48,8 @@ def ablate(
         HookGraphError: an unknown mode, statistics of another kind or that lack a location; when it is run,
             a batch of one example to resample, or a position that a single row has.
         UnknownLocationError: the graph has no such location.
-        ShapeMismatchError: when it is run, a longer input than means per position were taken of.
+        ShapeMismatchError: when it is run, a longer input than means per position, or whole examples, were
+            taken of.
 
     Source: Wang et al., arXiv:2211.00593 (mean); Chan et al., "Causal scrubbing" (2022) (resample);
     Li & Janson, arXiv:2409.09951 (optimal).
@@ -65,7 +66,7 @@ def placed(place: Location, hook: Hook) -> tuple[Location, Hook]:
 
     A column of a pass is another position while decoding, and behind padding.
     """
-    if isinstance(hook, Constant) and hook.per_position:
+    if (isinstance(hook, Constant) and hook.per_position) or (isinstance(hook, Drawn) and hook.by_token):
         return place.at(pos=slice(0, None)), ByPosition(hook.at)
     if isinstance(hook, Shuffled) and Dimension.POS in place.type.dims:
         return hook.location, ByPosition(hook.at)

@@ -192,12 +192,25 @@ class Drawn:
     """x -> what was sampled from a data set: for each example one, or for each token one.
 
     Which ones is drawn from `seed` for the size of the batch, so that all locations get the same.
+
+    Args:
+        location: what is replaced.
+        samples: values, one after the other.
+        per_position: whether a sample is a whole example.
+        seed: of the draw.
+        lengths: how many tokens each whole example has; None where they have all positions.
     """
 
     location: Location
     samples: Float[Tensor, "..."]
     per_position: bool
     seed: int
+    lengths: Int[Tensor, " sample"] | None = None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether samples are sequences, of which a token goes where the row has the one of its number."""
+        return self.per_position and Dimension.POS in self.location.dims and not is_placed(self.location)
 
     def __call__(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Samples in the place of the value.
@@ -205,13 +218,47 @@ class Drawn:
         Raises:
             ShapeMismatchError: whole examples were sampled, and they have another length.
         """
+        found = self.samples.to(value)[self._chosen(value)]
+        if found.shape != value.shape:
+            raise self._other(value)
+        return found
+
+    def at(
+        self, value: Float[Tensor, "batch ..."], positions: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch ..."]:
+        """The tokens of whole examples at some positions, those of the next example where one is too short.
+
+        Raises:
+            ShapeMismatchError: no example has a token at one of them, or keys differ.
+        """
+        held, count = positions >= 0, len(self.samples)
+        if Dimension.KEY_POS in self.location.dims:
+            if not bool(held.all()):
+                raise self._other(value)
+            return self(value)
+        axis = self.location.dims.index(Dimension.POS)
+        samples = self.samples.to(value).movedim(axis, 1)
+        lengths = self.lengths if self.lengths is not None else torch.full((count,), samples.shape[1])
+        if positions.numel() and int(positions.max()) >= int(lengths.max()):
+            raise ShapeMismatchError(
+                f"{self.location} has position {int(positions.max())}, its samples end at "
+                f"{int(lengths.max()) - 1}: run inputs no longer than the sampled examples, or sample single "
+                "tokens, with per_position=False"
+            )
+        lengths = lengths.to(value.device)
+        source = self._chosen(value).to(value.device)[:, None].expand(held.shape)
+        while bool((short := positions >= lengths[source]).any()):
+            source = torch.where(short, (source + 1) % count, source)
+        return samples[source, positions.clamp(min=0)].movedim(1, axis)
+
+    def _chosen(self, value: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
         lots = value.shape[:1] if self.per_position else value.shape[:2]
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randint(len(self.samples), lots, generator=generator)
-        found = self.samples[chosen.to(self.samples.device)].to(value)
-        if found.shape != value.shape:
-            raise ShapeMismatchError(
-                f"{self.location} has shape {tuple(value.shape)}, its samples {tuple(found.shape)}: "
-                "run inputs as long as the sampled examples, or sample single tokens, with per_position=False"
-            )
-        return found
+        return torch.randint(len(self.samples), lots, generator=generator)
+
+    def _other(self, value: Float[Tensor, "..."]) -> ShapeMismatchError:
+        return ShapeMismatchError(
+            f"{self.location} has shape {tuple(value.shape)}, its samples {tuple(self.samples.shape)}: run "
+            "inputs as long as the sampled examples, without padding, or sample single tokens, with "
+            "per_position=False"
+        )

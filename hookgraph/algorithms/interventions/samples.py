@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.arguments import whole_number
@@ -16,12 +16,13 @@ from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
 from hookgraph.errors import HookGraphError, InputError, LocationError, nearest
 from hookgraph.graph import storage
-from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 _KIND = "activation samples"
+_LENGTHS = "lengths/"
 
 
 @final
@@ -35,6 +36,7 @@ class ActivationSamples:
         seen: of how many examples or tokens they were drawn.
         seed: of the draw.
         metadata: the model's name, revision and dtype.
+        lengths: of whole examples, by location: how many tokens each has; the rest of its positions is 0.
     """
 
     values: Mapping[Location, Float[Tensor, "..."]]
@@ -42,6 +44,7 @@ class ActivationSamples:
     seen: int
     seed: int
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    lengths: Mapping[Location, Int[Tensor, " sample"]] = field(default_factory=dict[Location, Tensor])
 
     def hook(self, location: Location, seed: int) -> Drawn:
         """The hook that puts samples in place of a location.
@@ -52,7 +55,8 @@ class ActivationSamples:
         if location not in self.values:
             near = nearest(str(location), map(str, self.values))
             raise HookGraphError(f"{location} was not sampled: give it to sample_activations; {near}")
-        return Drawn(location, self.values[location], self.per_position, seed)
+        lengths = self.lengths.get(location)
+        return Drawn(location, self.values[location], self.per_position, seed, lengths)
 
     def __repr__(self) -> str:
         kind = "examples" if self.per_position else "tokens"
@@ -68,7 +72,9 @@ class ActivationSamples:
             "seed": self.seed,
             "metadata": dict(self.metadata),
         }
-        storage.write(path, _KIND, {str(k): v for k, v in self.values.items()}, header)
+        tensors = {str(k): v for k, v in self.values.items()}
+        tensors |= {f"{_LENGTHS}{k}": v for k, v in self.lengths.items()}
+        storage.write(path, _KIND, tensors, header)
 
     @staticmethod
     def load(path: str | Path) -> "ActivationSamples":
@@ -80,7 +86,8 @@ class ActivationSamples:
         tensors, header = storage.read(path, _KIND)
         values = {storage.parse(path, text): tensors[text] for text in header["order"]}
         told = (header[name] for name in ("per_position", "seen", "seed", "metadata"))
-        return ActivationSamples(values, *told)
+        lengths = {x: tensors[name] for x in values if (name := f"{_LENGTHS}{x}") in tensors}
+        return ActivationSamples(values, *told, lengths)
 
 
 def sample_activations(
@@ -103,13 +110,15 @@ def sample_activations(
         data: batches of inputs, each as the model takes them.
         at: locations or parts of locations; the same examples or tokens are drawn for all of them.
         count: how many; all of them where there are fewer.
-        per_position: draw whole examples, which keeps positions where they are and takes inputs of one
-            length without padding. By default single tokens, from any position.
+        per_position: draw whole examples, which keeps positions where they are: the third token of one
+            stands in for the third of another, on whichever side they are padded. By default single tokens,
+            from any position.
         seed: of the draw.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        InputError: there is no data, or whole examples are padded or differ in length.
+        InputError: there is no data, or whole examples of a location with key positions are padded or
+            differ in length.
         HookGraphError: `count` is no positive number.
         LocationError: tokens are drawn, and a location has no positions, or key positions.
         MetricError: a value is not finite.
@@ -123,47 +132,91 @@ def sample_activations(
         if place.dims[:2] != (Dimension.BATCH, Dimension.POS) or dict(place.index).get(Dimension.POS):
             raise LocationError(f"{place} has no token each: draw whole examples, with per_position=True")
     generator = torch.Generator().manual_seed(seed)
-    kept: dict[Location, Tensor] = {}
+    kept: dict[Location, _Rows] = {}
     lots, seen = torch.zeros(0, dtype=torch.float64), 0
     with Progress("sampling", None, shown=progress) as bar:
         for batch in data:
-            rows = _rows(graph, batch, places, kept, per_position=per_position)
-            new = torch.rand(len(rows[places[0]]), generator=generator, dtype=torch.float64)
+            rows = _drawable(graph, batch, places, per_position=per_position)
+            new = torch.rand(len(rows[places[0]].values), generator=generator, dtype=torch.float64)
             seen += len(new)
             order = torch.cat([lots, new]).sort(descending=True, stable=True)
             lots, chosen = order.values[:count], order.indices[:count]
             for place, found in rows.items():
-                pool = torch.cat([kept[place], found]) if place in kept else found
-                kept[place] = pool[chosen.to(pool.device)]
+                pool = kept[place].and_more(found, place) if place in kept else found
+                kept[place] = pool.some(chosen)
             bar.advance()
     if not kept:
         raise InputError("there is no data to draw from: pass an iterable of batches")
-    return ActivationSamples(kept, per_position, seen, seed, graph.binding.metadata)
+    values = {x: rows.values for x, rows in kept.items()}
+    lengths = {x: rows.lengths for x, rows in kept.items() if rows.lengths is not None}
+    return ActivationSamples(values, per_position, seen, seed, graph.binding.metadata, lengths)
 
 
-def _rows(
-    graph: HookGraph,
-    batch: Inputs,
-    places: Sequence[Location],
-    kept: Mapping[Location, Tensor],
-    *,
-    per_position: bool,
-) -> dict[Location, Float[Tensor, "..."]]:
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class _Rows:
+    """What can be drawn: examples, each from its first token on, or tokens."""
+
+    values: Float[Tensor, "..."]
+    lengths: Int[Tensor, " sample"] | None = None
+    """How many tokens each example has, where it has positions."""
+
+    def some(self, chosen: Int[Tensor, "..."]) -> "_Rows":
+        here = chosen.to(self.values.device)
+        return _Rows(self.values[here], None if self.lengths is None else self.lengths[here])
+
+    def and_more(self, other: "_Rows", place: Location) -> "_Rows":
+        """Both, the shorter ones filled with zeros.
+
+        Raises:
+            InputError: they differ in length, and have keys.
+        """
+        parts = [self.values, other.values]
+        if self.lengths is None or other.lengths is None:
+            if parts[0].shape[1:] != parts[1].shape[1:]:
+                raise _uneven(place)
+            return _Rows(torch.cat(parts))
+        axis = place.dims.index(Dimension.POS)
+        most = max(v.shape[axis] for v in parts)
+        after = [0, 0] * (len(place.dims) - 1 - axis)
+        parts = [torch.nn.functional.pad(v, [*after, 0, most - v.shape[axis]]) for v in parts]
+        return _Rows(torch.cat(parts), torch.cat([self.lengths, other.lengths]))
+
+
+def _drawable(
+    graph: HookGraph, batch: Inputs, places: Sequence[Location], *, per_position: bool
+) -> dict[Location, _Rows]:
     """What can be drawn from a batch: its examples, or its real tokens.
 
     Raises:
-        InputError: whole examples are padded, or differ in length from those before.
+        InputError: whole examples of a location with keys are padded.
     """
     inputs = graph.binding.prepare(batch)
     run = graph.run(inputs, save=places)
     check_finite(run)
     if not per_position:
-        return {x: v[real_tokens(inputs, v, x.root.type.stack)] for x, v in run.items()}
-    for place, value in run.items():
-        padded = not bool(weights_at(graph, place, value, inputs).all())
-        if padded or (place in kept and kept[place].shape[1:] != value.shape[1:]):
-            raise InputError(
-                "whole examples are drawn from inputs of one length without padding: pass such, or draw "
-                "single tokens, with per_position=False"
-            )
-    return dict(run)
+        return {x: _Rows(v[real_tokens(inputs, v, x.root.type.stack)]) for x, v in run.items()}
+    return {x: _examples(graph, x, v, inputs) for x, v in run.items()}
+
+
+def _examples(graph: HookGraph, place: Location, value: Float[Tensor, "..."], inputs: Prepared) -> _Rows:
+    """Whole examples, each from its first token on, on whichever side it is padded."""
+    if Dimension.KEY_POS in place.dims or not Drawn(place, value, per_position=True, seed=0).by_token:
+        if not bool(weights_at(graph, place, value, inputs).all()):
+            raise _uneven(place)
+        return _Rows(value)
+    axis = place.dims.index(Dimension.POS)
+    value = value.movedim(axis, 1)
+    real = real_tokens(inputs, value, place.root.type.stack)
+    columns = (~real).long().sort(dim=1, stable=True).indices
+    rows = torch.arange(len(value), device=value.device)[:, None]
+    found = value[rows, columns]
+    found = found * real[rows, columns].view(*real.shape, *([1] * (value.ndim - 2)))
+    return _Rows(found.movedim(1, axis), real.sum(1))
+
+
+def _uneven(place: Location) -> InputError:
+    return InputError(
+        f"whole examples of {place} are drawn from inputs of one length without padding: pass such, or draw "
+        "single tokens, with per_position=False"
+    )

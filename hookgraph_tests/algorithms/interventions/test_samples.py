@@ -62,8 +62,37 @@ def test_whole_examples_keep_their_positions():
     lots = torch.randint(2, (2,), generator=torch.Generator().manual_seed(0))
     put = found.values[ATTN_OUT[0]][lots]
     assert torch.equal(logits, graph.hook(ATTN_OUT[0], lambda _: put).run(ids).logits)
-    with pytest.raises(ShapeMismatchError, match="as long as the sampled examples"):
-        ablate(graph, [ATTN_OUT[0]], "resample", statistics=found).run(ids[:, :2])
+    with pytest.raises(ShapeMismatchError, match="has position 3, its samples end at 2"):
+        ablate(graph, [ATTN_OUT[0]], "resample", statistics=found).run(ids[:, [0, 1, 2, 0]])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_whole_examples_are_drawn_and_put_token_by_token(side: str, tmp_path: Path):
+    graph, mask = bound("gpt2", torch.float64), torch.ones(3, 5, dtype=torch.long)
+    mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
+    data, inputs = ({"input_ids": tokens(3, 5, i) * mask, "attention_mask": mask} for i in (0, 1))
+    at = [MLP_OUT[1], ATTN_Z[0].at(head=2)]
+    sample_activations(graph, [data, tokens(1, 4, 2)], at, per_position=True).save(tmp_path / "s.safetensors")
+    found = ActivationSamples.load(tmp_path / "s.safetensors")
+    lengths = found.lengths[at[0]].tolist()
+    assert sorted(lengths) == [3, 4, 5, 5]
+    rows = [data["input_ids"][i : i + 1, mask[i].bool()] for i in range(3)] + [tokens(1, 4, 2)]
+    alone = [graph.run(ids, save=at) for ids in rows]
+    for place in at:
+        for value, length in zip(found.values[place], lengths, strict=True):
+            full = [run[place][0] for run in alone if run[place].shape[1] == length]
+            gaps = [float((values - value[:length]).abs().max()) for values in full]
+            assert min(gaps) < 1e-12
+            assert not value[length:].any()
+    ablated = ablate(graph, at, "resample", statistics=found, seed=4).run(inputs).logits
+    lots = torch.randint(4, (3,), generator=torch.Generator().manual_seed(4)).tolist()
+    for row, lot in enumerate(lots):
+        ids, hooked = inputs["input_ids"][row : row + 1, mask[row].bool()], graph
+        chosen = [next(k % 4 for k in range(lot, lot + 4) if lengths[k % 4] > t) for t in range(ids.shape[1])]
+        for place in at:
+            put = torch.stack([found.values[place][k, t] for t, k in enumerate(chosen)])
+            hooked = hooked.hook(place, SetTo(put[None]))
+        assert torch.allclose(ablated[row, mask[row].bool()], hooked.run(ids).logits[0], rtol=0, atol=1e-10)
 
 
 def test_bad_requests_are_refused():
@@ -74,9 +103,13 @@ def test_bad_requests_are_refused():
     with pytest.raises(InputError, match="no data to draw from"):
         sample_activations(graph, [], [MLP_OUT[0]])
     with pytest.raises(InputError, match="of one length without padding"):
-        sample_activations(graph, [padded], [MLP_OUT[0]], per_position=True)
+        sample_activations(graph, [padded], [ATTN_PATTERN[0]], per_position=True)
     with pytest.raises(InputError, match="of one length without padding"):
-        sample_activations(graph, [ids, ids[:, :4]], [MLP_OUT[0]], per_position=True)
+        sample_activations(graph, [ids, ids[:, :4]], [ATTN_PATTERN[0]], per_position=True)
+    patterns = sample_activations(graph, [ids], [ATTN_PATTERN[0]], per_position=True)
+    for other in (padded, ids[:, :4]):
+        with pytest.raises(ShapeMismatchError, match="as long as the sampled examples, without padding"):
+            ablate(graph, [ATTN_PATTERN[0]], "resample", statistics=patterns).run(other)
     with pytest.raises(LocationError, match="has no token each"):
         sample_activations(graph, [ids], [MLP_OUT[0].at(pos=0)])
     with pytest.raises(InputError, match="pad on the right"):
