@@ -129,6 +129,25 @@ def new_figure() -> "matplotlib.figure.Figure":
     return pyplot.figure(layout="constrained")
 
 
+def bars(names: Sequence[str], values: Sequence[float], unit: str, title: str) -> "matplotlib.figure.Figure":
+    """One bar per name, the first on top: blue below 0, orange above.
+
+    Raises:
+        HookGraphError: matplotlib is not installed.
+    """
+    figure, theme = new_figure(), LIGHT
+    figure.set_size_inches(6.5, 1.0 + 0.26 * len(names))
+    axes = figure.subplots()
+    colours = [theme.negative[1] if x < 0 else theme.positive[1] for x in values]
+    axes.barh(range(len(names)), values, color=colours, height=0.65)
+    axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.axvline(0.0, color=theme.muted, linewidth=0.5)
+    axes.set_xlabel(unit, color=theme.muted, fontsize=9)
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+    return figure
+
+
 def _kind(location: Location) -> str:
     """What the locations of one map have in common: all but the layer."""
     name = str(location)

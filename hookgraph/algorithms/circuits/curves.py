@@ -1,7 +1,8 @@
 """`cpr` and `cmd`: how faithful the circuits of a ranking of edges are, over their sizes."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -17,6 +18,7 @@ from hookgraph.algorithms.circuits.running import CircuitRunner, Kept
 from hookgraph.algorithms.circuits.scores import EdgeScores
 from hookgraph.algorithms.progress import Progress
 from hookgraph.errors import HookGraphError
+from hookgraph.graph import storage
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import pandas
 
+_KIND = "curve of circuits"
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the edges at which circuits are run."""
 
@@ -38,12 +41,14 @@ class Curve:
         fractions: k.
         faithfulness: f.
         area: ∫ f dk, or ∫ |1 - f| dk, by the trapezoid rule over a linear axis.
+        metadata: the model's name, revision and dtype.
     """
 
     name: str
     fractions: tuple[float, ...]
     faithfulness: Float[Tensor, "..."]
     area: float
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __float__(self) -> float:
         return self.area
@@ -58,6 +63,10 @@ class Curve:
         table = self.to_frame().to_string(index=False, float_format=lambda x: f"{x:.4f}")
         return f"{self.name} {self.area:.4f}\n{table}"
 
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.4f}")
+        return f"<p>{self.name} {self.area:.4f}</p>{table}"
+
     def plot(self) -> "matplotlib.figure.Figure":
         """f over k, k on a logarithmic axis.
 
@@ -71,6 +80,32 @@ class Curve:
         axes.set(xscale="log", xlabel="share of edges", ylabel="faithfulness")
         axes.set_title(f"{self.name} {self.area:.3f}")
         return figure
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file.
+
+        Raises:
+            LoadError: the file cannot be written.
+        """
+        about = {"name": self.name, "fractions": self.fractions, "area": self.area}
+        header = {**about, "metadata": dict(self.metadata)}
+        storage.write(path, _KIND, {"faithfulness": self.faithfulness}, header)
+
+    @staticmethod
+    def load(path: str | Path) -> "Curve":
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no such file, or not such a curve.
+        """
+        tensors, header = storage.read(path, _KIND)
+        return Curve(
+            header["name"],
+            tuple(header["fractions"]),
+            tensors["faithfulness"],
+            header["area"],
+            header["metadata"],
+        )
 
 
 def cpr(
@@ -97,7 +132,7 @@ def cpr(
     """
     found = _measured(graph, scores, pairs, metric, fractions, progress, signed=True)
     area = float(torch.trapezoid(found, torch.tensor(fractions, dtype=found.dtype)))
-    return Curve("CPR", tuple(fractions), found, area)
+    return Curve("CPR", tuple(fractions), found, area, graph.binding.metadata)
 
 
 def cmd(
@@ -118,7 +153,7 @@ def cmd(
     """
     found = _measured(graph, scores, pairs, metric, fractions, progress, signed=False)
     area = float(torch.trapezoid((1 - found).abs(), torch.tensor(fractions, dtype=found.dtype)))
-    return Curve("CMD", tuple(fractions), found, area)
+    return Curve("CMD", tuple(fractions), found, area, graph.binding.metadata)
 
 
 def _measured(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms import plotting
 from hookgraph.algorithms.batches import Batch, batches
 from hookgraph.algorithms.circuits.ablating import Ablated, Ablation, Errors, StandIn
 from hookgraph.algorithms.circuits.circuit import Circuit
@@ -20,6 +21,7 @@ from hookgraph.graph.measuring import Metric
 from hookgraph.ontology.locations import Location
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import pandas
 
 _KIND = "faithfulness"
@@ -76,6 +78,21 @@ class Faithfulness:
             f"({self.ablation} ablation, errors {self.errors}, {len(self.model)} examples)\n"
             f"mean metric: {means}"
         )
+
+    def _repr_html_(self) -> str:
+        told = repr(self).splitlines()[0]
+        means = self.to_frame().mean().rename("mean metric").to_frame()
+        return f"<p>{told}</p>{means.to_html(float_format=lambda x: f'{x:+.4f}')}"
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """The mean metric of the model, of the circuit, of what is left without it, and of nothing.
+
+        Raises:
+            HookGraphError: matplotlib is not installed.
+        """
+        means = self.to_frame().mean()
+        title = f"faithfulness {self.faithfulness:.3f}, completeness {self.completeness:.3f}"
+        return plotting.bars(_PARTS, means.tolist(), "mean metric", title)
 
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, final
 
 from torch import Tensor
 
+from hookgraph.algorithms import plotting
 from hookgraph.algorithms.circuits.blocks import Block
 from hookgraph.algorithms.effects.results import Convention
 from hookgraph.errors import LocationError, nearest
@@ -16,6 +17,7 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import pandas
 
 Aggregation: TypeAlias = Literal["sum", "none", "examples"]
@@ -109,6 +111,16 @@ class Edges(Mapping[Pair, Block]):
         lines = [f"{self.count} edges, {how}{mean}".rstrip(", ")]
         lines += [f"  {s} -> {t}: {len(block)}" for (s, t), block in self.items()]
         return "\n".join([*lines, _table(self.top(8))]) if self.count else "\n".join(lines)
+
+    def plot(self, most: int = 20) -> "matplotlib.figure.Figure":
+        """The weights of the largest edges.
+
+        Raises:
+            HookGraphError: matplotlib is not installed.
+        """
+        shown = self.top(most)
+        names = [f"{edge.source} → {edge.target}" for edge in shown]
+        return plotting.bars(names, [edge.weight for edge in shown], "weight", f"{self.count} edges")
 
     def _repr_html_(self) -> str:
         return frame_of(self.top(20)).to_html(float_format=lambda x: f"{x:+.4f}")

@@ -29,6 +29,7 @@ from hookgraph.ontology.transformer import (
 )
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import pandas
 
 Selection: TypeAlias = Literal["top", "greedy"]
@@ -145,7 +146,8 @@ class EdgeScores:
             raise HookGraphError(f"{lacking[0]} -> {lacking[1]} is no edge of these scores")
         if not marks.any() or bool(marks.all()):
             raise HookGraphError("there are no true edges, or no others: nothing to tell apart")
-        return EdgeRoc.of(torch.tensor([abs(e.weight) for e in edges], dtype=torch.float64), marks)
+        sizes = torch.tensor([abs(e.weight) for e in edges], dtype=torch.float64)
+        return EdgeRoc.of(sizes, marks, self.edges.metadata)
 
     def to_frame(self) -> "pandas.DataFrame":
         """One row per edge: source, target and score."""
@@ -153,6 +155,14 @@ class EdgeScores:
 
     def __repr__(self) -> str:
         return f"EdgeScores by {self.method}: {self.edges!r}"
+
+    def plot(self, most: int = 20) -> "matplotlib.figure.Figure":
+        """The edges with the largest |score|.
+
+        Raises:
+            HookGraphError: matplotlib is not installed.
+        """
+        return self.edges.plot(most)
 
     def _repr_html_(self) -> str:
         return self.edges._repr_html_()  # pyright: ignore[reportPrivateUsage]

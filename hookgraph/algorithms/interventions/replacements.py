@@ -205,7 +205,7 @@ class Drawn:
     samples: Float[Tensor, "..."]
     per_position: bool
     seed: int
-    lengths: Int[Tensor, " sample"] | None = None
+    lengths: Int[Tensor, " batch"] | None = None
 
     @property
     def by_token(self) -> bool:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.arguments import whole_number
+from hookgraph.algorithms.interventions.norms import norm, norm_maps, without_padding
 from hookgraph.algorithms.interventions.replacements import Drawn
 from hookgraph.algorithms.padding import check_finite, real_tokens, weights_at
 from hookgraph.algorithms.progress import Progress
@@ -20,6 +22,10 @@ from hookgraph.graph.abstract import Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
 
 _KIND = "activation samples"
 _LENGTHS = "lengths/"
@@ -44,7 +50,7 @@ class ActivationSamples:
     seen: int
     seed: int
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    lengths: Mapping[Location, Int[Tensor, " sample"]] = field(default_factory=dict[Location, Tensor])
+    lengths: Mapping[Location, Int[Tensor, " batch"]] = field(default_factory=dict[Location, Tensor])
 
     def hook(self, location: Location, seed: int) -> Drawn:
         """The hook that puts samples in place of a location.
@@ -57,6 +63,45 @@ class ActivationSamples:
             raise HookGraphError(f"{location} was not sampled: give it to sample_activations; {near}")
         lengths = self.lengths.get(location)
         return Drawn(location, self.values[location], self.per_position, seed, lengths)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per location: how many samples, their norm, and the norm of their mean.
+
+        The norm is that of the whole vector at a position; positions of whole examples are averaged. The
+        closer the mean is to it, the less there is in which examples differ.
+        """
+        import pandas as pd
+
+        rows: list[dict[str, object]] = []
+        for place, value in self._told().items():
+            dims = self._dims(place)
+            mean = norm(value.nanmean(0), dims[1:])
+            sizes = {"norm": float(norm(value, dims)), "norm of the mean": float(mean)}
+            rows.append({"location": str(place), "samples": len(value), **sizes})
+        return pd.DataFrame(rows)
+
+    def plot(self, labels: Mapping[str, Sequence[str]] | None = None) -> "matplotlib.figure.Figure":
+        """Norms of the samples: layers on y, on x heads, or else positions of whole examples.
+
+        Raises:
+            HookGraphError: there is nothing to draw, or matplotlib is not installed.
+        """
+        return norm_maps(self._told(), {x: self._dims(x) for x in self.values}, labels)
+
+    def _dims(self, location: Location) -> tuple[Dimension, ...]:
+        """The axes of the samples of a location."""
+        return tuple(d for d in location.dims if self.per_position or d is not Dimension.POS)
+
+    def _told(self) -> dict[Location, Float[Tensor, "..."]]:
+        """The samples, with NaN behind the last token of each."""
+        return {
+            x: without_padding(v, self.lengths[x], x.dims.index(Dimension.POS)) if x in self.lengths else v
+            for x, v in self.values.items()
+        }
+
+    def _repr_html_(self) -> str:
+        told = f"<p>{escape(repr(self).splitlines()[0])}</p>"
+        return told + self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.4g}")
 
     def __repr__(self) -> str:
         kind = "examples" if self.per_position else "tokens"
@@ -85,9 +130,9 @@ class ActivationSamples:
         """
         tensors, header = storage.read(path, _KIND)
         values = {storage.parse(path, text): tensors[text] for text in header["order"]}
-        told = (header[name] for name in ("per_position", "seen", "seed", "metadata"))
+        told = {name: header[name] for name in ("per_position", "seen", "seed", "metadata")}
         lengths = {x: tensors[name] for x in values if (name := f"{_LENGTHS}{x}") in tensors}
-        return ActivationSamples(values, *told, lengths)
+        return ActivationSamples(values, **told, lengths=lengths)
 
 
 def sample_activations(
@@ -158,7 +203,7 @@ class _Rows:
     """What can be drawn: examples, each from its first token on, or tokens."""
 
     values: Float[Tensor, "..."]
-    lengths: Int[Tensor, " sample"] | None = None
+    lengths: Int[Tensor, " batch"] | None = None
     """How many tokens each example has, where it has positions."""
 
     def some(self, chosen: Int[Tensor, "..."]) -> "_Rows":

@@ -1,13 +1,15 @@
 """Means of activations over a data set, streamed: what `ablate` puts in place of a location."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.interventions.norms import norm, norm_maps
 from hookgraph.algorithms.padding import check_aligned, check_finite, weights_at
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
@@ -18,6 +20,10 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.slicing import read
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
 
 _KIND = "ablation statistics"
 MADE_BY = {"mean": "mean_activations", "optimal": "optimal_constants"}
@@ -60,6 +66,45 @@ class AblationStatistics:
             near = nearest(str(location), map(str, found))
             raise HookGraphError(f"no {mode} of {location} is known: give it to {MADE_BY[mode]}; {near}")
         return found[location]
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per location: of how many values the mean is, its norm, and the same of a fitted constant.
+
+        The norm is that of the whole vector at a position; means per position are averaged.
+        """
+        import pandas as pd
+
+        rows = [
+            {
+                "location": str(x),
+                "values": int(self.counts[x].max()),
+                "norm of the mean": float(norm(mean, x.dims[1:])),
+                **self._fitted(x),
+            }
+            for x, mean in self.means.items()
+        ]
+        return pd.DataFrame(rows, columns=None if rows else ["location", "values", "norm of the mean"])
+
+    def _fitted(self, location: Location) -> dict[str, float]:
+        """Of the constant: its norm, and how far it is from the mean; nothing where none is fitted at all."""
+        if not self.optimal:
+            return {}
+        found = self.optimal.get(location)
+        if found is None:
+            return {"norm of the constant": math.nan, "apart": math.nan}
+        dims, apart = location.dims[1:], found - self.means[location]
+        return {"norm of the constant": float(norm(found, dims)), "apart": float(norm(apart, dims))}
+
+    def plot(self, labels: Mapping[str, Sequence[str]] | None = None) -> "matplotlib.figure.Figure":
+        """Norms of the means: layers on y, on x heads, or else positions where means are per position.
+
+        Raises:
+            HookGraphError: there is nothing to draw, or matplotlib is not installed.
+        """
+        return norm_maps(self.means, {x: x.dims[1:] for x in self.means}, labels)
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.4g}")
 
     def __repr__(self) -> str:
         lines = [f"AblationStatistics of {len(self.means)} locations"]

@@ -1,14 +1,19 @@
 """`steering_vector`: the mean difference of activations over pairs, and the hook that adds it."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms import plotting
+from hookgraph.algorithms.attribution import Attribution
+from hookgraph.algorithms.interventions.norms import norm_maps
 from hookgraph.algorithms.padding import check_finite, real_tokens
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import chosen_places
@@ -18,6 +23,10 @@ from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
 
 _KIND = "steering vector"
 
@@ -34,12 +43,38 @@ class SteeringVector:
         location: where it was read, and is added.
         pairs: how many pairs it is the mean of.
         metadata: the model's name, revision and dtype.
+        typical: the mean norm of what was read, by which to choose a scale; NaN if not known.
     """
 
     vector: Float[Tensor, "..."]
     location: Location
     pairs: int
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    typical: float = math.nan
+
+    @property
+    def norm(self) -> float:
+        """The length of the vector."""
+        return float(self.vector.norm())
+
+    def cosine(self, other: "SteeringVector") -> float:
+        """The cosine of the angle to another one, such as that of another layer or other pairs.
+
+        Raises:
+            HookGraphError: it has another shape.
+        """
+        a, b = self.vector, other.vector.to(self.vector)
+        if a.shape != b.shape:
+            raise HookGraphError(
+                f"{self.location} and {other.location} have vectors of shapes {tuple(a.shape)} and "
+                f"{tuple(b.shape)}: there is no angle between them"
+            )
+        return float((a * b).sum() / (a.norm() * b.norm()))
+
+    @property
+    def coordinates(self) -> Attribution:
+        """The vector by coordinate: `.coordinates.top(5)` are its largest ones."""
+        return Attribution({self.location: self.vector}, {Dimension.BATCH: "mean", Dimension.POS: "mean"})
 
     def hook(self, scale: float | int = 1.0) -> Callable[[Tensor], Tensor]:
         """x -> x + scale · vector, at every position."""
@@ -50,14 +85,42 @@ class SteeringVector:
         return graph.hook(self.location, self.hook(scale))
 
     def __repr__(self) -> str:
-        size = float(self.vector.norm())
-        shape = tuple(self.vector.shape)
-        return f"SteeringVector at {self.location}: {shape}, norm {size:.4g}, {self.pairs} pairs"
+        shape, typical = tuple(self.vector.shape), self.typical
+        share = "" if math.isnan(typical) else f" ({self.norm / typical:.0%} of what is there)"
+        pairs = f"{self.pairs} pair{'s' * (self.pairs != 1)}"
+        return f"SteeringVector at {self.location}: {shape}, norm {self.norm:.4g}{share}, {pairs}"
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per coordinate."""
+        return self.coordinates.to_frame().rename(columns={"effect": "value"})
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """The norm of each head, or of what has no heads every coordinate, the largest by number.
+
+        Raises:
+            HookGraphError: matplotlib is not installed.
+        """
+        if self.vector.ndim > 1:
+            return norm_maps({self.location: self.vector}, {self.location: self.location.dims[2:]})
+        figure, theme, values = plotting.new_figure(), plotting.LIGHT, self.vector.tolist()
+        figure.set_size_inches(7.0, 2.6)
+        axes = figure.subplots()
+        axes.vlines(range(len(values)), 0, values, color=theme.positive[1], linewidth=0.8)
+        for i in self.vector.abs().topk(min(5, len(values))).indices.tolist():
+            axes.annotate(str(i), (i, values[i]), fontsize=7.5, color=theme.ink)
+        axes.axhline(0.0, color=theme.muted, linewidth=0.5)
+        axes.set(xlabel=self.location.dims[-1].replace("_", " "), ylabel="value")
+        axes.set_title(repr(self), loc="left", fontsize=9)
+        return figure
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.coordinates.top(10).to_html()}"
 
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file."""
         header = {"location": str(self.location), "pairs": self.pairs, "metadata": dict(self.metadata)}
-        storage.write(path, _KIND, {"vector": self.vector}, header)
+        typical = torch.tensor(self.typical, dtype=torch.float64)
+        storage.write(path, _KIND, {"vector": self.vector, "typical": typical}, header)
 
     @staticmethod
     def load(path: str | Path) -> "SteeringVector":
@@ -68,7 +131,8 @@ class SteeringVector:
         """
         tensors, header = storage.read(path, _KIND)
         place = storage.parse(path, header["location"])
-        return SteeringVector(tensors["vector"], place, header["pairs"], header["metadata"])
+        typical = float(tensors.get("typical", torch.tensor(math.nan)))
+        return SteeringVector(tensors["vector"], place, header["pairs"], header["metadata"], typical)
 
 
 @final
@@ -117,7 +181,7 @@ def steering_vector(
     if place.dims[:2] != (Dimension.BATCH, Dimension.POS) or Dimension.POS in dict(place.index):
         raise HookGraphError(f"{place} has no whole axis of positions to read: leave `pos` out of it")
     total: Tensor | None = None
-    count = 0
+    size, count = 0.0, 0
     with Progress("steering vector", None, shown=progress) as bar:
         for pair in pairs:
             if not isinstance(pair, tuple | list) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance] (users)
@@ -130,11 +194,12 @@ def steering_vector(
                 raise InputError(f"a batch has {len(first)} positive and {len(second)} negative examples")
             difference = first.sum(0) - second.sum(0)
             total = difference if total is None else total + difference
+            size += sum(float(x.flatten(1).norm(dim=1).sum()) for x in (first, second)) / 2
             count += len(first)
             bar.advance()
     if total is None:
         raise InputError("there are no pairs: pass an iterable of (positive, negative) batches")
-    return SteeringVector(total / count, place, count, graph.binding.metadata)
+    return SteeringVector(total / count, place, count, graph.binding.metadata, size / count)
 
 
 def _read(graph: HookGraph, place: Location, inputs: Inputs, pos: int | None) -> Float[Tensor, "batch ..."]:

@@ -269,6 +269,8 @@ def test_random_circuits_have_the_same_size(tmp_path: Any):
     result.save(tmp_path / "f.safetensors")
     assert repr(Faithfulness.load(tmp_path / "f.safetensors")) == repr(result)
     assert len(result.to_frame()) == 4
+    assert "completeness" in result._repr_html_()
+    assert [x.get_text() for x in result.plot().axes[0].get_yticklabels()] == list(result.to_frame())
 
 
 @pytest.mark.parametrize("ablation", ["mean", "resample", "zero"])

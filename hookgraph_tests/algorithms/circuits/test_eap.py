@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hookgraph.algorithms.batches import PairBatch
 from hookgraph.algorithms.circuits.components import readers_of, writers_of
-from hookgraph.algorithms.circuits.curves import cmd, cpr
+from hookgraph.algorithms.circuits.curves import Curve, cmd, cpr
 from hookgraph.algorithms.circuits.eap import EapMethod, edge_attribution
 from hookgraph.algorithms.circuits.reading import Readings
 from hookgraph.algorithms.circuits.roc import EdgeRoc
@@ -193,7 +194,7 @@ def test_planted_edges_are_told_from_all_others(name: str, method: EapMethod):
     assert {(e.source, e.target) for e in greedy.edges.each()} == set(EDGES)
 
 
-def test_the_roc_counts_true_and_other_edges_above_each_score():
+def test_the_roc_counts_true_and_other_edges_above_each_score(tmp_path: Path):
     sizes = torch.tensor([3.0, 2.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     roc = EdgeRoc.of(sizes, torch.tensor([True, True, False, False, True]))
     assert roc.thresholds.tolist() == [torch.inf, 3.0, 2.0, 1.0, 0.5]
@@ -204,6 +205,10 @@ def test_the_roc_counts_true_and_other_edges_above_each_score():
     assert "AUROC 0.583" in repr(roc)
     assert list(roc.to_frame()["true positives"]) == roc.true_positives.tolist()
     assert roc.plot().axes[0].get_title(loc="left") == "AUROC 0.583"
+    assert roc._repr_html_().count("<tr") == 1 + 3  # where a third, two and all true edges are reached
+    roc.save(tmp_path / "roc.safetensors")
+    again = EdgeRoc.load(tmp_path / "roc.safetensors")
+    assert again.to_frame().equals(roc.to_frame())
 
 
 def runner(family: str) -> CircuitRunner:
@@ -240,7 +245,7 @@ def test_patching_a_fraction_of_an_edge_is_what_its_score_says(family: str):
         assert change == pytest.approx(float(block[-1, 0]), abs=1e-5)
 
 
-def test_curves_start_at_few_edges_and_end_at_the_model():
+def test_curves_start_at_few_edges_and_end_at_the_model(tmp_path: Path):
     graph, pairs = bound("gpt2", torch.float64), [(CLEAN, CORRUPT)]
     scores = edge_attribution(graph, pairs, METRIC, "eap-ig-inputs")
     curve = cpr(graph, scores, pairs, METRIC, fractions=(0.0, 0.1, 0.5, 1.0))
@@ -254,6 +259,12 @@ def test_curves_start_at_few_edges_and_end_at_the_model():
     assert distance.area == pytest.approx(0.5)
     assert "CMD 0.5" in repr(distance)
     assert curve.plot().axes[0].get_xlabel() == "share of edges"
+    assert "<p>CPR" in curve._repr_html_()
+    curve.save(tmp_path / "curve.safetensors")
+    again = Curve.load(tmp_path / "curve.safetensors")
+    assert repr(again) == repr(curve)
+    assert again.metadata == dict(graph.binding.metadata)
+    assert len(scores.plot(7).axes[0].patches) == 7
 
 
 def test_the_performance_ratio_begins_with_the_edge_without_which_the_metric_falls_most():
