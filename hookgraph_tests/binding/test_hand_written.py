@@ -89,6 +89,25 @@ def grouped_and_fused(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) 
     return joined(z.flatten(1, 2))
 
 
+def grouped_with_groups_second(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same heads, the axis of groups behind that of the heads of a group."""
+    q, k, v = q.unflatten(1, (2, 2)).transpose(1, 2), k[:, ::2].unsqueeze(1), v[:, ::2].unsqueeze(1)
+    z = softmax(q @ k.mT / q.shape[-1] ** 0.5) @ v
+    return joined(z.transpose(1, 2).flatten(1, 2))
+
+
+def grouped_and_shuffled(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The second head writes where the third one does else."""
+    q, k, v = q.unflatten(1, (2, 2)), k[:, ::2].unsqueeze(2), v[:, ::2].unsqueeze(2)
+    return joined((softmax(q @ k.mT) @ v).transpose(1, 2).flatten(1, 2))
+
+
+def shared_in_turn(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The first and the third head have the same keys."""
+    q, k, v = q.unflatten(1, (2, 2)), k[:, :2].unsqueeze(1), v[:, :2].unsqueeze(1)
+    return joined((softmax(q @ k.mT) @ v).flatten(1, 2))
+
+
 def sum_of_products(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(softmax(q @ k.mT + k @ q.mT) @ v)
 
@@ -220,7 +239,9 @@ def test_heads_behind_a_gate_add_up_to_the_update(attend: Attention):
     torch.testing.assert_close(run[ATTN_RESULT[1]].sum(2) + bias, run[ATTN_OUT[1]])
 
 
-@pytest.mark.parametrize("attend", [grouped, grouped_in_einstein_sums, grouped_and_fused])
+@pytest.mark.parametrize(
+    "attend", [grouped, grouped_in_einstein_sums, grouped_and_fused, grouped_with_groups_second]
+)
 def test_heads_in_groups_are_heads(attend: Attention):
     graph = unproven(attend)
     kinds = (ATTN_Q, ATTN_K, ATTN_V, ATTN_PATTERN, ATTN_SCORES, ATTN_Z)
@@ -233,6 +254,20 @@ def test_heads_in_groups_are_heads(attend: Attention):
     v = run[ATTN_V[0]].repeat_interleave(shared, 2)
     torch.testing.assert_close(run[ATTN_Z[0]], torch.einsum("bhqk,bkhd->bqhd", run[ATTN_PATTERN[0]], v))
     torch.testing.assert_close(run[ATTN_PATTERN[0]], run[ATTN_SCORES[0]].softmax(-1))
+    k = run[ATTN_K[0]].repeat_interleave(shared, 2)
+    ratios = (run[ATTN_SCORES[0]] / torch.einsum("bqhd,bkhd->bhqk", run[ATTN_Q[0]], k))[..., :, 0]
+    torch.testing.assert_close(ratios, ratios[0, 0, 0].expand_as(ratios))
+    given = module_input(graph, "stories.0.heads.put").unflatten(-1, (HEADS, -1))
+    torch.testing.assert_close(run[ATTN_Z[0]], given)
+
+
+def module_input(graph: HookGraph, path: str) -> Tensor:
+    """What a module is given by the model alone."""
+    model, seen = binding_of(graph).model, list[Tensor]()
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(IDS)
+    handle.remove()
+    return seen[0]
 
 
 REASONS: dict[str, tuple[Attention, LocationType, str]] = {
@@ -248,6 +283,12 @@ REASONS: dict[str, tuple[Attention, LocationType, str]] = {
         ATTN_Q,
         "the scores are the sum of 2 products, each with queries and",
     ),
+    "order": (
+        grouped_and_shuffled,
+        ATTN_SCORES,
+        "of the queries are counted in another order than z's",
+    ),
+    "in turn": (shared_in_turn, ATTN_K, "heads share keys and values in turn: heads in a row have others"),
     "result": (running_sum, ATTN_RESULT, "more is done to z before the output projection than to weigh its"),
     "weight": (own_output, ATTN_RESULT, "the code that attends multiplies with its weight"),
     "z": (two_uses, ATTN_Z, "the pattern is multiplied with 2 tensors"),

@@ -11,7 +11,8 @@ from hookgraph.binding.data.layouts import Layout
 from hookgraph.binding.data.views import Axes
 from hookgraph.binding.resolving.blocks import Block, Update, is_softmax_over_positions
 from hookgraph.binding.resolving.interiors import bind_reading
-from hookgraph.binding.resolving.own_attention import Found, of_pieces, own_attention
+from hookgraph.binding.resolving.own_attention import Found, own_attention
+from hookgraph.binding.resolving.pieces import of_pieces
 from hookgraph.binding.resolving.projections import (
     Reached,
     as_input,

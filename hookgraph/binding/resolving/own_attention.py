@@ -4,8 +4,9 @@ Scores are one product of queries and keys, whatever is done to them before the 
 the pattern and the values. Or a fused attention computes all of it.
 """
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, final
 
 from jaxtyping import Float
@@ -14,9 +15,10 @@ from torch import Tensor
 from hookgraph.binding.data.anchors import Role
 from hookgraph.binding.data.views import Axes
 from hookgraph.binding.resolving.blocks import Block
+from hookgraph.binding.resolving.head_order import are_shared_in_turn, orders_of_heads
 from hookgraph.binding.resolving.projections import behind, is_matrix_product
 from hookgraph.binding.tracing.operations import INSIDE, RESULT, Operand
-from hookgraph.binding.tracing.trace import AttentionCall, Call, Operation, Trace
+from hookgraph.binding.tracing.trace import Call, Operation, Trace
 from hookgraph.binding.tracing.values import ALIASES, Value
 
 WEIGHED: Final = frozenset({*ALIASES, "mul", "native_dropout", "masked_fill"})
@@ -25,6 +27,15 @@ WEIGHED: Final = frozenset({*ALIASES, "mul", "native_dropout", "masked_fill"})
 _EVERY: Final[tuple[Role, ...]] = ("query", "key", "value", "scores", "pattern", "out")
 
 _ODD: Final = "batch, heads and positions are not an axis each in the product"
+
+_GROUPED: Final = 5
+"""As many axes the tensors have where heads lie in groups: batch, groups, heads of a group, and two more."""
+
+_IN_TURN: Final = "heads share keys and values in turn: heads in a row have others each"
+
+_NO_ORDER: Final = "heads lie on two axes, and no projection tells in which order they are counted"
+
+_TWO_ORDERS: Final = "heads lie on two axes, and those of the queries are counted in another order than z's"
 
 _PRODUCTS: Final = frozenset({"bmm", "baddbmm", "mm"})
 
@@ -73,8 +84,9 @@ class Own:
 def own_attention(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
     """How the tensors of attention are reached in the code of a module; those that can be."""
     own = _reached(trace, block, owner, softmax)
-    of_functions = {role: found.value for role, found in own.found.items()}
-    return replace(own, seen={**_seen(trace, block, owner, softmax), **of_functions})
+    seen: dict[Role, Value] = {**_seen(trace, block, owner, softmax)}
+    seen.update({role: found.value for role, found in own.found.items()})
+    return replace(own, seen={role: v for role, v in seen.items() if own.why.get(role) != _IN_TURN})
 
 
 def _reached(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
@@ -83,58 +95,64 @@ def _reached(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
     if made is None:
         return _none_of("the softmax is computed by no function that is looked into", *_EVERY)
     if made.form.kind == "fused":
-        return _of_fused(operations, made, block)
+        return _counted(trace, block, made.operands[0], partial(_of_fused, operations, made, block))
     if not _is_over_last(softmax.tensor):
         return _none_of("the softmax is not over the last axis, so that is not known to be the keys", *_EVERY)
     heads = _heads_of(made.out, block)
     if heads is None:
         return _none_of(_axes_of(made.out), *_EVERY)
-    view = _by_pair(made.out, heads)
+    copies = _copies(trace, made.out, owner)
+    return _counted(trace, block, made.out, partial(_of_softmax, operations, made, owner, copies, heads))
+
+
+def _counted(trace: Trace, block: Block, computed: Value, make: Callable[[bool], Own]) -> Own:
+    """What is reached, its heads counted as projections do where they lie on two axes.
+
+    Args:
+        trace: the pass.
+        block: the layer.
+        computed: what tells how many axes there are.
+        make: what is reached if the second axis counts before the first, or not.
+    """
+    straight = make(False)
+    out = straight.found.get("out")
+    if computed.tensor.ndim != _GROUPED or not straight.found:
+        return straight
+    turned = make(True)
+    query = straight.found.get("query")
+    views = [own.found["out"].view for own in (straight, turned) if "out" in own.found]
+    orders = orders_of_heads(
+        trace, block.call, None if query is None else query.value, None if out is None else out.value, views
+    )
+    if len(orders) == 1:
+        return turned if True in orders else straight
+    return _none_of(_TWO_ORDERS if orders else _NO_ORDER, *_EVERY)
+
+
+def _of_softmax(
+    operations: Sequence[Operation],
+    made: Operation,
+    owner: Call,
+    copies: set[Value],
+    heads: int,
+    turned: bool,
+) -> Own:
+    view = _by_pair(made.out, heads, turned)
     inside = Own(
         {
-            "scores": Found(_operand(operations, made, 0), view, made.operands[0]),
-            "pattern": Found(_operand(operations, made, RESULT), view, made.out),
+            "scores": Found(operand_of(operations, made, 0), view, made.operands[0]),
+            "pattern": Found(operand_of(operations, made, RESULT), view, made.out),
         },
         heads=heads,
     )
-    copies = _copies(trace, made.out, owner)
-    before = _of_scores(operations, made, owner, heads)
-    return inside.and_also(before).and_also(_of_pattern(operations, made, copies, heads))
+    before = _of_scores(operations, made, owner, heads, turned)
+    return inside.and_also(before).and_also(_of_pattern(operations, made, copies, heads, turned))
 
 
 def _is_over_last(pattern: Float[Tensor, "..."]) -> bool:
     """Whether what a softmax returned adds up to 1 along the last axis."""
     total = pattern.detach().double().sum(-1)
     return bool((total - 1).abs().max() < _ROUNDED)
-
-
-def of_pieces(trace: Trace, calls: Sequence[AttentionCall]) -> tuple[Mapping[Role, Found], Value | None]:
-    """Where the whole of queries, keys and values is split into pieces of which each attends alone, and what
-    they are joined to.
-    """
-    operations = [o for o in trace.operations if calls[0].call in o.within]
-    found: dict[Role, Found] = {}
-    ways: tuple[tuple[Role, list[Value]], ...] = (
-        ("query", [a.query for a in calls]),
-        ("key", [a.key for a in calls]),
-        ("value", [a.value for a in calls]),
-    )
-    for role, pieces in ways:
-        splits = (o for o in operations if o.form.kind == "split")
-        split = next((o for o in splits if _are_all(pieces, o.operands[0])), None)
-        if split is not None:
-            view = Axes((0, 2, 1, 3))
-            found[role] = Found(_operand(operations, split, 0), view, split.operands[0])
-    outs = [a.out for a in calls]
-    joined = (v for v in trace.values[outs[-1].number :] if v.op == "cat" and list(v.inputs) == outs)
-    return found, next(joined, None)
-
-
-def _are_all(pieces: Sequence[Value], whole: Value) -> bool:
-    """Whether these are all the pieces of a tensor, in order."""
-    numel = sum(v.tensor.numel() for v in pieces)
-    inside = all(v.inputs and v.inputs[0] is whole and v.output == i for i, v in enumerate(pieces))
-    return inside and numel == whole.tensor.numel() and whole.tensor.ndim == 4
 
 
 def _none_of(why: str, *roles: Role) -> Own:
@@ -150,24 +168,30 @@ def _axes_of(value: Value) -> str:
     return told.get(value.tensor.ndim, f"its tensors have {value.tensor.ndim} axes")
 
 
-def _of_fused(operations: Sequence[Operation], made: Operation, block: Block) -> Own:
+def _of_fused(operations: Sequence[Operation], made: Operation, block: Block, turned: bool) -> Own:
     terms = made.form.terms
     heads = _heads_of(made.operands[0], block)
     if heads is None or not terms:
         return _none_of(_axes_of(made.operands[0]), *_EVERY)
     places: tuple[tuple[Role, int], ...] = (("query", 0), ("key", 1), ("value", 2), ("out", RESULT))
     found: dict[Role, Found] = {}
+    why: dict[Role, str] = {}
+    shared = _in_order(terms[0][:-2], turned)
     for role, place in places:
-        letters = terms[place]
-        view = _view(letters, letters[:-2], letters[-2], letters[-1], heads)
-        if view is not None:
-            found[role] = Found(_operand(operations, made, place), view, (*made.operands, made.out)[place])
-    alike = _by_pair(made.operands[0], heads)
-    found["scores"] = found["pattern"] = Found(_operand(operations, made, INSIDE), alike, made.out)
-    return Own(found, heads=heads)
+        letters, value = terms[place], (*made.operands, made.out)[place]
+        view = _view(letters, shared, letters[-2], letters[-1], heads)
+        if are_shared_in_turn(letters, shared, value.tensor):
+            why[role] = _IN_TURN
+        elif view is not None:
+            found[role] = Found(operand_of(operations, made, place), view, value)
+    alike = _by_pair(made.operands[0], heads, turned)
+    found["scores"] = found["pattern"] = Found(operand_of(operations, made, INSIDE), alike, made.out)
+    return Own(found, why, heads=heads)
 
 
-def _of_scores(operations: Sequence[Operation], softmax: Operation, owner: Call, heads: int) -> Own:
+def _of_scores(
+    operations: Sequence[Operation], softmax: Operation, owner: Call, heads: int, turned: bool
+) -> Own:
     """Queries and keys: of the only product that the scores come from, those in its factors apart."""
     before = behind(softmax.operands[0], owner.first)
     made = [o for o in operations if o.form.kind == "product" and o.out in before]
@@ -186,13 +210,15 @@ def _of_scores(operations: Sequence[Operation], softmax: Operation, owner: Call,
     inside = [x for x in left if x in right and x not in result]
     if len(inside) != 1 or len(result) < 3:
         return _none_of(f"{_ODD} that makes the scores", *roles)
-    shared, pos, key = result[:-2], result[-2], result[-1]
+    shared, pos, key = _in_order(result[:-2], turned), result[-2], result[-1]
     found: dict[Role, Found] = {}
     for place, letters in enumerate((left, right)):
         role, along = ("query", pos) if pos in letters else ("key", key)
         view = _view(letters, shared, along, inside[0], heads)
+        if are_shared_in_turn(letters, shared, product.operands[place].tensor):
+            return Own(found, {role: _IN_TURN})
         if view is not None:
-            found[role] = Found(_operand(operations, product, place), view, product.operands[place])
+            found[role] = Found(operand_of(operations, product, place), view, product.operands[place])
     return _with_reason(found, f"{_ODD} that makes the scores", *roles)
 
 
@@ -253,7 +279,9 @@ def _turned(product: Value, before: set[Value]) -> bool:
     return any(v.op in _TURNS for v in later - {product})
 
 
-def _of_pattern(operations: Sequence[Operation], softmax: Operation, copies: set[Value], heads: int) -> Own:
+def _of_pattern(
+    operations: Sequence[Operation], softmax: Operation, copies: set[Value], heads: int, turned: bool
+) -> Own:
     """Values and z: of the only product with the pattern."""
     later = [o for o in operations if o.form.kind == "product" and o.first >= softmax.last]
     given = [o for o in later if any(v in copies for v in o.operands)]
@@ -268,21 +296,24 @@ def _of_pattern(operations: Sequence[Operation], softmax: Operation, copies: set
     pattern, values = terms[place], terms[1 - place]
     keys = [x for x in pattern if x in values and x not in result]
     features = [x for x in values if x not in pattern]
-    shared = pattern[:-2]
+    shared = _in_order(pattern[:-2], turned)
     queries = [x for x in pattern if x not in values and x not in shared]
     if not len(keys) == len(features) == len(queries) == 1:
         return _none_of(f"{_ODD} of the pattern and the values", *roles)
     found: dict[Role, Found] = {}
+    why: dict[Role, str] = {}
     ways: tuple[tuple[Role, str, str, int], ...] = (
         ("value", values, keys[0], 1 - place),
         ("out", result, queries[0], RESULT),
     )
     for role, letters, along, at in ways:
-        view = _view(letters, shared, along, features[0], heads)
-        if view is not None:
-            value = (*product.operands, product.out)[at]
-            found[role] = Found(_operand(operations, product, at), view, value)
-    return _with_reason(found, f"{_ODD} of the pattern and the values", *roles)
+        view, value = _view(letters, shared, along, features[0], heads), (*product.operands, product.out)[at]
+        if are_shared_in_turn(letters, shared, value.tensor):
+            why[role] = _IN_TURN
+        elif view is not None:
+            found[role] = Found(operand_of(operations, product, at), view, value)
+    missing = _with_reason(found, f"{_ODD} of the pattern and the values", *roles)
+    return replace(missing, why={**missing.why, **why})
 
 
 def _copies(trace: Trace, pattern: Value, owner: Call) -> set[Value]:
@@ -294,11 +325,17 @@ def _copies(trace: Trace, pattern: Value, owner: Call) -> set[Value]:
     return copies
 
 
-def _by_pair(value: Value, heads: int) -> Axes | None:
+def _in_order(shared: str, turned: bool) -> str:
+    """The letters of the batch and of the heads, in the order in which heads are counted."""
+    return shared[0] + shared[:0:-1] if turned else shared
+
+
+def _by_pair(value: Value, heads: int, turned: bool) -> Axes | None:
     """How scores and pattern lie: by example, head, position and key, but for the axes of heads."""
     if value.tensor.ndim == 3:
         return Axes((0, 1, 2, 3), heads)
-    return None if value.tensor.ndim == 4 else Axes((0, 1, 2, 3, 4), grouped=1)
+    of_groups = (0, 2, 1, 3, 4) if turned else (0, 1, 2, 3, 4)
+    return None if value.tensor.ndim == 4 else Axes(of_groups, grouped=1)
 
 
 def _view(letters: str, shared: str, along: str, features: str, heads: int) -> Axes | None:
@@ -331,6 +368,7 @@ def _heads_of(computed: Value, block: Block) -> int | None:
     return shape[0] // grid.batch if whole else None
 
 
-def _operand(operations: Sequence[Operation], one: Operation, place: int) -> Operand:
+def operand_of(operations: Sequence[Operation], one: Operation, place: int) -> Operand:
+    """A tensor of one of some calls of functions, told by its number among those of its kind."""
     same = [o for o in operations if o.form.kind == one.form.kind]
     return Operand(one.form.kind, same.index(one), len(same), place)

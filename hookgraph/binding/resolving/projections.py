@@ -16,7 +16,8 @@ from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 _WEIGHTING = frozenset({"mul", "div", "native_layer_norm", "native_dropout"})
 """Operations that leave each feature where it is."""
 
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_int_mm", "_scaled_mm"})
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "_int_mm", "_scaled_mm"})
+"""Matrix products."""
 
 
 @final
@@ -172,13 +173,13 @@ def is_projection(trace: Trace, call: Call) -> bool:
     """Whether a module call is one matrix product with a parameter, made by the module itself."""
     if set(call.outputs) != {None} or any(True for _ in call.module.children()):
         return False
-    products = [v for v in trace.values[call.first : call.last] if v.op in _PRODUCTS]
+    products = [v for v in trace.values[call.first : call.last] if v.op in PRODUCTS]
     return len(products) == 1 and is_matrix_product(products[0])
 
 
 def is_matrix_product(value: Value) -> bool:
     """Whether a value is a matrix product with a parameter."""
-    return value.op in _PRODUCTS and any(_is_parameter(v) for v in value.inputs)
+    return value.op in PRODUCTS and any(_is_parameter(v) for v in value.inputs)
 
 
 def floating_input(call: Call) -> tuple[Slot, Value] | None:
