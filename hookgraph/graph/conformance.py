@@ -26,8 +26,9 @@ INVARIANTS = (
     "fused",
     "replayed",
     "narrowed",
+    "shared",
 )
-"""What is checked of every location, the last two of some only: see the explanation page on conformance."""
+"""What is checked of every location, the last three of some only: see the explanation page on conformance."""
 
 
 @final

@@ -23,6 +23,7 @@ from hookgraph.binding.proving.identities import identities, watching
 from hookgraph.binding.proving.mixtures import mixture_identities, rerouted
 from hookgraph.binding.proving.narrowed import check_narrowed
 from hookgraph.binding.proving.replays import check_replays
+from hookgraph.binding.proving.shared import check_shared
 from hookgraph.binding.proving.slopes import Slopes, check_gradients
 from hookgraph.binding.proving.state import model_state
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
@@ -103,7 +104,8 @@ def _check(
         proofs += slopes.proofs
     replays = check_replays(graph, example, clean, locations)
     narrow, wide = check_narrowed(binding, example, locations)
-    proofs += [*replays.proofs, *narrow]
+    alike, apart = check_shared(binding, example, locations)
+    proofs += [*replays.proofs, *narrow, *alike]
     changed = before.difference(model_state(binding.model))
     note = "" if changed == own else changed
     proofs += [Proof(x, "removed", not note, float(bool(note)), 0.0, note) for x in locations]
@@ -118,6 +120,7 @@ def _check(
             *other.gaps,
             *replays.gaps,
             *wide,
+            *apart,
             *unapplied,
             *slopes.gaps,
             *_unequal((*proofs, *unapplied), clean),

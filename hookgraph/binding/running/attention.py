@@ -7,7 +7,9 @@ Nothing outside the hooked modules changes, so other models, in other threads to
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -19,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from hookgraph.binding.data.anchors import Anchor, Role
 from hookgraph.binding.running.caching import Edited, NewStates
 from hookgraph.binding.running.mechanisms import PassState
+from hookgraph.binding.running.sharing import MASKED, Attention, SharedPast
 from hookgraph.errors import BindingError
 from hookgraph.hooks.masking import masked_cells, masked_score
 from hookgraph.hooks.taps import Tap
@@ -73,13 +76,11 @@ class Interior:
         self.seen: dict[Role, bool] = {}
         """Whether keys and values were the very tensors that a cache handed back, when last watched."""
         self._turn = Turn(taps, state)
+        self._state = state
         self._original = module.__dict__["config"]
         self._implementation: str = self._original._attn_implementation
         self._eager = _function(next(iter(anchors.values())).eager)
-        replaced = copied(self._original)
-        replaced.__dict__["_attn_implementation_internal"] = NAME
-        replaced.__dict__[_INTERIOR] = self
-        module.__dict__["config"] = replaced
+        module.__dict__["config"] = _naming(self._original, self)
         looks = watch or any("key" in inside or "value" in inside for inside in taps.values())
         self._states = NewStates(module, self._kept, self._change, self._end) if looks else None
 
@@ -133,7 +134,10 @@ class Interior:
         key = self._tap_states("key", key, query)
         value = self._tap_states("value", value, query)
         self._end()
+        past = self._state.past if self._state.past and self._state.past.holds(key) else None
         if "scores" in taps or "pattern" in taps:
+            if past is not None:
+                key, value = past.wholes(key, value)
             fused = self._implementation != "eager"  # which reads the want of a mask as it stands
             additive = _additive_mask(module, query, key, attention_mask, kwargs, fused=fused)
             with _SoftmaxTaps(taps.get("scores"), taps.get("pattern")) as softmax:
@@ -141,6 +145,8 @@ class Interior:
             softmax.check(module)
         else:
             function = ALL_ATTENTION_FUNCTIONS.get_interface(self._implementation, self._eager)
+            if past is not None:
+                function = _given_past(past, self._implementation, function)
             output = function(module, query, key, value, attention_mask, *args, **kwargs)
         tap = taps.get("out")
         if tap is None:
@@ -150,8 +156,50 @@ class Interior:
         return tap(output)
 
 
+@contextmanager
+def sharing(
+    modules: Mapping[str, nn.Module], anchors: Iterable[Anchor], past: SharedPast, state: PassState
+) -> Generator[None]:
+    """Within this context attention is given its past by `past`; where there are taps, by the interior."""
+    lent: list[tuple[nn.Module, Any]] = []
+    state.past = past
+    try:
+        for anchor in anchors:
+            module = modules[anchor.module]
+            own = module.__dict__["config"]
+            if _INTERIOR not in own.__dict__:
+                eager = _function(anchor.eager)
+                function = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, eager)
+                lent.append((module, own))
+                shared = _given_past(past, own._attn_implementation, function)
+                module.__dict__["config"] = _naming(own, partial(_untapped, past, function, shared))
+        yield
+    finally:
+        state.past = None
+        for module, own in lent:
+            module.__dict__["config"] = own
+
+
+def _untapped(
+    past: SharedPast,
+    function: Attention,
+    shared: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    return (shared if past.holds(key) else function)(module, query, key, *rest, **kwargs)
+
+
+def _given_past(past: SharedPast, implementation: str, function: Attention) -> Attention:
+    """The attention function, given keys and values of all positions, once for all copies if it can be."""
+    return partial(past.attend if implementation in MASKED else past.repeat, function)
+
+
 def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The attention function of hooked modules: finds the module's interior and calls it."""
+    """The attention function of hooked modules: calls what the module's configuration holds."""
     return module.config.__dict__[_INTERIOR](module, *args, **kwargs)
 
 
@@ -162,6 +210,14 @@ def copied(config: Any) -> Any:
     """As `copy.copy` makes it. The protocol of that takes longer, and each pass copies for each layer."""
     result = object.__new__(type(config))
     result.__dict__.update(config.__dict__)
+    return result
+
+
+def _naming(config: Any, function: Callable[..., Any]) -> Any:
+    """A copy of a configuration that names the attention function above, which calls this one."""
+    result = copied(config)
+    result.__dict__["_attn_implementation_internal"] = NAME
+    result.__dict__[_INTERIOR] = function
     return result
 
 

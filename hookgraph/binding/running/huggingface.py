@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hookgraph.binding.data.anchors import Anchor, Mechanism, Role
 from hookgraph.binding.data.findings import Findings
-from hookgraph.binding.running.attention import Interior, TapsByCall
+from hookgraph.binding.running.attention import Interior, TapsByCall, sharing
 from hookgraph.binding.running.compiled import as_written
+from hookgraph.binding.running.draws import dropout
 from hookgraph.binding.running.experts import ExpertsInterior
 from hookgraph.binding.running.identity import fingerprint, identity
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
@@ -31,7 +32,8 @@ from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
 from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
-from hookgraph.binding.running.remembering import Lent, Remembered, is_hooked, recalled, remember, retaining
+from hookgraph.binding.running.remembering import is_hooked, recalled, remember, retaining, several
+from hookgraph.binding.running.sharing import SHARED, SharedPast, attending
 from hookgraph.binding.running.skipping import entering
 from hookgraph.binding.running.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, InputError, LocationError, UnknownLocationError, nearest
@@ -47,8 +49,6 @@ from hookgraph.ontology.weights import WeightType
 
 _INSIDE = frozenset[Mechanism]({"interior", "own code", "experts", "product"})
 """Mechanisms that reach several tensors inside one module at once."""
-
-_DROPOUT = torch.nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage] (what all of them are)
 
 _attached: set[nn.Module] = set()
 """The models that some graph holds, each by its identity. Whoever enters one takes it out again."""
@@ -80,6 +80,7 @@ class HuggingFaceBinding(AbstractBinding):
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
         self._state = PassState()
+        self._attending = attending(findings)
         self._last_mlp = last_mlp(findings)
         self._behind = modules_behind(self._modules, findings)
         self._unseen = False
@@ -142,7 +143,15 @@ class HuggingFaceBinding(AbstractBinding):
 
     def forward(self, inputs: Prepared) -> Float[Tensor, "batch ..."]:
         """One forward pass of the model: its logits; without a head, its last hidden state."""
-        return read_output(self.model(**recalled(inputs)))
+        past = self._past(inputs)
+        with nullcontext() if past is None else sharing(self._modules, self._attending, past, self._state):
+            return read_output(self.model(**recalled(inputs, past)))
+
+    def _past(self, inputs: Prepared) -> SharedPast | None:
+        """What gives copies of a batch their past, where it is proven that they may share it."""
+        copies = 1 if torch.is_grad_enabled() else several(inputs, len(self._attending))
+        proven = copies > 1 and all(self._report.proves(x.location, SHARED) for x in self._attending)
+        return SharedPast(copies) if proven else None
 
     def remember(self, inputs: Prepared, length: int) -> Prepared | None:
         """Inputs for the positions from `length` on, with the cache that the model makes of those before."""
@@ -307,12 +316,7 @@ class HuggingFaceBinding(AbstractBinding):
     @property
     def draws(self) -> str:
         """The first dropout that is on, as a module or as a number of the configuration."""
-        if not self.model.training:
-            return ""
-        named = ((path, getattr(m, "p", 0.0)) for path, m in self._modules.items() if isinstance(m, _DROPOUT))
-        numbers = ((k, v) for k, v in vars(self.model.config).items() if "drop" in k and isinstance(v, float))
-        found = next(((name, rate) for name, rate in (*named, *numbers) if rate), None)
-        return "" if found is None else f"dropout ({found[0]}, {found[1]:g})"
+        return dropout(self._modules, self.model.config) if self.model.training else ""
 
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""
@@ -329,11 +333,7 @@ class HuggingFaceBinding(AbstractBinding):
         if not self.model.can_generate():
             raise InputError(f"{type(self.model).__name__} does not generate: use run")
         model: Any = self.model
-        given = {
-            k: v.lasting() if isinstance(v, Remembered | Lent) else v
-            for k, v in inputs.items()
-            if k != "use_cache"
-        }
+        given = {k: v for k, v in recalled(inputs, lasting=True).items() if k != "use_cache"}
         output = model.generate(**{**given, **options})
         return output if isinstance(output, Tensor) else output.sequences
 

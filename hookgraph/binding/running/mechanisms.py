@@ -16,6 +16,7 @@ from hookgraph.binding.data.layouts import arranged, restored
 from hookgraph.binding.data.views import Columns
 from hookgraph.binding.running.checkpointing import is_checkpointed
 from hookgraph.binding.running.normalising import scale_of
+from hookgraph.binding.running.sharing import SharedPast
 from hookgraph.binding.running.weights import affine_map
 from hookgraph.binding.tracing.packing import examples_in
 from hookgraph.binding.tracing.trace import tensors_in
@@ -41,6 +42,8 @@ class PassState:
         """Whether the operations of some module are watched."""
         self.aside = False
         """Whether a hook computes something, which is none of the model's own operations."""
+        self.past: SharedPast | None = None
+        """What gives copies of a batch their past, if they have one between them."""
         self.looks = looks
         """Whether it matters that a backward pass runs parts of the model again."""
         self.recomputed = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hookgraph.binding.running.sharing import SharedPast
 from hookgraph.errors import InputError
 from hookgraph.hooks.handles import installed
 
@@ -49,19 +50,26 @@ class Remembered:
         cache.layers = [_rows_of(layer, chosen) for layer in self.cache.layers]
         return Remembered(cache, self.copies)
 
-    def fresh(self) -> DynamicCache:
-        """A cache that a pass may write to. It is for one pass: what that adds is forgotten."""
+    def fresh(self, past: SharedPast | None = None) -> DynamicCache:
+        """A cache that a pass may write to. It is for one pass: what that adds is forgotten.
+
+        Args:
+            past: what gives the copies of the batch their past, where attention asks that, not the cache.
+        """
         cache = copy.copy(self.cache)
-        cache.layers = [self._layer(layer) for layer in self.cache.layers]
+        cache.layers = [self._layer(layer, past) for layer in self.cache.layers]
         return cache
 
     def lasting(self) -> DynamicCache:
         """A cache for pass after pass, of the batch itself."""
         return copy.deepcopy(self.cache)
 
-    def _layer(self, layer: Any) -> Any:
+    def _layer(self, layer: Any, past: SharedPast | None) -> Any:
         own = copy.copy(layer)
         if not layer.is_initialized:
+            return own
+        if past is not None:
+            own.update = partial(_handed_over, past, layer)
             return own
         own.keys, own.values = (self._tiled(states) for states in (layer.keys, layer.values))
         # Otherwise the states of all layers, for every copy of the batch, would live until the pass is over.
@@ -134,6 +142,11 @@ def _rows_of(layer: Any, chosen: slice | Int[Tensor, " batch"]) -> Any:
 def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
     """All states: those that a layer of a cache holds, and new ones. It goes on holding its own only."""
     return copy.copy(layer).update(*states, **options)
+
+
+def _handed_over(past: SharedPast, layer: Any, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    """The new states: those that the layer holds go to attention on another way."""
+    return past.update((layer.keys, layer.values), key, value)
 
 
 @final
@@ -237,6 +250,29 @@ def _appended(layer: Any) -> bool:
     return type(layer) in _APPENDED and layer.is_initialized
 
 
-def recalled(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs as the model takes them, with a fresh cache of what is remembered, or for what is to be."""
-    return {k: v.fresh() if isinstance(v, Remembered | Retained | Lent) else v for k, v in inputs.items()}
+def recalled(
+    inputs: Mapping[str, Any], past: SharedPast | None = None, *, lasting: bool = False
+) -> dict[str, Any]:
+    """Inputs as the model takes them, with a fresh cache of what is remembered, or for what is to be.
+
+    Args:
+        inputs: what was prepared.
+        past: what gives copies of the batch their past, if they share it.
+        lasting: whether the cache is for pass after pass.
+    """
+
+    def given(value: object) -> object:
+        if isinstance(value, Remembered | Lent) and lasting:
+            return value.lasting()
+        if isinstance(value, Remembered):
+            return value.fresh(past)
+        return value.fresh() if isinstance(value, Retained | Lent) else value
+
+    return {k: given(v) for k, v in inputs.items()}
+
+
+def several(inputs: Mapping[str, Any], layers: int) -> int:
+    """How many copies of a batch have one past between them, that so many layers hold; 1 if that is not so."""
+    found = [v for v in inputs.values() if isinstance(v, Remembered)]
+    held = [sum(bool(layer.is_initialized) for layer in x.cache.layers) for x in found]
+    return found[0].copies if held == [layers] else 1
