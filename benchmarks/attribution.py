@@ -169,7 +169,7 @@ def exact(subject: Subject) -> Iterator[Comparison]:
         return [torch.stack(found)]
 
     def ours() -> Sequence[Tensor]:
-        return [exact_effects(subject.graph, clean, corrupt, METRIC, places)]
+        return [exact_effects(subject.graph, clean, corrupt, METRIC, places, batch_size=40)]
 
     yield Comparison(
         "W8 exact, every head at the last position", plain, ours, limit=0.025, exact=False, effort=0.4

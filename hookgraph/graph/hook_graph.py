@@ -275,15 +275,17 @@ class HookGraph:
         taps.clear()
         return rest
 
-    def retaining(self, inputs: Inputs) -> Prepared | None:
+    def retaining(self, inputs: Inputs, rows: int | None = None) -> Prepared | None:
         """These inputs, so given that one run of them spares `remember` the first positions.
+
+        With `rows`, only the first so many examples are remembered, and what `remember` gives is for these.
 
         None where `remember` has to see how these come out alone: there are hooks or subgraphs that may look
         at several positions, padding, or it is not proven that later positions leave earlier ones alone.
         """
         if self.registrations or self._mixes:
             return None
-        return self.binding.retaining(self.binding.prepare(inputs))
+        return self.binding.retaining(self.binding.prepare(inputs), rows)
 
     def generate(
         self, inputs: Inputs, *, save: Sequence[Location] | Location = (), **options: object

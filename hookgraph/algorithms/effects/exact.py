@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hookgraph.algorithms.copies import finite_per_copy, per_copy, run_copies, tile
 from hookgraph.algorithms.effects.examples import Examples, by_examples
-from hookgraph.algorithms.effects.tails import by_start, length_of, same, shifted, tail
+from hookgraph.algorithms.effects.tails import by_start, late, length_of, positions_of, same, shifted, tail
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
 from hookgraph.algorithms.memory import in_pieces, is_out_of_memory, release
+from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.errors import HookGraphError, LocationError, MetricError
@@ -70,6 +71,9 @@ def exact_effects(
     check_one_contrast(corrupt, statistics)
 
     def measure(part: Examples) -> Gains:
+        found = None if statistics is not None else _late_effects(part, nodes, batch_size, progress)
+        if found is not None:
+            return found
         contrast = Contrast.of(
             graph, part.clean, part.corrupt, part.metric, wholes,
             replays=True, retains=any(map(is_placed, nodes)), totals=False,
@@ -79,6 +83,36 @@ def exact_effects(
 
     examples = Examples.of(graph, clean, corrupt, metric)
     return torch.cat(by_examples(examples, batch_size, measure), -1)
+
+
+def _late_effects(
+    part: Examples, nodes: Sequence[Location], batch_size: int, progress: bool | None
+) -> Gains | None:
+    """The effects of nodes none of which begins early: what lies before all of them is not kept, but for what
+    the model remembers of it.
+
+    None where that is not possible, or comes out differently.
+    """
+    pair = prepare_pair(part.graph, part.clean, part.corrupt)
+    length = positions_of(pair[0])
+    starts = by_start(nodes, length)
+    copies = batch_size // len(part) - 1  # and one that is not patched
+    if len(starts) != 1 or starts[0][0] == 0 or copies < 1:
+        return None
+    start, apart = starts[0][0], list(dict.fromkeys(nodes))
+    contrast = late(part.graph, pair, part.metric, list(dict.fromkeys(x.whole for x in apart)), start)
+    if contrast is None:
+        return None
+    _check_nodes(contrast, apart)
+    found: dict[Location, Tensor] = {}
+    ordered = sorted(apart, key=lambda node: _order(contrast.entries[node.whole]))
+    with Progress("exact patching", len(apart), shown=progress) as bar:
+        for piece, effects in in_pieces(ordered, copies, lambda x: _tail_gains(contrast, x, start, length)):
+            if effects is None:
+                return None
+            found.update(zip(piece, finite_per_copy(effects, piece), strict=True))
+            bar.advance(len(piece))
+    return torch.stack([found[node] for node in nodes])
 
 
 def effects_of(
@@ -95,12 +129,7 @@ def effects_of(
         MetricError: the metric has not one number for each row of the nodes.
         LocationError: the index of one is out of range.
     """
-    for node in nodes:
-        if any(dim == Dimension.BATCH for dim, _ in node.index):
-            raise HookGraphError(
-                f"{node}: a node is patched in every example, leave `batch` out of its index"
-            )
-    _check_rows(contrast)
+    _check_nodes(contrast, nodes)
     apart = list(dict.fromkeys(nodes))
     place = contrast.graph.binding.place(contrast.inputs)
     by_row = None if place is None else _ByRow(place, frozenset(filter(is_placed, apart)) - {*columns})
@@ -153,12 +182,19 @@ class _Work:
         return None
 
 
-def _check_rows(contrast: Contrast) -> None:
-    """Whether the metric has a number for each row of the values, as where codebooks are rows of logits.
+def _check_nodes(contrast: Contrast, nodes: Sequence[Location]) -> None:
+    """Whether nodes can be patched in copies of the batch, and the metric has a number for each row of the
+    values: it has not where codebooks are rows of logits.
 
     Raises:
-        MetricError: it has more or fewer.
+        HookGraphError: a node is a part of the batch.
+        MetricError: the metric has more numbers, or fewer.
     """
+    for node in nodes:
+        if any(dim == Dimension.BATCH for dim, _ in node.index):
+            raise HookGraphError(
+                f"{node}: a node is patched in every example, leave `batch` out of its index"
+            )
     for place, value in contrast.clean.items():
         if len(value) != len(contrast.measured):
             raise MetricError(

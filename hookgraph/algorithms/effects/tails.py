@@ -8,13 +8,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hookgraph.algorithms.copies import finite_metric
+from hookgraph.algorithms.effects.examples import batch_of
 from hookgraph.algorithms.sites import Contrast
-from hookgraph.graph.measuring import ReadingMetric, Reads, take, tokens_read
+from hookgraph.graph.abstract import Prepared
+from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.measuring import Metric, ReadingMetric, Reads, Tiled, take, tokens_read
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
 _ENOUGH = 16
 """So many nodes are worth a tail of their own."""
+
+_SHORT = 32
+"""For so many tokens a pass takes as long as for twice as many: it waits for the weights."""
 
 
 def by_start(nodes: Sequence[Location], length: int) -> list[tuple[int, list[Location]]]:
@@ -70,6 +77,64 @@ def tail(contrast: Contrast, start: int) -> Contrast | None:
         clean={x: saved[x] for x in contrast.clean},
         corrupt={x: _from(x, contrast.corrupt[x], start) for x in contrast.clean},
     )
+
+
+def late(
+    graph: HookGraph,
+    pair: tuple[Prepared, Prepared | None],
+    metric: Metric,
+    places: Sequence[Location],
+    start: int,
+) -> Contrast | None:
+    """The tail of a contrast of which nothing before position `start` is looked at: nothing of that is kept
+    but what the model remembers. Short inputs, clean and corrupt, are run in one pass.
+
+    None where that is not possible, or not known to be right, as in `tail`.
+    """
+    first, second = pair
+    if not isinstance(metric, ReadingMetric) or any(Dimension.POS not in x.dims for x in places):
+        return None
+    reads, count = _later(metric.reads, start, positions_of(first)), batch_of(first)
+    both = _side_by_side(first, second)
+    retained = None if reads is None else graph.retaining(both or first, rows=count)
+    if reads is None or retained is None:
+        return None
+    entries = {x: graph.entry(x) for x in places}
+    parts = {x: x.at(pos=slice(start, None)) for x in (*filter(None, entries.values()), *places)}
+    measured = metric if both is None else Tiled(metric, count, 2)
+    base = graph.run(retained, save=list(parts.values()), metric=measured, logits=False)
+    corrupt = base if second is None or both else graph.run(second, save=list(parts.values()), logits=False)
+    rest = graph.remember(retained, start)
+    if rest is None:
+        return None
+    clean = {x: base[part][:count] for x, part in parts.items()}
+    other = {x: corrupt[parts[x]][-count:] if second is not None else torch.zeros_like(clean[x]) for x in places}
+    base = replace(base, saved=clean, metric=finite_metric(base)[:count], inputs=rest)
+    seen = {x: clean[x] for x in places}
+    return Contrast(graph, Later(metric, reads), places, rest, None, base, seen, other, None, entries)
+
+
+def positions_of(inputs: Prepared) -> int:
+    """How many positions inputs have that are nothing but tokens, and what belongs to each; else 0."""
+    found = {x.shape[1:] for x in inputs.values() if isinstance(x, Tensor)}
+    shape = found.pop() if len(found) == 1 else ()
+    return shape[0] if len(shape) == 1 else 0
+
+
+def _side_by_side(first: Prepared, second: Prepared | None) -> Prepared | None:
+    """Clean and corrupt inputs as one batch, if one pass over both takes hardly longer than one over either."""
+    if second is None or first.keys() != second.keys():
+        return None
+    found: dict[str, object] = {}
+    for name, value in first.items():
+        other = second[name]
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.numel() <= _SHORT:
+            found[name] = torch.cat([value, other])
+        elif isinstance(value, bool | None) and value == other:
+            found[name] = value
+        else:
+            return None
+    return found
 
 
 def shifted(node: Location, start: int, length: int) -> Location:

@@ -20,7 +20,7 @@ _TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-3}
 """A softmax over more cells is summed in another order, in some models in single precision. Coarser dtypes
 are treated like that."""
 
-_LAST: Final = (1, 2)
+LAST: Final = (1, 2)
 """So many positions follow the past."""
 
 
@@ -38,11 +38,11 @@ def check_shared(
     anchors = attending(binding.findings)
     chosen = [x.location for x in anchors if x.location in locations]
     tokens = example.get("input_ids")
-    if not chosen or not isinstance(tokens, Tensor) or tokens.shape[1] <= max(_LAST) + 1:
+    if not chosen or not isinstance(tokens, Tensor) or tokens.shape[1] <= max(LAST) + 1:
         return [], []
     error, tolerance = 0.0, 0.0
     try:
-        for last in _LAST:
+        for last in LAST:
             rest = binding.remember(binding.prepare({"input_ids": tokens}), tokens.shape[1] - last)
             if rest is None:
                 return [], []

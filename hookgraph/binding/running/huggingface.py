@@ -160,13 +160,13 @@ class HuggingFaceBinding(AbstractBinding):
         last = self.findings.layers[MAIN_STACK][-1].module
         return remember(self.model, self._modules[last], inputs, length)
 
-    def retaining(self, inputs: Prepared) -> Prepared | None:
+    def retaining(self, inputs: Prepared, rows: int | None = None) -> Prepared | None:
         """Inputs whose pass fills a cache. Only where it is proven that a pass with a cache gives the same,
         which says that later positions leave earlier ones alone.
         """
         ends = [x for x in self._locations if x.type in (RESID_POST, STREAMS_POST)]
         proven = all(self._report.proves(x, "cached") for x in ends)
-        return retaining(self.model, inputs) if self._caches and ends and proven else None
+        return retaining(self.model, inputs, rows) if self._caches and ends and proven else None
 
     @property
     def _caches(self) -> bool:

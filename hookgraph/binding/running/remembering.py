@@ -144,6 +144,21 @@ def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
     return copy.copy(layer).update(*states, **options)
 
 
+def _filled_by(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A cache to give to one pass, of whose examples the first few fill `cache`."""
+    given = copy.copy(cache)
+    given.layers = [copy.copy(layer) for layer in cache.layers]
+    for own, layer in zip(given.layers, cache.layers, strict=True):
+        own.update = partial(_filling, layer, rows)
+    return given
+
+
+def _filling(layer: Any, rows: int, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    """The states, all of them, since none were there before: those of the first examples are kept."""
+    layer.update(key[:rows], value[:rows], *args, **options)
+    return key, value
+
+
 def _handed_over(past: SharedPast, layer: Any, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
     """The new states: those that the layer holds go to attention on another way."""
     return past.update((layer.keys, layer.values), key, value)
@@ -151,21 +166,32 @@ def _handed_over(past: SharedPast, layer: Any, key: Tensor, value: Tensor, *args
 
 @final
 class Retained:
-    """Gives each pass an empty cache of its own, and holds the one that the last pass filled."""
+    """Gives each pass an empty cache of its own, and holds the one that the last pass filled.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    Args:
+        config: of the model.
+        rows: of how many examples it is filled, the first ones; None for all.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rows: int | None = None) -> None:
         self._config = config
+        self._rows = rows
         self._filled: DynamicCache | None = None
 
     def fresh(self) -> DynamicCache:
         """A cache that a pass may write to."""
         self._filled = DynamicCache(config=self._config)
         self._filled.activate_past_recording()  # a window keeps what lies before it, too
-        return self._filled
+        return self._filled if self._rows is None else _filled_by(self._filled, self._rows)
 
     def repeated(self, copies: int) -> "Retained":
         """The same for a batch that is repeated, whose passes are others."""
         return Retained(self._config)
+
+    @property
+    def held(self) -> slice:
+        """Which examples of such a pass it holds."""
+        return slice(self._rows)
 
     def first(self, length: int, total: int) -> DynamicCache | None:
         """What a pass over the first of `total` positions would have left; None if there was no such pass."""
@@ -177,8 +203,12 @@ class Retained:
         return cache
 
 
-def retaining(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+def retaining(
+    model: PreTrainedModel, inputs: Mapping[str, Any], rows: int | None = None
+) -> dict[str, Any] | None:
     """Inputs of which a pass retains what `remember` needs, so that this takes no pass of its own.
+
+    With `rows` that is retained of the first so many examples, and these are those that are remembered.
 
     None where `remember` would not look at the inputs, or where modules were hooked by others, or given
     another forward. The model has to be one whose later positions leave earlier ones alone, which what others
@@ -186,7 +216,7 @@ def retaining(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
     """
     if any(map(is_hooked, model.modules())) or _divided(inputs) is None:
         return None
-    return {**inputs, "use_cache": True, "past_key_values": Retained(model.config)}
+    return {**inputs, "use_cache": True, "past_key_values": Retained(model.config, rows)}
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -210,15 +240,16 @@ def remember(
     if parts is None or not 0 < length < total:
         return None
     retained = inputs.get("past_key_values")
+    held = retained.held if isinstance(retained, Retained) else slice(None)
     cache = retained.first(length, total) if isinstance(retained, Retained) else None
     if cache is None:
         cache = DynamicCache(config=model.config)
-        first: dict[str, Any] = {k: v[:, :length] for k, v in parts.items()}
+        first: dict[str, Any] = {k: v[held, :length] for k, v in parts.items()}
         with torch.no_grad(), suppress(_Passed), installed(lambda: last.register_forward_hook(_stop)):
             model(**first, use_cache=True, past_key_values=cache)
     if not _holds(cache, length):
         return None
-    rest = {k: v[:, length:] for k, v in parts.items()}
+    rest = {k: v[held, length:] for k, v in parts.items()}
     return {**rest, "use_cache": True, "past_key_values": Remembered(cache)}
 
 

@@ -60,9 +60,9 @@ class SharedPast:
 
     def update(
         self,
-        past: tuple[Float[Tensor, "batch kv_head key_pos d_head"], Float[Tensor, "batch kv_head key_pos ..."]],
-        key: Float[Tensor, "row kv_head pos d_head"],
-        value: Float[Tensor, "row kv_head pos ..."],
+        past: tuple[Float[Tensor, "... key_pos d_head"], Float[Tensor, "..."]],
+        key: Float[Tensor, "batch kv_head pos d_head"],
+        value: Float[Tensor, "batch kv_head pos ..."],
     ) -> tuple[Tensor, Tensor]:
         """What a layer of a cache returns: the new keys and values only."""
         self._past, self._new = past, key
@@ -87,9 +87,9 @@ class SharedPast:
         self,
         function: Attention,
         module: nn.Module,
-        query: Float[Tensor, "row head pos d_head"],
-        key: Float[Tensor, "row kv_head pos d_head"],
-        value: Float[Tensor, "row kv_head pos ..."],
+        query: Float[Tensor, "batch head pos d_head"],
+        key: Float[Tensor, "batch kv_head pos d_head"],
+        value: Float[Tensor, "batch kv_head pos ..."],
         mask: Tensor | None,
         *args: Any,
         **kwargs: Any,
@@ -140,7 +140,7 @@ class SharedPast:
 
 def side_by_side(
     mask: Shaped[Tensor, "batch head pos key_pos"], copies: int, past: int
-) -> Shaped[Tensor, "batch head row col"]:
+) -> Shaped[Tensor, "batch head ..."]:
     """The mask of several copies of some positions that follow one past: each sees that, and itself.
 
     Args:
@@ -174,11 +174,11 @@ def _whole(past: Tensor, new: Tensor, copies: int) -> Tensor:
     return torch.cat((old, new), 2)
 
 
-def _packed(x: Float[Tensor, "row head pos ..."], batch: int) -> Float[Tensor, "batch head many ..."]:
+def _packed(x: Float[Tensor, "batch head pos ..."], batch: int) -> Float[Tensor, "..."]:
     """Copies of a batch side by side along positions."""
     return x.unflatten(0, (-1, batch)).movedim(0, 2).flatten(2, 3)
 
 
-def _unpacked(x: Float[Tensor, "batch many head d_head"], copies: int) -> Float[Tensor, "row pos ..."]:
+def _unpacked(x: Float[Tensor, "batch pos ..."], copies: int) -> Float[Tensor, "..."]:
     """The other way round, of what attention returns."""
     return x.unflatten(1, (copies, -1)).movedim(1, 0).flatten(0, 1)
