@@ -113,7 +113,9 @@ class AbstractBinding(ABC):
 
     def retaining(self, inputs: Prepared, rows: int | None = None) -> Prepared | None:
         """These inputs, so given that a pass over them retains what it remembers of each position, of the
-        first `rows` examples if that is given: then `remember` takes no pass of its own. None where it has to.
+        first `rows` examples if that is given: then `remember` takes no pass of its own.
+
+        None where it has to.
         """
         return None
 

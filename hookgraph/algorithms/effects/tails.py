@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.copies import finite_metric
-from hookgraph.algorithms.effects.examples import batch_of
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.graph.abstract import Prepared
+from hookgraph.graph.examples import count_examples
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, ReadingMetric, Reads, Tiled, take, tokens_read
 from hookgraph.ontology.dimensions import Dimension
@@ -94,7 +94,7 @@ def late(
     first, second = pair
     if not isinstance(metric, ReadingMetric) or any(Dimension.POS not in x.dims for x in places):
         return None
-    reads, count = _later(metric.reads, start, positions_of(first)), batch_of(first)
+    reads, count = _later(metric.reads, start, positions_of(first)), count_examples(first) or 1
     both = _side_by_side(first, second)
     retained = None if reads is None else graph.retaining(both or first, rows=count)
     if reads is None or retained is None:
@@ -108,7 +108,9 @@ def late(
     if rest is None:
         return None
     clean = {x: base[part][:count] for x, part in parts.items()}
-    other = {x: corrupt[parts[x]][-count:] if second is not None else torch.zeros_like(clean[x]) for x in places}
+    other = {
+        x: corrupt[parts[x]][-count:] if second is not None else torch.zeros_like(clean[x]) for x in places
+    }
     base = replace(base, saved=clean, metric=finite_metric(base)[:count], inputs=rest)
     seen = {x: clean[x] for x in places}
     return Contrast(graph, Later(metric, reads), places, rest, None, base, seen, other, None, entries)
@@ -122,7 +124,7 @@ def positions_of(inputs: Prepared) -> int:
 
 
 def _side_by_side(first: Prepared, second: Prepared | None) -> Prepared | None:
-    """Clean and corrupt inputs as one batch, if one pass over both takes hardly longer than one over either."""
+    """Clean and corrupt inputs as one batch, if a pass over both takes hardly longer than over either."""
     if second is None or first.keys() != second.keys():
         return None
     found: dict[str, object] = {}

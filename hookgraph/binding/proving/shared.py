@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hookgraph.binding.proving.edits import unmasked
@@ -47,8 +48,10 @@ def check_shared(
             if rest is None:
                 return [], []
             copies = TOGETHER // last + 2  # more than are run side by side
-            inputs = binding.prepare(dict(rest), copies=copies)
-            inputs = {**inputs, "input_ids": _others(inputs["input_ids"], tokens)}
+            inputs = {
+                **binding.prepare(dict(rest), copies=copies),
+                "input_ids": _others(copies, last, tokens),
+            }
             expected = unmasked(read_output(binding.model(**recalled(inputs))))
             past = SharedPast(copies)
             with sharing(dict(binding.model.named_modules()), anchors, past, PassState()):
@@ -63,7 +66,7 @@ def check_shared(
     return [], [Gap(x, SHARED, reason) for x in chosen]
 
 
-def _others(tokens: Tensor, known: Tensor) -> Tensor:
+def _others(copies: int, length: int, known: Int[Tensor, "one pos"]) -> Int[Tensor, "batch ..."]:
     """Tokens of the example, others in each copy."""
-    shift = torch.arange(len(tokens), device=tokens.device)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    return known[0][shift % known.shape[1]]
+    rows = torch.arange(copies, device=known.device)[:, None]
+    return known[0][(rows + torch.arange(length, device=known.device)) % known.shape[1]]

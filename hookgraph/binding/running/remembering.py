@@ -147,10 +147,14 @@ def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
 def _filled_by(cache: DynamicCache, rows: int) -> DynamicCache:
     """A cache to give to one pass, of whose examples the first few fill `cache`."""
     given = copy.copy(cache)
-    given.layers = [copy.copy(layer) for layer in cache.layers]
-    for own, layer in zip(given.layers, cache.layers, strict=True):
-        own.update = partial(_filling, layer, rows)
+    given.layers = [_divided_layer(layer, rows) for layer in cache.layers]
     return given
+
+
+def _divided_layer(layer: Any, rows: int) -> Any:
+    own = copy.copy(layer)
+    own.update = partial(_filling, layer, rows)
+    return own
 
 
 def _filling(layer: Any, rows: int, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
@@ -303,7 +307,7 @@ def recalled(
 
 
 def several(inputs: Mapping[str, Any], layers: int) -> int:
-    """How many copies of a batch have one past between them, that so many layers hold; 1 if that is not so."""
+    """How many copies of a batch have one past between them, held by so many layers; 1 if that is not so."""
     found = [v for v in inputs.values() if isinstance(v, Remembered)]
-    held = [sum(bool(layer.is_initialized) for layer in x.cache.layers) for x in found]
+    held = [sum(map(_appended, x.cache.layers)) for x in found]
     return found[0].copies if held == [layers] else 1

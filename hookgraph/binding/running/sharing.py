@@ -34,7 +34,7 @@ Attention = Callable[..., Any]
 
 
 def attending(findings: Findings) -> tuple[Anchor, ...]:
-    """The patterns of attention that is reached from the inside, by layer: what a cache hands back goes there.
+    """The patterns of attention that is reached from inside, by layer: there goes what a cache hands back.
 
     None if keys of some are known to be made of what the cache keeps, or some are computed in several calls.
     """
@@ -114,7 +114,14 @@ class SharedPast:
         return torch.cat(found) if len(found) > 1 else found[0], None
 
     def repeat(
-        self, function: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **kwargs: Any,
     ) -> Any:
         """What the attention function returns, given the past for each copy."""
         return function(module, query, *self.wholes(key, value), *rest, **kwargs)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import hookgraph as hg
+from hookgraph.algorithms.effects import tails
 from hookgraph.algorithms.effects.exact import exact_effects
-from hookgraph.algorithms.effects.tails import by_start, first_position, shifted
+from hookgraph.algorithms.effects.tails import by_start, first_position, late, shifted, tail
 from hookgraph.algorithms.metrics import kl_to, logit_diff
+from hookgraph.algorithms.pairs import prepare_pair
+from hookgraph.algorithms.sites import Contrast
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import ATTN_K, ATTN_PATTERN, ATTN_Q, ATTN_V, ATTN_Z, MLP_POST, RESID_POST, RESID_PRE
 from hookgraph.ontology.locations import Location
@@ -94,6 +97,86 @@ def test_the_clean_pass_is_the_only_one_over_early_positions():
     watched, seen = watching(graph)
     exact_effects(watched, tokens(), others(), METRIC, nodes)
     assert seen == [tokens().shape[1], 3], "the corrupt pass ends before the last layer does"
+
+
+class Batches(nn.Module):
+    """Adds nothing, and keeps how many rows each pass had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_clean_and_corrupt_are_run_in_one_pass_if_they_are_short(short: bool):
+    graph, rows = bound("gpt2", torch.float64), Batches()
+    watched = graph.inject(Pointwise(rows, at=RESID_POST[0], output="added"))
+    nodes = [ATTN_Z[1].at(head=h, pos=-1) for h in range(4)]
+    expected = one_by_one(graph, nodes, METRIC)
+    with patch.object(tails, "_SHORT", 32 if short else 1):
+        found = exact_effects(watched, tokens(), others(), METRIC, nodes)
+    assert rows.seen == ([4] if short else [2, 2]), "the tail begins behind"
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [4, 6, 7])
+def test_late_nodes_are_run_a_few_at_a_time(family: str, rows: int):
+    graph = bound(family, torch.float64)
+    nodes = [ATTN_Z[i].at(head=h, pos=-1) for i in range(3) for h in range(2)]
+    found = exact_effects(graph, tokens(), others(), METRIC, nodes, batch_size=rows)
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-6)
+
+
+def test_late_nodes_are_set_to_zero_without_corrupt_inputs():
+    graph = bound("gpt2", torch.float64)
+    nodes = [ATTN_Z[i].at(head=h, pos=-1) for i in range(3) for h in range(4)]
+    found = exact_effects(graph, tokens(), None, METRIC, nodes)
+    clean = graph.run(tokens(), metric=METRIC).measured
+    for node, effect in zip(nodes, found, strict=True):
+        zeroed = graph.hook(node, torch.zeros_like).run(tokens(), metric=METRIC).measured
+        assert torch.allclose(effect, zeroed - clean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_of_early_positions_nothing_is_kept_but_what_the_model_remembers(start: int):
+    graph = bound("gemma2", torch.float64)
+    pair = prepare_pair(graph, tokens(), others())
+    found, whole = late(graph, pair, METRIC, [ATTN_Z[1]], start), tail_of(graph, start)
+    assert found is not None
+    length = tokens().shape[1] - start
+    for x in (*found.base.saved.values(), *found.clean.values(), *found.corrupt.values()):
+        assert x.shape[1] == length
+        assert x.untyped_storage().nbytes() <= 2 * x.nbytes, "of one pass over both"
+    for a, b in zip(found.base.saved.values(), whole.base.saved.values(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+    assert torch.allclose(found.corrupt[ATTN_Z[1]], whole.corrupt[ATTN_Z[1]], rtol=0, atol=1e-6)
+    assert torch.allclose(found.measured, whole.measured, rtol=0, atol=1e-6)
+    for name in ("fresh", "lasting"):
+        ours, theirs = (getattr(x.inputs["past_key_values"], name)() for x in (found, whole))
+        for a, b in zip(ours.layers, theirs.layers, strict=True):
+            assert a.keys.shape == b.keys.shape
+            assert torch.allclose(a.keys, b.keys, rtol=0, atol=1e-6)
+            assert torch.allclose(a.values, b.values, rtol=0, atol=1e-6)
+
+
+def tail_of(graph: HookGraph, start: int) -> Contrast:
+    """The tail of a contrast that kept everything."""
+    kept = Contrast.of(graph, tokens(), others(), METRIC, [ATTN_Z[1]], replays=True, retains=True)
+    found = tail(kept, start)
+    assert found is not None
+    return found
+
+
+def test_a_part_of_the_batch_is_no_node_in_late_positions_either():
+    with pytest.raises(hg.HookGraphError, match="patched in every example"):
+        exact_effects(
+            bound("gpt2", torch.float64), tokens(), others(), METRIC, [ATTN_Z[1].at(batch=0, pos=-1)]
+        )
 
 
 def test_patterns_of_late_queries_are_patched_in_a_tail_over_all_keys():
