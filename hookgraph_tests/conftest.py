@@ -12,6 +12,8 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HOOKGRAPH_CACHE"] = "off"
 
 import random
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,11 @@ def _seeded() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _figures_closed() -> Generator[None]:
+    """No test leaves figures open: pyplot warns of many."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
