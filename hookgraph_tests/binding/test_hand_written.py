@@ -108,6 +108,14 @@ def shared_in_turn(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> 
     return joined((softmax(q @ k.mT) @ v).flatten(1, 2))
 
 
+def remembering(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With two learned keys and values before those of tokens."""
+    learned = own.gate.weight[:2].view(2, HEADS, -1).transpose(0, 1).expand(len(x), -1, -1, -1)
+    k, v = torch.cat([learned, k], 2), torch.cat([learned, v], 2)
+    later = torch.ones(x.shape[1], x.shape[1] + 2, dtype=torch.bool).triu(3)
+    return joined((q @ k.mT).masked_fill(later, -1e9).softmax(-1) @ v)
+
+
 def sum_of_products(own: "Heads", x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(softmax(q @ k.mT + k @ q.mT) @ v)
 
@@ -210,7 +218,7 @@ def expected(graph: HookGraph) -> Mapping[str, Tensor]:
     return {n: story.get_submodule(f"heads.{m}")(x).unflatten(-1, (HEADS, -1)) for n, m in names.items()}
 
 
-@pytest.mark.parametrize("attend", [keys_first, gated])
+@pytest.mark.parametrize("attend", [keys_first, gated, remembering])
 def test_what_is_listed_as_queries_and_keys_is_that(attend: Attention):
     graph = told(attend)
     kinds = [x for x in (ATTN_Q, ATTN_K, ATTN_V) if x[0] in graph.locations]
@@ -289,6 +297,7 @@ REASONS: dict[str, tuple[Attention, LocationType, str]] = {
         "of the queries are counted in another order than z's",
     ),
     "in turn": (shared_in_turn, ATTN_K, "heads share keys and values in turn: heads in a row have others"),
+    "learned": (remembering, ATTN_SCORES, "keys of no token stand before those of tokens: 2 of them"),
     "result": (running_sum, ATTN_RESULT, "more is done to z before the output projection than to weigh its"),
     "weight": (own_output, ATTN_RESULT, "the code that attends multiplies with its weight"),
     "z": (two_uses, ATTN_Z, "the pattern is multiplied with 2 tensors"),

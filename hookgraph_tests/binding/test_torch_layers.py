@@ -91,6 +91,26 @@ def test_the_inside_of_attention_that_pytorch_brings_is_there(batch_first: bool,
     torch.testing.assert_close(run[ATTN_OUT[0]], voices.out_proj(z.flatten(2)))
 
 
+@pytest.mark.parametrize("added", ["bias_k", "zero"])
+def test_keys_of_no_token_are_none_of_the_keys_and_the_last_columns_of_the_scores(added: str):
+    model = song(batch_first=True, weights=True)
+    for story in model.stories:
+        more = {"add_bias_kv": added == "bias_k", "add_zero_attn": added == "zero"}
+        story.heads.voices = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **more)
+    graph = bind(random(model), cached=False)
+    run = graph.run(IDS, save=[kind[0] for kind in INSIDE])
+    voices = binding_of(graph).model.get_submodule("stories.0.heads.voices")
+    made = nn.functional.linear(run[ATTN_IN[0]], voices.in_proj_weight, voices.in_proj_bias)  # pyright: ignore
+    k, v = (x.unflatten(-1, (HEADS, -1)) for x in made.chunk(3, -1)[1:])
+    torch.testing.assert_close(run[ATTN_K[0]], k)
+    torch.testing.assert_close(run[ATTN_V[0]], v)
+    assert run[ATTN_PATTERN[0]].shape == run[ATTN_SCORES[0]].shape == (2, HEADS, 6, 7)
+    torch.testing.assert_close(graph.run(IDS, save=[ATTN_K[0].at(pos=-1)])[ATTN_K[0].at(pos=-1)], k[:, -1])
+    zeroed = graph.hook(ATTN_V[0].at(pos=-1), torch.zeros_like).run(IDS, save=[ATTN_Z[0]])[ATTN_Z[0]]
+    lost = torch.einsum("bhq,bhd->bqhd", run[ATTN_PATTERN[0]][..., 5], v[:, -1])
+    torch.testing.assert_close(run[ATTN_Z[0]] - zeroed, lost)
+
+
 def test_what_each_head_of_it_writes_is_absent_with_the_reason():
     with pytest.raises(Exception, match="no module is the output projection: the code that attends"):
         bind(song(batch_first=True, weights=False), check=False).check(ATTN_RESULT[0])

@@ -85,11 +85,13 @@ class Axes:
             are groups of heads and the heads of a group.
         heads: how many heads the first axis holds of each example; 0 where they have an axis.
         grouped: which axis of the value has heads that lie in groups in the tensor; 0 where they do not.
+        added: how many positions before and after those of tokens the tensor has, which the value has not.
     """
 
     order: tuple[int, ...]
     heads: int = 0
     grouped: int = 0
+    added: tuple[int, int] = (0, 0)
 
     @property
     def axes(self) -> int:
@@ -98,12 +100,21 @@ class Axes:
 
     def get(self, raw: Shaped[Tensor, "..."]) -> Shaped[Tensor, "batch ..."]:
         """The axes as locations have them; a view, but for heads in groups that do not lie in a row."""
+        whole, (before, after) = self._whole(raw), self.added
+        return whole[:, before : whole.shape[1] - after] if before or after else whole
+
+    def _whole(self, raw: Shaped[Tensor, "..."]) -> Shaped[Tensor, "batch ..."]:
+        """The same with the positions of no token."""
         apart = raw.unflatten(0, (-1, self.heads)) if self.heads else raw
         turned = apart.permute(self.order)
         return turned.flatten(self.grouped, self.grouped + 1) if self.grouped else turned
 
     def put(self, raw: Shaped[Tensor, "..."], value: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "..."]:
         """The axes as the tensor has them."""
+        before, after = self.added
+        if before or after:
+            whole = self._whole(raw)
+            value = torch.cat([whole[:, :before], value, whole[:, whole.shape[1] - after :]], 1)
         if self.grouped:
             of_groups = raw.shape[self.order[self.grouped]]
             value = value.unflatten(self.grouped, (of_groups, -1))

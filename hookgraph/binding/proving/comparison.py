@@ -46,15 +46,24 @@ def check_comparison(
     for triple in asked:
         if not run[triple[-1]].requires_grad:
             continue  # a model may compute a part of it without gradients
-        error = _misdirection(*(run[x] for x in triple))
+        q, k, scores = (run[x] for x in triple)
+        error = _misdirection(q, k, scores[..., : k.shape[1]])
         proofs += [Proof(x, "conserved", error <= tolerance, error, tolerance, _TEXT) for x in triple[:2]]
     return proofs
 
 
 def _comparable(q: Tensor, k: Tensor, scores: Tensor) -> bool:
-    """Whether a query and a key have one width, and the scores one row per query head."""
+    """Whether a query and a key have one width, and the scores one row per query head, a column per key.
+
+    Columns of no token, as of a sink or a learned key, stand behind those.
+    """
     heads = q.shape[2] % k.shape[2] == 0 and scores.shape[1] == q.shape[2]
-    return heads and q.shape[-1] == k.shape[-1] and scores.shape[2:] == (q.shape[1], k.shape[1])
+    return (
+        heads
+        and q.shape[-1] == k.shape[-1]
+        and scores.shape[2] == q.shape[1]
+        and scores.shape[3] >= k.shape[1]
+    )
 
 
 def _misdirection(

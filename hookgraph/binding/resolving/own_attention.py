@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hookgraph.binding.data.anchors import Role
 from hookgraph.binding.data.views import Axes
+from hookgraph.binding.resolving.added_keys import added_around
 from hookgraph.binding.resolving.blocks import Block
 from hookgraph.binding.resolving.head_order import are_shared_in_turn, orders_of_heads
 from hookgraph.binding.resolving.projections import behind, is_matrix_product
@@ -27,6 +28,10 @@ WEIGHED: Final = frozenset({*ALIASES, "mul", "native_dropout", "masked_fill"})
 _EVERY: Final[tuple[Role, ...]] = ("query", "key", "value", "scores", "pattern", "out")
 
 _ODD: Final = "batch, heads and positions are not an axis each in the product"
+
+_BEFORE: Final = "keys of no token stand before those of tokens: {} of them"
+
+_PAIRS: Final[tuple[Role, Role]] = ("scores", "pattern")
 
 _GROUPED: Final = 5
 """As many axes the tensors have where heads lie in groups: batch, groups, heads of a group, and two more."""
@@ -83,10 +88,28 @@ class Own:
 
 def own_attention(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
     """How the tensors of attention are reached in the code of a module; those that can be."""
-    own = _reached(trace, block, owner, softmax)
+    own = _without_added(_reached(trace, block, owner, softmax), block.call.first)
     seen: dict[Role, Value] = {**_seen(trace, block, owner, softmax)}
     seen.update({role: found.value for role, found in own.found.items()})
     return replace(own, seen={role: v for role, v in seen.items() if own.why.get(role) != _IN_TURN})
+
+
+def _without_added(own: Own, first: int) -> Own:
+    """The same with the keys and values of tokens only; scores for such as stand before them are left out."""
+    found = dict(own.found)
+    before = 0
+    roles: tuple[Role, Role] = ("key", "value")
+    for role in roles:
+        here = found.get(role)
+        if here is None or here.view is None:
+            continue
+        added = added_around(here.value, here.view, first)
+        before = max(before, added[0])
+        found[role] = replace(here, view=replace(here.view, added=added))
+    if not before:
+        return replace(own, found=found)
+    left: dict[Role, Found] = {role: x for role, x in found.items() if role not in ("scores", "pattern")}
+    return replace(own, found=left, why={**own.why, **dict.fromkeys(_PAIRS, _BEFORE.format(before))})
 
 
 def _reached(trace: Trace, block: Block, owner: Call, softmax: Value) -> Own:
