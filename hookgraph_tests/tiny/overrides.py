@@ -377,7 +377,14 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "projection_dim": WIDTH,
         "vision_config": {"mit_hidden_size": WIDTH, "mit_intermediate_size": NEURONS, "num_frames": 2},
     },
-    "univnet": {"model_hidden_channels": 4, "kernel_predictor_hidden_channels": 4, "model_in_channels": 4},
+    "univnet": {
+        "model_hidden_channels": 4,
+        "kernel_predictor_hidden_channels": 4,
+        "model_in_channels": 4,
+        "resblock_kernel_sizes": [3, 3],
+        "resblock_stride_sizes": [4, 4],
+        "resblock_dilation_sizes": [[1, 3], [1, 3]],
+    },
     "vjepa2": {"pred_hidden_size": WIDTH, "pred_num_attention_heads": HEADS, "pred_num_hidden_layers": 2},
     "step3p5": {"sliding_window": 4},
 }

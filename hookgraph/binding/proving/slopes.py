@@ -22,6 +22,9 @@ _STEPS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 4e-2)
 """Sizes of the finite differences, relative to the value: small ones for models that compute in double
 precision throughout, larger ones for those that go through single precision inside."""
 
+_FINE: Final = (1e-7, 1e-6)
+"""What is tried beside them in double precision, where a model bends within the smallest of these."""
+
 DEAD: Final = "the logits do not depend on it"
 CHOSEN_ANEW: Final = "where a choice changes"
 _CUT: Final = (
@@ -70,6 +73,15 @@ class Slopes(NamedTuple):
     gaps: list[Gap]
 
 
+class _Passes(NamedTuple):
+    """What is differentiated: a metric of passes of a graph over one example, along random directions."""
+
+    graph: HookGraph
+    example: Mapping[str, Any]
+    metric: Metric
+    generator: torch.Generator
+
+
 def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> Slopes:
     """Finite difference = gradient, along a direction that is half gradient, half random.
 
@@ -87,11 +99,12 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
     def metric(logits: Tensor) -> Tensor:
         return (unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
 
+    passes = _Passes(graph, example, metric, generator)
     proofs, gaps = list[Proof](), list[Gap]()
     for inside in (False, True):
         group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
         try:
-            found = _check_group(graph, example, group, metric, generator)
+            found = _check_group(passes, group)
         except Exception:
             dead = _without_gradient(graph, example, list(group), metric)
             if not dead:
@@ -100,59 +113,56 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
             notes = {x: why or (_CUT if x in cut else DEAD) for x, why in dead.items()}
             proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
             alive = {x: value for x, value in group.items() if x not in dead}
-            found = _check_group(graph, example, alive, metric, generator)
+            found = _check_group(passes, alive)
         proofs += found.proofs
         gaps += found.gaps
     return Slopes(proofs, gaps)
 
 
-def _check_group(
-    graph: HookGraph,
-    example: Mapping[str, Any],
-    values: Mapping[Location, Tensor],
-    metric: Metric,
-    generator: torch.Generator,
-) -> Slopes:
+def _check_group(passes: _Passes, values: Mapping[Location, Tensor]) -> Slopes:
     if not values:
         return Slopes([], [])
-    precision, measured = _measure(graph, example, values, metric, generator)
+    precision, measured = _measure(passes, values)
     wrong = {x: values[x] for x, found in measured.items() if found.error > precision.tolerance}
-    cut = _cut_off(graph, example, wrong, metric, generator)
+    if wrong and not precision.reason:
+        finer = _measure(passes, wrong, steps=_FINE)[1]
+        measured |= {x: found for x, found in finer.items() if found.error <= precision.tolerance}
+        wrong = {x: value for x, value in wrong.items() if measured[x].error > precision.tolerance}
+    cut = _cut_off(passes, wrong)
     proofs, gaps = list[Proof](), list[Gap]()
     for location, found in measured.items():
         if location in cut:
             gaps.append(Gap(location, "edit = gradient", _CUT_OFF))
-            continue
-        note = precision.reason
-        for _ in range(_POINTS):
-            if found.error <= precision.tolerance or not found.chosen_anew:
-                break
-            note = "at another point, as a choice changes within the step at this one"
-            moved = graph.hook(location, _mover(location, generator))
-            value = moved.run(example, save=[location])
-            precision, again = _measure(moved, example, value, metric, generator)
-            found = again[location]
-        holds = found.error <= precision.tolerance
-        if not holds:
-            note = f"finite difference {float(found.found[-1]):.4g}, gradient {found.slope:.4g}"
-            note += f", {CHOSEN_ANEW}" if found.chosen_anew else ""
-        proofs.append(Proof(location, "edit = gradient", holds, found.error, precision.tolerance, note))
+        else:
+            proofs.append(_proof(passes, location, found, precision))
     return Slopes(proofs, gaps)
 
 
-def _cut_off(
-    graph: HookGraph,
-    example: Mapping[str, Any],
-    values: Mapping[Location, Tensor],
-    metric: Metric,
-    generator: torch.Generator,
-) -> set[Location]:
+def _proof(passes: _Passes, location: Location, found: _Measured, precision: _Precision) -> Proof:
+    """Whether the slopes agree: at this point, or at another where nothing is chosen anew within a step."""
+    note = precision.reason
+    for _ in range(_POINTS):
+        if found.error <= precision.tolerance or not found.chosen_anew:
+            break
+        note = "at another point, as a choice changes within the step at this one"
+        moved = passes.graph.hook(location, _mover(location, passes.generator))
+        value = moved.run(passes.example, save=[location])
+        precision, again = _measure(passes._replace(graph=moved), value)
+        found = again[location]
+    holds = found.error <= precision.tolerance
+    if not holds:
+        note = f"finite difference {float(found.found[-1]):.4g}, gradient {found.slope:.4g}"
+        note += f", {CHOSEN_ANEW}" if found.chosen_anew else ""
+    return Proof(location, "edit = gradient", holds, found.error, precision.tolerance, note)
+
+
+def _cut_off(passes: _Passes, values: Mapping[Location, Tensor]) -> set[Location]:
     """Where a gradient would be right if the model did not call `detach()`, and only then."""
     for whole in (True, False):
         if not values:
             break
         try:
-            precision, found = _measure(graph, example, values, metric, generator, whole=whole)
+            precision, found = _measure(passes, values, whole=whole)
         except MetricError:  # what has no effect may have no gradient either, by itself
             return set()
         values = {x: v for x, v in values.items() if (found[x].error <= precision.tolerance) == whole}
@@ -172,46 +182,49 @@ def _mover(location: Location, generator: torch.Generator) -> Callable[[Tensor],
 
 
 def _measure(
-    graph: HookGraph,
-    example: Mapping[str, Any],
+    passes: _Passes,
     values: Mapping[Location, Tensor],
-    metric: Metric,
-    generator: torch.Generator,
     *,
+    steps: Sequence[float] = _STEPS,
     whole: bool = False,
 ) -> tuple[_Precision, dict[Location, _Measured]]:
     """The slopes at all locations, in one pass backwards, `whole` or not, and one over all edits."""
+    graph, example, metric, generator = passes
     with Watch(whole=whole) as plain:
         gradients = graph.run(example, save=[x.grad for x in values], metric=metric)
-    per_location = 2 * len(_STEPS)
+    per_location = 2 * len(steps)
     hooked, slopes, sizes = graph, dict[Location, float](), dict[Location, float]()
     for number, (location, value) in enumerate(values.items()):
         gradient = gradients[location.grad]
         direction = _direction(location, gradient, value, generator)
         slopes[location] = float((gradient.double() * direction.double()).sum())
         sizes[location] = float(torch.where(live(location, value), value, 0).double().norm().clamp_min(1e-3))
-        steps = [sign * step * sizes[location] for step in _STEPS for sign in (1.0, -1.0)]
-        edits = torch.cat([value + step * direction for step in steps])
+        moves = [sign * step * sizes[location] for step in steps for sign in (1.0, -1.0)]
+        edits = torch.cat([value + move * direction for move in moves])
         hooked = hooked.hook(location, replace_rows(number * per_location, edits))
     count = len(values) * per_location
     with Watch() as edited:
         outcome = metric(hooked.run(rows_of(graph, example, count)).logits).double()
     anew = edited.changed(plain, count).view(len(values), -1).any(-1)
     # The logits may have several rows per example, as one per codebook.
-    outcome = outcome.view(len(values), len(_STEPS), 2, -1).sum(-1).cpu()
+    outcome = outcome.view(len(values), len(steps), 2, -1).sum(-1).cpu()
     precision = _precision(next(iter(values.values())).dtype, plain.narrowed)
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
-        found, error = _compared(outcome[number], sizes[location], slopes[location], precision)
+        found, error = _compared(
+            outcome[number],
+            torch.tensor(steps, dtype=torch.float64) * sizes[location],
+            slopes[location],
+            precision,
+        )
         measured[location] = _Measured(found, slopes[location], error, bool(anew[number]))
     return precision, measured
 
 
 def _compared(
-    outcome: Float[Tensor, "step 2"], size: float, slope: float, precision: _Precision
+    outcome: Float[Tensor, "step 2"], steps: Float[Tensor, " step"], slope: float, precision: _Precision
 ) -> tuple[Float[Tensor, "..."], float]:
     """The slopes that were found, and by how much the best one is off."""
-    steps = torch.tensor(_STEPS, dtype=torch.float64) * size
     found = (outcome[:, 0] - outcome[:, 1]) / (2 * steps)
     # Each two neighbours as well, extrapolated to a step of zero.
     ratios = (steps[1:] / steps[:-1]) ** 2
