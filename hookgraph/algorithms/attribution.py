@@ -88,6 +88,8 @@ class Attribution(Mapping[Location, Tensor]):
     def _reduce(self, how: str, dims: Sequence[str]) -> "Attribution":
         known = {d for location in self for d in self.dims(location)}
         for dim in dims:
+            if not isinstance(dim, str):  # pyright: ignore[reportUnnecessaryIsInstance] (users)
+                raise LocationError(f"name axes one by one, as in .{how}('pos', 'd_head'), not as {dim!r}")
             if dim not in known:
                 raise LocationError(f"these effects have no axis {dim!r}: {nearest(dim, known)}")
         chosen = [Dimension(d) for d in dims]

@@ -1,8 +1,10 @@
 """Pairs of inputs as a stream of batches, each with its metric."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, final
+
+from torch import Tensor
 
 from hookgraph.errors import InputError, MetricError
 from hookgraph.graph.abstract import Inputs
@@ -20,6 +22,20 @@ class PairBatch:
     clean: Inputs
     corrupt: Inputs | None
     metric: Metric
+
+
+def stream_of(data: Iterable[Inputs]) -> Iterable[Inputs]:
+    """The batches of a data set.
+
+    Raises:
+        InputError: it is a single one, whose letters, names or rows would each be taken for a batch.
+    """
+    if isinstance(data, str | Mapping | Tensor):
+        raise InputError(
+            f"the data are a stream of batches, and this is one of them, a {type(data).__name__}: pass a "
+            "list of batches, [inputs]"
+        )
+    return data
 
 
 def batches(pairs: Iterable[Batch], metric: Metric | None) -> Iterator[PairBatch]:

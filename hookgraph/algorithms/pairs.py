@@ -26,7 +26,7 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
         return first, None
     second = graph.binding.prepare(corrupt)
     ours, theirs = named_tensors(first), named_tensors(second)
-    for name in sorted({*ours, *theirs}):
+    for name in sorted({*ours, *theirs}, key=_rank):
         a, b = ours.get(name), theirs.get(name)
         if "mask" in name:
             _check_masks(name, a, b)
@@ -43,6 +43,11 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
                 "need the same"
             )
     return first, second
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """The order of comparison: masks and positions differ where lengths do, positions where masks do."""
+    return (2 if name == "position_ids" else int("mask" in name)), name
 
 
 def _check_masks(name: str, a: Tensor | None, b: Tensor | None) -> None:

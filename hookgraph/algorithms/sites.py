@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -36,7 +36,9 @@ def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
             is counted from the end of the axis and the other is not.
         UnknownLocationError: the graph has no such location.
     """
-    places = list(dict.fromkeys([at] if isinstance(at, Location) else at))
+    one: object = at  # users pass a single one, or its name
+    given: Sequence[Any] = [one] if isinstance(one, Location | str) else at
+    places: list[Location] = list(dict.fromkeys(given))
     if not places:
         raise HookGraphError("nothing to patch: `at` names no location")
     for place in places:

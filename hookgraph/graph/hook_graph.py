@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import InputError, UnknownLocationError, nearest
+from hookgraph.errors import HookGraphError, InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
 from hookgraph.graph.arguments import a_location, asked, chooses_steps
 from hookgraph.graph.compiling import Registration, compile_taps
@@ -133,7 +133,12 @@ class HookGraph:
 
         Raises:
             UnknownLocationError: this graph has no such location.
+            HookGraphError: `fn` cannot be called.
         """
+        if not callable(fn):
+            raise HookGraphError(
+                f"a {type(fn).__name__} at {location} cannot be called: a hook is a function of what is there"
+            )
         return replace(self, registrations=(*self.registrations, (self.check(location), fn)))
 
     def stop_gradient(self, location: Location) -> "HookGraph":

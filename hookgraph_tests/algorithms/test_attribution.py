@@ -144,6 +144,8 @@ def test_what_does_not_match_is_refused(other: Attribution, message: str):
 
 
 def test_an_unknown_axis_or_location_is_refused_with_near_names():
+    with unchecked(), pytest.raises(LocationError, match=r"one by one, as in \.sum\('pos', 'd_head'\)"):
+        drawn().sum(["head", "pos"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(LocationError, match="no axis 'heads': did you mean head"):
         drawn().sum("heads")
     with pytest.raises(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hookgraph.algorithms.batches import stream_of
 from hookgraph.algorithms.interventions.ablation import placed
 from hookgraph.algorithms.interventions.replacements import Constant
 from hookgraph.algorithms.interventions.statistics import AblationStatistics, with_optimal
@@ -51,14 +52,14 @@ def optimal_constants(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        InputError: there is no data.
+        InputError: there is no data, or it is no stream of batches.
         HookGraphError: the statistics lack a location.
         MetricError: the loss is not one finite number per example, or does not depend on a location.
 
     Source: Li & Janson, "Optimal ablation for interpretability", arXiv:2409.09951.
     """
     places = chosen_places(graph, at)
-    batches = [graph.binding.prepare(x) for x in data]
+    batches = [graph.binding.prepare(x) for x in stream_of(data)]
     if not batches:
         raise InputError("there is no data to fit constants to: pass an iterable of batches")
     constants = {x: statistics.of(x, "mean").detach().clone().requires_grad_() for x in places}

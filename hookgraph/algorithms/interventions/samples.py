@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.arguments import whole_number
+from hookgraph.algorithms.batches import stream_of
 from hookgraph.algorithms.interventions.norms import norm, norm_maps, without_padding
 from hookgraph.algorithms.interventions.replacements import Drawn
 from hookgraph.algorithms.padding import check_finite, real_tokens, weights_at
@@ -162,8 +163,8 @@ def sample_activations(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        InputError: there is no data, or whole examples of a location with key positions are padded or
-            differ in length.
+        InputError: there is no data, or it is no stream of batches; or whole examples of a location with key
+            positions are padded or differ in length.
         HookGraphError: `count` is no positive number.
         LocationError: tokens are drawn, and a location has no positions, or key positions.
         MetricError: a value is not finite.
@@ -180,7 +181,7 @@ def sample_activations(
     kept: dict[Location, _Rows] = {}
     lots, seen = torch.zeros(0, dtype=torch.float64), 0
     with Progress("sampling", None, shown=progress) as bar:
-        for batch in data:
+        for batch in stream_of(data):
             rows = _drawable(graph, batch, places, per_position=per_position)
             new = torch.rand(len(rows[places[0]].values), generator=generator, dtype=torch.float64)
             seen += len(new)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.batches import stream_of
 from hookgraph.algorithms.interventions.norms import norm, norm_maps
 from hookgraph.algorithms.padding import check_aligned, check_finite, weights_at
 from hookgraph.algorithms.progress import Progress
@@ -158,7 +159,8 @@ def mean_activations(
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
-        InputError: there is no data, or means per position are asked for of inputs padded on the left.
+        InputError: there is no data, or it is no stream of batches; or means per position are asked for of
+            inputs padded on the left.
         MetricError: a value is not finite.
         LocationError: a location has key positions, of which no mean over inputs of other lengths exists.
         UnknownLocationError: the graph has no such location.
@@ -172,7 +174,7 @@ def mean_activations(
     sums: dict[Location, Tensor] = {}
     counts: dict[Location, Tensor] = {}
     with Progress("statistics", None, shown=progress) as bar:
-        for batch in data:
+        for batch in stream_of(data):
             inputs = graph.binding.prepare(batch)
             run = graph.run(inputs, save=places)
             check_finite(run)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.batches import stream_of
 from hookgraph.algorithms.padding import check_finite, real_tokens
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.readouts.decoding import decoded
@@ -225,11 +226,11 @@ def _repeatedly(batches: Iterable[Inputs], epochs: int) -> Iterator[Inputs]:
     """The batches, as often as there are epochs.
 
     Raises:
-        InputError: they can be gone through once only.
+        InputError: they can be gone through once only, or are a single one.
     """
     for epoch in range(epochs):
         count = 0
-        for batch in batches:
+        for batch in stream_of(batches):
             yield batch
             count += 1
         if epoch and not count:

@@ -156,6 +156,9 @@ def test_pairs_have_one_mask_and_the_same_positions(name: str, beside: Callable[
     plain = {"input_ids": CLEAN, "position_ids": torch.arange(6).expand(2, 6)}
     with pytest.raises(ShapeMismatchError, match=message):
         patching_effect(gpt2(), plain, {**plain, name: beside()}, MEASURE, [ATTN_Z[0]])
+    longer = {"input_ids": torch.cat([CLEAN, CLEAN[:, :1]], 1), "attention_mask": torch.ones(2, 7)}
+    with pytest.raises(ShapeMismatchError, match=r"differ in input_ids: .* need as many tokens"):
+        patching_effect(gpt2(), {**plain, "attention_mask": torch.ones(2, 6)}, longer, MEASURE, [ATTN_Z[0]])
     same = {**plain, "attention_mask": torch.ones_like(CLEAN)}
     patching_effect(gpt2(), plain, same, MEASURE, [ATTN_Z[0]])  # a mask of ones masks nothing
 

@@ -14,6 +14,7 @@ from hookgraph.algorithms import (
     mean_activations,
     optimal_constants,
     path_patching,
+    sample_activations,
     steering_vector,
 )
 from hookgraph.algorithms.interventions.replacements import moved
@@ -174,6 +175,15 @@ def test_bad_requests_are_refused():
         ablate(graph, [MLP_OUT[0]], statistics=mean_activations(graph, [ids], [ATTN_OUT[0]]))
     with pytest.raises(HookGraphError, match="the batch has 1"):
         ablate(graph, [ATTN_OUT[0]], "resample").run(ids[:1])
+    for single in ("a text", {"input_ids": ids}, ids):
+        with pytest.raises(InputError, match="the data are a stream of batches, and this is one of them, a "):
+            mean_activations(graph, single, [ATTN_OUT[0]])  # pyright: ignore[reportArgumentType]
+        with pytest.raises(InputError, match=r"pass a list of batches, \[inputs\]"):
+            sample_activations(graph, single, [ATTN_OUT[0]])  # pyright: ignore[reportArgumentType]
+    with unchecked(), pytest.raises(LocationError, match=r"'attn\.out' is text: write Location\.parse"):
+        ablate(graph, "attn.out", "zero")  # pyright: ignore[reportArgumentType]
+    with unchecked(), pytest.raises(HookGraphError, match=r"a Tensor at attn\.out.* cannot be called"):
+        graph.hook(ATTN_OUT[0], ids)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="no data to take means of"):
         mean_activations(graph, [], [ATTN_OUT[0]])
     with pytest.raises(InputError, match="there are no pairs"):
