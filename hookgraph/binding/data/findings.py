@@ -127,12 +127,15 @@ class Findings:
     """By stack and layer."""
     closed: dict[Boundary, str] = field(default_factory=dict[Boundary, str])
     """Where passes were seen not to begin as they should, and what came of them."""
-    overtaken: dict[str, Slot] = field(default_factory=dict[str, Slot])
+    overtaken: dict[str, tuple[Slot, ...]] = field(default_factory=dict[str, tuple[Slot, ...]])
     """Modules that are given a stream which is then changed in place, and where among what they are given."""
     batch: int = 0
     """How many examples the traced pass had."""
     counted: str = ""
     """The argument that has a row per example, where examples lie one after another on one axis."""
+
+    rewritten: str = ""
+    """Where a layer writes into a stream in place, so that the path found may not be what it computes."""
 
     def weigh(self, name: str, at: Location, source: WeightSource) -> None:
         """Keep where a weight lies, unless it is known, by the stack and the layer of a location."""

@@ -108,7 +108,8 @@ def _sound(outcome: Outcome, binding: HuggingFaceBinding) -> Outcome:
     Raises:
         BindingError: none is.
     """
-    streams = [x for x in binding.findings.anchors if x.type.name.startswith(_STREAMS)]
+    found = binding.findings
+    streams = [x for x in found.anchors if x.type.name.startswith(_STREAMS)]
     if not streams or any(x in outcome.findings.anchors for x in streams):
         return outcome
     last = max(streams, key=_order)
@@ -117,6 +118,7 @@ def _sound(outcome: Outcome, binding: HuggingFaceBinding) -> Outcome:
     raise BindingError(
         f"{type(binding.model).__name__} cannot be bound: its layers were found, but no point of its "
         f"residual stream passes the proof; of {last}: {reason}. "
+        + (f"The stream is lost where {found.rewritten}. " if found.rewritten else "")
         + ("Another example may do: give it to bind(model, example=...). " if other else "")
         + "bind(model, check=False) lists the locations unproven"
     )

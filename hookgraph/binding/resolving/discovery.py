@@ -16,7 +16,7 @@ from hookgraph.binding.resolving.interiors import bind_mlp
 from hookgraph.binding.resolving.mixers import bind_mixer
 from hookgraph.binding.resolving.mixing import find_mixing
 from hookgraph.binding.resolving.norms import find_norm
-from hookgraph.binding.resolving.refusals import why_unbound
+from hookgraph.binding.resolving.refusals import why_unbound, written_into
 from hookgraph.binding.resolving.resuming import resumptions
 from hookgraph.binding.resolving.roles import Role, assign_roles, is_ambiguous, values_from
 from hookgraph.binding.resolving.stacks import joined, main_chain, name_stacks
@@ -79,6 +79,7 @@ def _bind_stack(
         _bind_entry(trace, found, _points(stack, block)[0][number], block, beside=beside)
         _bind_block(trace, found, stack, number, block, roles)
         found.overtaken.update(_overtaken(trace, block))
+        found.rewritten = found.rewritten or written_into(trace, block.call, block.entering)
         crossed.append("cross-attention" in roles)
     layers = found.layers[stack.RESID_PRE.stack]
     if not any(layer.shared for layer in layers):
@@ -87,28 +88,28 @@ def _bind_stack(
     return crossed
 
 
-def _overtaken(trace: Trace, block: Block) -> dict[str, Slot]:
+def _overtaken(trace: Trace, block: Block) -> dict[str, tuple[Slot, ...]]:
     """The modules that are given the stream before it is changed in place, and where among what they are
     given.
     """
     stream = {block.entering, *(s.value for s in block.steps)}
     values = (block.entering, *trace.values[block.call.first : block.call.last])
-    inside = trace.inside(block.call) if any(v.overwritten for v in values) else []
-    around = {parent for call in inside for parent in call.parents}
-    given = (
-        (call, slot, alias_chain(v))
-        for call in inside
-        if call not in around
-        for slot, v in call.inputs.items()
-    )
-    return {
-        call.path: slot
-        for call, slot, held in given
-        if not stream.isdisjoint(held)
-        and any(v.overwritten for v in held)
-        # What changes it itself has to be given the tensor that the model goes on with.
-        and not any(v.overwritten and call.first <= v.changed <= call.last for v in held)
-    }
+    found: dict[str, dict[Slot, None]] = {}
+    for call in trace.inside(block.call) if any(v.overwritten for v in values) else []:
+        for slot, value in call.inputs.items():
+            held = alias_chain(value)
+            if not stream.isdisjoint(held) and _is_overtaken(call, held):
+                found.setdefault(call.path, {})[slot] = None
+    return {path: tuple(slots) for path, slots in found.items()}
+
+
+def _is_overtaken(call: Call, held: set[Value]) -> bool:
+    """Whether what a module is given is changed in place after it. A module that changes it itself, or hands
+    it on, has to be given the tensor that the model goes on with.
+    """
+    changed = [v.changed for v in held if v.overwritten]
+    handed_on = any(not held.isdisjoint(alias_chain(v)) for v in call.outputs.values())
+    return bool(changed) and not handed_on and not any(call.first <= n < call.last for n in changed)
 
 
 def _points(stack: TransformerStack, block: Block) -> tuple[LocationType, LocationType, LocationType]:

@@ -170,8 +170,9 @@ def _columns_of(heads: Float[Tensor, "batch ..."], given: Value) -> Columns | No
 
 
 def is_projection(trace: Trace, call: Call) -> bool:
-    """Whether a module call is one matrix product with a parameter, made by the module itself."""
-    if set(call.outputs) != {None} or any(True for _ in call.module.children()):
+    """Whether a module call is one matrix product of what it is given with a parameter, made by itself."""
+    given = [v for v in call.inputs.values() if v.tensor.is_floating_point()]
+    if set(call.outputs) != {None} or len(given) != 1 or any(True for _ in call.module.children()):
         return False
     products = [v for v in trace.values[call.first : call.last] if v.op in PRODUCTS]
     return len(products) == 1 and is_matrix_product(products[0])

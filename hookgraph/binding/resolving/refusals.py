@@ -38,6 +38,21 @@ def why_unbound(trace: Trace) -> str:
     )
 
 
+def written_into(trace: Trace, call: Call, entering: Value) -> str:
+    """Where a layer writes into a tensor like its stream, which no path shows; empty if it does not."""
+    for view in trace.written:
+        whole = view
+        while whole.op in ALIASES and whole.inputs and call.first <= whole.number:
+            whole = whole.inputs[0]
+        if call.first <= view.number < call.last and whole.tensor.shape == entering.tensor.shape:
+            where = _module_of(trace, view)
+            return (
+                f"{where} writes into it in place (as `x[:, :] += ...` and `x[:] = ...` do), which is not "
+                "followed: write `x = x + ...` or `x += ...`"
+            )
+    return ""
+
+
 def _longest(lists: Lists) -> list[Call]:
     """The outermost of the lists with the most calls."""
     return max(lists.values(), key=lambda calls: (-len(calls[0].parents), len(calls)), default=[])
@@ -60,6 +75,9 @@ def _lost_inside(trace: Trace, calls: list[Call]) -> str:
         kind = type(call.module).__name__
         if leaving is None or entering is None:
             return f"{call.path} ({kind}) is given, or hands on, no activation"
+        through = written_into(trace, call, entering)
+        if through:
+            return f"the stream is lost where {through}"
         finder = PathFinder(trace, call, entering, grid_of(trace, entering), gated=True)
         if finder.path(leaving) is not None:
             return f"{call.path} ({kind}) adds nothing to what it is given"

@@ -21,7 +21,7 @@ from hookgraph.binding.running.identity import fingerprint, identity
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
 from hookgraph.binding.running.mechanisms import (
     PassState,
-    give_copy,
+    give_copies,
     install,
     needs_state,
     notice_recomputing,
@@ -244,9 +244,9 @@ class HuggingFaceBinding(AbstractBinding):
 
     def _keeping_apart(self) -> Iterator[Callable[[], Handle]]:
         """With gradients: no module keeps a tensor that the model changes before the backward pass."""
-        for path, slot in self.findings.overtaken.items() if torch.is_grad_enabled() else ():
+        for path, slots in self.findings.overtaken.items() if torch.is_grad_enabled() else ():
             if path in self._modules:
-                yield partial(give_copy, self._modules[path], slot)
+                yield partial(give_copies, self._modules[path], slots)
 
     def _noticing(self, path: str, *, shared: bool = False) -> Callable[[], Handle]:
         """See whether a module is one that a backward pass runs again."""

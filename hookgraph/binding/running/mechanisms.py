@@ -3,7 +3,7 @@
 What hooks know is bound to functions by `partial`: nothing is defined anew for each hook of each pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, final
 
@@ -99,15 +99,21 @@ def install(module: nn.Module, anchor: Anchor, tap: Tap, state: PassState) -> Ha
     return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs, prepend=True)
 
 
-def give_copy(module: nn.Module, slot: Slot) -> Handle:
-    """Give a module a copy of what the model changes in place later on: autograd may keep it."""
-    return module.register_forward_pre_hook(partial(_copied, slot), with_kwargs=True, prepend=True)
+def give_copies(module: nn.Module, slots: Sequence[Slot]) -> Handle:
+    """Give a module copies of what the model changes in place later on: autograd may keep it."""
+    return module.register_forward_pre_hook(partial(_copied, slots), with_kwargs=True, prepend=True)
 
 
 def _copied(
-    slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    slots: Sequence[Slot], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return replaced(args, kwargs, slot, element(args, kwargs, slot).clone())
+    copies: dict[int, Tensor] = {}  # what is one tensor stays one: attention asks whether it is
+    for slot in slots:
+        if slot in kwargs or (not isinstance(slot, str) and (slot or 0) < len(args)):
+            given = element(args, kwargs, slot)
+            copy = copies.setdefault(id(given), given.clone())
+            args, kwargs = replaced(args, kwargs, slot, copy)
+    return args, kwargs
 
 
 def _hook(

@@ -123,6 +123,8 @@ class Trace:
         self.calls: list[Call] = []
         self.attention_calls: list[AttentionCall] = []
         self.operations: list[Operation] = []
+        self.written: list[Value] = []
+        """Views through which the pass writes into what they are views of, and what it overwrites."""
         self._stack: list[Call] = []
         self._current: dict[int, Value] = {}
         self._alive: list[Tensor] = []
@@ -171,9 +173,11 @@ class Trace:
         out, last = self.value_of(next(tensors_in(result))), len(self.values)
         self.operations.append(Operation(form, tuple(self._stack), values, out, first, last))
 
-    def before_mutation(self, tensor: Tensor) -> None:
-        """Keep what a tensor holds before an in-place operation changes it."""
+    def before_mutation(self, tensor: Tensor, *, whole: bool = False) -> None:
+        """Keep what a tensor holds before an in-place operation changes it, or overwrites it as a `whole`."""
         known = self._current.get(id(tensor))
+        if known is not None and (whole or (tensor._is_view() and known.op in ALIASES)):
+            self.written.append(known)
         if known is not None and known.op != "parameter":
             known.tensor = tensor.detach().clone()
             known.overwritten, known.changed = True, len(self.values)
@@ -282,7 +286,7 @@ class _Recording(TorchDispatchMode):
         inputs = tuple(self._trace.value_of(t) for t in operands)
         name = func.overloadpacket.__name__
         if func._schema.is_mutable and operands:
-            self._trace.before_mutation(operands[0])
+            self._trace.before_mutation(operands[0], whole=name == "copy_")
         name = name if name.startswith("_") else name.rstrip("_")
         last = taken_apart(self._trace.add, name, args, kwargs, inputs)
         output = func(*args, **kwargs)

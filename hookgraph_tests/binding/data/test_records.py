@@ -53,7 +53,9 @@ def test_every_value_comes_back_as_it_was(kind: Any):
     ),
     st.dictionaries(st.tuples(st.text(), st.integers()), st.from_type(ExpertLayer), max_size=2),
     st.dictionaries(st.tuples(st.text(), st.integers()), st.text(), max_size=2),
-    st.dictionaries(st.text(), st.none() | st.integers() | st.text(), max_size=2),
+    st.dictionaries(
+        st.text(), st.lists(st.none() | st.integers() | st.text(), max_size=2).map(tuple), max_size=2
+    ),
     st.integers(),
 )
 def test_findings_come_back_as_they_were(

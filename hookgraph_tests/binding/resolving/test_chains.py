@@ -184,6 +184,68 @@ def test_values_and_gradients_of_a_stream_that_is_changed_in_place_are_those_of_
             torch.testing.assert_close(run[location], runs[0][location])
 
 
+class Squared(nn.Linear):
+    """Multiplies what it is given itself with what its own child, and another argument, make of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.child = nn.Linear(width, width)
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        """A product of three."""
+        return self.child(input) * input.tanh() * (other @ self.weight)
+
+
+class SquaredRow(Row):
+    """Adds in place twice, to a stream that both modules were given as it was."""
+
+    grown = True
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.square = Squared(config.threads)
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        """One norm for both, and an MLP that is given the stream twice."""
+        if not self.grown:
+            cloth = cloth + self.weft(self.before(cloth))
+            return cloth + self.square(cloth, cloth) + self.dye(self.before(cloth))
+        cloth += self.weft(self.before(cloth))
+        cloth += self.square(cloth, cloth) + self.dye(self.before(cloth))
+        return cloth
+
+
+def test_modules_with_children_and_those_given_a_stream_twice_are_given_copies_of_what_is_changed_in_place():
+    torch.manual_seed(0)
+    model = LoomForCausalLM(LoomConfig(rows=2)).double().eval()
+    model.cloth = nn.ModuleList(SquaredRow(model.config) for _ in range(2)).double()
+    graph = bind(model, check=False)
+    saves = [RESID_POST[1], RESID_PRE[0].grad, RESID_POST[0].grad]
+    in_place = graph.run({"input_ids": TOKENS}, save=saves, metric=lambda x: x[:, -1, 3])
+    for row in model.cloth:
+        row.grown = False
+    plain = graph.run({"input_ids": TOKENS}, save=saves, metric=lambda x: x[:, -1, 3])
+    for location in saves:
+        torch.testing.assert_close(in_place[location], plain[location])
+
+
+def through_an_index(row: KnottedRow, x: Tensor) -> Tensor:
+    x[:, :] += row.woven(x)
+    x += row.dyed(x)
+    return x
+
+
+def overwritten(row: KnottedRow, x: Tensor) -> Tensor:
+    x[:] = x + row.woven(x)
+    return x + row.dyed(x)
+
+
+@pytest.mark.parametrize("way", [through_an_index, overwritten])
+def test_a_stream_that_is_written_into_is_refused_for_that_reason(way: Way):
+    with pytest.raises(BindingError, match=r"lost where cloth.0 writes into it in place .*write `x = x \+"):
+        knotted(way)
+
+
 def greatest(row: KnottedRow, x: Tensor) -> Tensor:
     x = x + row.woven(x)
     return torch.maximum(x, row.dyed(x))
