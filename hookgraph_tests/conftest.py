@@ -16,11 +16,15 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
 
+from hookgraph_tests import checking
+
 torch.set_num_threads(1)
+jaxtyping.jaxtyped = checking.jaxtyped
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)

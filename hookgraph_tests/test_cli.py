@@ -45,6 +45,12 @@ VIT = ViTConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def _proven_once(kept_bindings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is proven of the models of these tests is kept from one command to the next."""
+    monkeypatch.setenv("HOOKGRAPH_CACHE", str(kept_bindings))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random GPT-2 of two layers, and a word-level tokenizer."""

@@ -181,7 +181,9 @@ def _tuned_lens(guide: Guide) -> Answer:
 
 
 def _basis(guide: Guide) -> Answer:
-    found = hga.causal_basis(guide.graph, guide.clean[:4], RESID_POST[1], k=guide.budget(3))
+    found = hga.causal_basis(
+        guide.graph, guide.clean[:4], RESID_POST[1], guide.budget(3), max_iter=guide.budget(200)
+    )
     return Answer(repr(found), found.plot)
 
 

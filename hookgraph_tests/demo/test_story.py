@@ -1,6 +1,7 @@
 """The demo tells what is so: the pair is answered, heads carry the answer, a vector changes it."""
 
 import inspect
+from collections.abc import Generator
 from io import StringIO
 from pathlib import Path
 
@@ -22,14 +23,22 @@ from hookgraph.ontology.transformer import RESID_POST
 from hookgraph.report.breakdown import places, units
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _proven_once(kept_bindings: Path) -> Generator[None]:
+    """What is proven of the embedded model is kept from one test to the next."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HOOKGRAPH_CACHE", str(kept_bindings))
+        yield
+
+
 @pytest.fixture(scope="module")
-def speaker() -> Speaker:
+def speaker(_proven_once: None) -> Speaker:
     model, tokenizer = demo.load()
     return Speaker(bind(model, tokenizer), model, tokenizer)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def told(_proven_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the demo prints, and the folder it writes."""
     out = tmp_path_factory.mktemp("demo") / "new"
     result = CliRunner().invoke(app, ["demo", "--out", str(out)], env={"COLUMNS": "160"})
