@@ -111,7 +111,8 @@ def late(
     other = {
         x: corrupt[parts[x]][-count:] if second is not None else torch.zeros_like(clean[x]) for x in places
     }
-    base = replace(base, saved=clean, metric=finite_metric(base)[:count], inputs=rest)
+    base = replace(base, saved=clean, metric=base.measured[:count], inputs=rest)
+    finite_metric(base)
     seen = {x: clean[x] for x in places}
     return Contrast(graph, Later(metric, reads), places, rest, None, base, seen, other, None, entries)
 

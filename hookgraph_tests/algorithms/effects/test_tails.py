@@ -172,6 +172,32 @@ def tail_of(graph: HookGraph, start: int) -> Contrast:
     return found
 
 
+class OfClean:
+    """A metric that is a number for the clean inputs only, and for what is close to them."""
+
+    reads = -1
+
+    def __init__(self, graph: HookGraph) -> None:
+        self.clean = graph.run(tokens()).logits[:, -1, 3]
+
+    def of(self, logits: Tensor) -> Tensor:
+        known = torch.isclose(logits[:, -1, 3], self.clean, rtol=0, atol=1e-2)
+        return torch.where(known, logits[:, -1, 5], torch.nan)
+
+    __call__ = of
+
+    def rows(self, chosen: slice) -> "OfClean":
+        raise NotImplementedError
+
+
+def test_the_metric_of_corrupt_inputs_may_be_no_number():
+    graph = bound("gpt2", torch.float64)
+    metric = OfClean(graph)
+    assert metric(graph.run(others()).logits).isnan().all()
+    node = ATTN_Z[1].at(head=0, pos=-1)
+    assert exact_effects(graph, tokens(), others(), metric, [node, node]).isfinite().all()
+
+
 def test_a_part_of_the_batch_is_no_node_in_late_positions_either():
     with pytest.raises(hg.HookGraphError, match="patched in every example"):
         exact_effects(
