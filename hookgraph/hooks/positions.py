@@ -19,12 +19,13 @@ from hookgraph.hooks.slicing import read
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.indices import Index
 from hookgraph.ontology.locations import MAIN_STACK, Location
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS
 
 _ALONG = (Dimension.POS, Dimension.KEY_POS)
 KEYS_ELSEWHERE = frozenset(
     kind
-    for types in (DECODER.cross_attention, ENCODER.cross_attention, VISION.cross_attention)
+    for stack in TRANSFORMER_STACKS
+    for types in (stack.cross_attention,)
     for kind in (types.k, types.v, types.scores, types.pattern)
 )
 """Types whose keys are positions of another stack."""

@@ -12,7 +12,7 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.indices import Index, hash_of, paired, parse_index, print_index, print_slice
 from hookgraph.ontology.passes import PassType
 
-STACKS: Final[tuple[str, ...]] = ("vision", "encoder", "decoder")
+STACKS: Final[tuple[str, ...]] = ("vision", "stem", "encoder", "decoder")
 """The stacks of layers of a model, in the order in which they run."""
 
 MAIN_STACK: Final = "decoder"

@@ -3,8 +3,8 @@
 A location is what its equation says on every architecture, whatever the modules are called. Write
 x for the residual stream, l for a layer, and Σ over heads h, keys k and neurons i.
 
-The constants of this module are those of the decoder; `ENCODER` and `VISION` hold the same words for
-the other stacks: `ENCODER.RESID_POST[2]`.
+The constants of this module are those of the decoder; `ENCODER`, `VISION` and `STEM` hold the same words
+for the other stacks: `ENCODER.RESID_POST[2]`.
 """
 
 from dataclasses import dataclass
@@ -237,7 +237,8 @@ class TransformerStack:
 DECODER: Final = TransformerStack(MAIN_STACK)
 ENCODER: Final = TransformerStack("encoder")
 VISION: Final = TransformerStack("vision")
-TRANSFORMER_STACKS: Final = (DECODER, ENCODER, VISION)
+STEM: Final = TransformerStack("stem")
+TRANSFORMER_STACKS: Final = (DECODER, ENCODER, VISION, STEM)
 reserve_declared()
 
 EMBED: Final = DECODER.EMBED

@@ -5,7 +5,7 @@ import pytest
 import hookgraph.locations as everything
 from hookgraph.ontology import autoencoder, transformer
 from hookgraph.ontology.locations import Location, LocationType
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack
+from hookgraph.ontology.transformer import DECODER, ENCODER, STEM, VISION, TransformerStack
 
 # The table of the vocabulary, as the documentation states it.
 VOCABULARY = """
@@ -100,7 +100,7 @@ def test_the_vocabulary_is_complete():
     assert {row[0] for row in ROWS} == set(vars(DECODER))
 
 
-@pytest.mark.parametrize("stack", [DECODER, ENCODER, VISION])
+@pytest.mark.parametrize("stack", [DECODER, ENCODER, VISION, STEM])
 def test_the_vocabulary_stands_in_causal_order(stack: TransformerStack):
     mixer = [row[0] for row in ROWS if row[0].startswith("MIXER_")]
     order = [first_of(stack, row[0]) for row in ROWS if row[0] not in mixer]
@@ -113,7 +113,7 @@ def test_the_vocabulary_stands_in_causal_order(stack: TransformerStack):
         assert not after.precedes(before)
 
 
-@pytest.mark.parametrize(("stack", "prefix"), [(ENCODER, "encoder."), (VISION, "vision.")])
+@pytest.mark.parametrize(("stack", "prefix"), [(ENCODER, "encoder."), (VISION, "vision."), (STEM, "stem.")])
 def test_other_stacks_have_the_same_words_under_their_name(stack: TransformerStack, prefix: str):
     for constant, name, _ in ROWS:
         location = first_of(stack, constant)
@@ -129,5 +129,5 @@ def test_all_locations_can_be_imported_from_one_place():
             if name.isupper() and isinstance(value, (LocationType, Location)) and name[0] != "_"
         }
 
-    expected = {**of(transformer), **of(autoencoder), "ENCODER": ENCODER, "VISION": VISION}
+    expected = {**of(transformer), **of(autoencoder), "ENCODER": ENCODER, "VISION": VISION, "STEM": STEM}
     assert {name: getattr(everything, name) for name in everything.__all__} == expected

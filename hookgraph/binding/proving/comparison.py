@@ -14,7 +14,7 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.hooks.masking import masked_cells
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS
 
 _TEXT = "scores change with q along k, and with k along q"
 
@@ -27,7 +27,7 @@ def check_comparison(
     A row of scores may also have been shifted by one of them, which a softmax does not notice.
     """
     stacks = [
-        types for stack in (DECODER, ENCODER, VISION) for types in (stack.attention, stack.cross_attention)
+        types for stack in TRANSFORMER_STACKS for types in (stack.attention, stack.cross_attention)
     ]
     asked: list[tuple[Location, Location, Location]] = []
     for location in clean:

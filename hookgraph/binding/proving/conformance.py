@@ -32,7 +32,7 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Of identities, by dtype. Coarser dtypes are checked like single precision."""
@@ -41,7 +41,7 @@ DRAWN = ", with its {} random draws a pass held still"
 """What is told of a model that draws random numbers in evaluation."""
 
 _KEYS_OF: Final = {
-    types.q: types.k for s in (DECODER, ENCODER, VISION) for types in (s.attention, s.cross_attention)
+    types.q: types.k for s in TRANSFORMER_STACKS for types in (s.attention, s.cross_attention)
 }
 """Which keys queries are multiplied with."""
 

@@ -27,7 +27,7 @@ from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.errors import UnknownLocationError
 from hookgraph.hooks.handles import installed
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS, TransformerStack
 from hookgraph.ontology.weights import (
     W_K,
     W_O,
@@ -63,7 +63,7 @@ def identities(
         clean: what modules were given and returned in the clean pass.
         seen: the same in the edited pass.
     """
-    for stack in (DECODER, ENCODER, VISION):
+    for stack in TRANSFORMER_STACKS:
         for number, layer in enumerate(binding.findings.layers.get(stack.RESID_PRE.stack, ())):
             yield from _of_stream(binding, stack, number, layer, present)
             yield from _of_streams(layer, present)

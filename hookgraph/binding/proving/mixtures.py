@@ -16,7 +16,7 @@ from hookgraph.binding.proving.equations import Identity, Values, agrees
 from hookgraph.binding.proving.identities import Seen
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.weights import affine_map
-from hookgraph.ontology.transformer import DECODER, ENCODER, VISION, TransformerStack
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS, TransformerStack
 
 
 def mixture_identities(binding: HuggingFaceBinding, present: Values, seen: Seen) -> Iterator[Identity]:
@@ -27,7 +27,7 @@ def mixture_identities(binding: HuggingFaceBinding, present: Values, seen: Seen)
         present: the clean values; they tell which equations an architecture leaves out.
         seen: what modules were given and returned in the edited pass.
     """
-    stacks = {stack.RESID_PRE.stack: stack for stack in (DECODER, ENCODER, VISION)}
+    stacks = {stack.RESID_PRE.stack: stack for stack in TRANSFORMER_STACKS}
     for (name, number), layer in binding.findings.experts.items():
         stack = stacks[name]
         module: nn.Module = binding.model.get_submodule(layer.experts)

@@ -7,7 +7,7 @@ from hookgraph.binding.resolving.blocks import Block
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.tracing.trace import Trace
 from hookgraph.binding.tracing.values import Value
-from hookgraph.ontology.transformer import ENCODER, VISION, TransformerStack
+from hookgraph.ontology.transformer import ENCODER, STEM, VISION, TransformerStack
 
 _PICTURE_AXES = 4
 """Batch, channel, height, width; films have one more."""
@@ -48,25 +48,23 @@ def main_chain(trace: Trace, chains: Sequence[list[Block]]) -> list[Block]:
 def name_stacks(
     trace: Trace, others: Sequence[list[Block]], *, crossed: bool
 ) -> Iterator[tuple[TransformerStack, list[Block]]]:
-    """The name of each other stack, as far as there are names.
+    """The name of each other stack, as far as there are names: the first that reads pictures is the vision
+    tower; of what is left the last is the encoder, and the one before it the stem.
 
     Args:
         trace: the pass.
         others: the chains that are not the main one.
-        crossed: whether the main one attends to another. That is the encoder: the last of the others.
+        crossed: whether the main one attends to another. That is the encoder: the last of all.
     """
     rest = sorted(others, key=lambda blocks: blocks[-1].call.last)
-    names = [VISION, ENCODER]
+    names = [ENCODER, STEM]
     if crossed:
-        names.remove(ENCODER)
-        yield ENCODER, rest.pop()
-    for blocks in sorted(rest, key=lambda blocks: not _pictures_behind(trace, blocks)):
-        fitting = VISION if _pictures_behind(trace, blocks) else ENCODER
-        name = fitting if fitting in names else next(iter(names), None)
-        if name is None:
-            return
-        names.remove(name)
-        yield name, blocks
+        yield names.pop(0), rest.pop()
+    tower = next((blocks for blocks in rest if _pictures_behind(trace, blocks)), None)
+    if tower is not None:
+        rest.remove(tower)
+        yield VISION, tower
+    yield from zip(names, reversed(rest), strict=False)
 
 
 def values_behind(value: Value) -> set[Value]:
