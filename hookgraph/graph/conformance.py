@@ -28,7 +28,10 @@ INVARIANTS = (
     "narrowed",
     "shared",
 )
-"""What is checked of every location, the last three of some only: see the explanation page on conformance."""
+"""What is checked of every location, or of some only: see the explanation page on conformance."""
+
+OF_SOME = ("replayed", "narrowed", "shared")
+"""Those that are of some locations only."""
 
 
 @final

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from hookgraph.algorithms.flow.tokens import Flow
 from hookgraph.algorithms.ranking import Ranking
-from hookgraph.graph.conformance import INVARIANTS, ConformanceReport, Proof
+from hookgraph.graph.conformance import INVARIANTS, OF_SOME, ConformanceReport, Proof
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 from hookgraph.report.breakdown import node_name
@@ -47,8 +47,12 @@ def locations_table(sizes: Mapping[Location, Sequence[int]]) -> Table:
 
 
 def conformance_table(report: ConformanceReport) -> Table:
-    """One row per kind of location: the largest error of each invariant over the layers."""
-    table = _table("location", "layers", *INVARIANTS, gap=1)
+    """One row per kind of location: the largest error over the layers of each invariant that was checked, and
+    which of those hold that are of some locations only.
+    """
+    checked = [i for i in INVARIANTS if any(p.invariant == i for p in report.proofs)]
+    columns = [i for i in checked if i not in OF_SOME]
+    table = _table("location", "layers", *columns, *(["also"] if len(columns) < len(checked) else []), gap=1)
     kinds: dict[str, list[Location]] = {}
     for location in report.mechanisms:
         kinds.setdefault(_unlayered(location), []).append(location)
@@ -56,8 +60,10 @@ def conformance_table(report: ConformanceReport) -> Table:
         kinds.setdefault(_unlayered(proof.location), [])
     for kind, locations in kinds.items():
         proofs = [p for p in report.proofs if _unlayered(p.location) == kind]
-        cells = [_verdict([p for p in proofs if p.invariant == i]) for i in INVARIANTS]
-        table.add_row(kind, ranges(x.layer for x in locations if x.layer is not None), *cells)
+        cells = [_verdict([p for p in proofs if p.invariant == i]) for i in columns]
+        also = [i for i in OF_SOME if any(p.invariant == i and p.holds for p in proofs)]
+        layers = ranges(x.layer for x in locations if x.layer is not None)
+        table.add_row(kind, layers, *cells, *([", ".join(also)] if len(columns) < len(checked) else []))
     return table
 
 

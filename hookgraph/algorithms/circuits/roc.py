@@ -73,7 +73,9 @@ class EdgeRoc:
     def _repr_html_(self) -> str:
         # A row per threshold is too much to read: what matters is how soon the true edges are all there.
         shown = [int((self.true_positives < share).sum()) for share in _SHARES]
-        table = self.to_frame().iloc[sorted({*shown})].to_html(index=False, float_format=lambda x: f"{x:.4g}")
+        last = len(self.thresholds) - 1
+        rows = sorted({min(i, last) for i in shown})
+        table = self.to_frame().iloc[rows].to_html(index=False, float_format=lambda x: f"{x:.4g}")
         return f"<p>{self!r}</p>{table}"
 
     def plot(self) -> "matplotlib.figure.Figure":

@@ -92,10 +92,10 @@ def late(
     None where that is not possible, or not known to be right, as in `tail`.
     """
     first, second = pair
-    if not isinstance(metric, ReadingMetric) or any(Dimension.POS not in x.dims for x in places):
+    if not isinstance(metric, ReadingMetric) or any(not _along_queries(x) for x in places):
         return None
     reads, count = _later(metric.reads, start, positions_of(first)), count_examples(first) or 1
-    both = _side_by_side(first, second)
+    both = _side_by_side(first, second, count)
     retained = None if reads is None else graph.retaining(both or first, rows=count)
     if reads is None or retained is None:
         return None
@@ -124,16 +124,25 @@ def positions_of(inputs: Prepared) -> int:
     return shape[0] if len(shape) == 1 else 0
 
 
-def _side_by_side(first: Prepared, second: Prepared | None) -> Prepared | None:
+def _along_queries(place: Location) -> bool:
+    """Whether a place has positions, and no keys, of which a window has fewer than there are positions."""
+    return Dimension.POS in place.dims and Dimension.KEY_POS not in place.dims
+
+
+def _side_by_side(first: Prepared, second: Prepared | None, count: int) -> Prepared | None:
     """Clean and corrupt inputs as one batch, if a pass over both takes hardly longer than over either."""
     if second is None or first.keys() != second.keys():
         return None
     found: dict[str, object] = {}
     for name, value in first.items():
         other = second[name]
-        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.numel() <= _SHORT:
+        if isinstance(value, bool | None) and value == other:
+            found[name] = value
+        elif not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.numel() > _SHORT:
+            return None
+        elif len(value) == count:
             found[name] = torch.cat([value, other])
-        elif isinstance(value, bool | None) and value == other:
+        elif torch.equal(value, other):  # one row for all
             found[name] = value
         else:
             return None

@@ -26,9 +26,7 @@ def check_comparison(
 
     A row of scores may also have been shifted by one of them, which a softmax does not notice.
     """
-    stacks = [
-        types for stack in TRANSFORMER_STACKS for types in (stack.attention, stack.cross_attention)
-    ]
+    stacks = [types for stack in TRANSFORMER_STACKS for types in (stack.attention, stack.cross_attention)]
     asked: list[tuple[Location, Location, Location]] = []
     for location in clean:
         for types in stacks:

@@ -40,9 +40,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 DRAWN = ", with its {} random draws a pass held still"
 """What is told of a model that draws random numbers in evaluation."""
 
-_KEYS_OF: Final = {
-    types.q: types.k for s in TRANSFORMER_STACKS for types in (s.attention, s.cross_attention)
-}
+_KEYS_OF: Final = {types.q: types.k for s in TRANSFORMER_STACKS for types in (s.attention, s.cross_attention)}
 """Which keys queries are multiplied with."""
 
 Values = Mapping[Location, Float[Tensor, "..."]]

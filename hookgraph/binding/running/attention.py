@@ -213,10 +213,29 @@ def copied(config: Any) -> Any:
     return result
 
 
+@final
+class _Named(str):
+    """The name of the implementation that a module is told to use, which is looked up as the function above.
+
+    Modules compare it: those with sparse attention make their mask for some implementations only.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(NAME)
+
+    def __eq__(self, other: object) -> bool:
+        return (type(other) is str and other == NAME) or str.__eq__(self, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def _naming(config: Any, function: Callable[..., Any]) -> Any:
-    """A copy of a configuration that names the attention function above, which calls this one."""
+    """A copy of a configuration that leads to the attention function above, which calls this one."""
     result = copied(config)
-    result.__dict__["_attn_implementation_internal"] = NAME
+    result.__dict__["_attn_implementation_internal"] = _Named(config._attn_implementation or "eager")
     result.__dict__[_INTERIOR] = function
     return result
 

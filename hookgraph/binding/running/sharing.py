@@ -56,7 +56,7 @@ class SharedPast:
         self._copies = copies
         self._past: tuple[Tensor, Tensor] | None = None
         self._new: Tensor | None = None
-        self._masks: tuple[Tensor | None, dict[tuple[int, int], Tensor]] = (None, {})
+        self._masks: tuple[Tensor | None, dict[tuple[object, ...], Tensor]] = (None, {})
 
     def update(
         self,
@@ -108,7 +108,7 @@ class SharedPast:
             packed = [_packed(x[here], batch) for x in (query, key, value)]
             count = packed[0].shape[2] // length
             keys, values = (torch.cat(pair, 2) for pair in zip(past, packed[1:], strict=True))
-            seen = self._mask(mask, count, query, past[0].shape[2])
+            seen = self._mask(mask, first, count, query, past[0].shape[2])
             output = function(module, packed[0], keys, values, seen, *args, **kwargs)
             found.append(_unpacked(output[0] if isinstance(output, tuple) else output, count))
         return torch.cat(found) if len(found) > 1 else found[0], None
@@ -133,34 +133,40 @@ class SharedPast:
         self._past, self._new = None, None
         return past
 
-    def _mask(self, mask: Tensor | None, copies: int, query: Tensor, past: int) -> Tensor:
+    def _mask(self, mask: Tensor | None, first: int, copies: int, query: Tensor, past: int) -> Tensor:
         """A mask for copies side by side, made once for all layers that are given the same."""
         if self._masks[0] is not mask or not self._masks[1]:
             self._masks = (mask, {})
-        made = self._masks[1]
-        if (copies, past) not in made:
+        made, kind = self._masks[1], (first, copies, past, query.device)
+        if kind not in made:
+            batch = len(query) // self._copies
             if mask is None:
                 mask = torch.ones(1, 1, 1, past + 1, dtype=torch.bool, device=query.device)
-            made[copies, past] = side_by_side(mask[: len(query) // self._copies], copies, past)
-        return made[copies, past]
+            several = len(mask) > 1 and self._copies > 1
+            own = (
+                mask[first * batch : (first + copies) * batch] if several else mask.expand(copies, -1, -1, -1)
+            )
+            made[kind] = side_by_side(own, copies, past)
+        return made[kind]
 
 
 def side_by_side(
-    mask: Shaped[Tensor, "batch head pos key_pos"], copies: int, past: int
+    mask: Shaped[Tensor, "... head pos key_pos"], copies: int, past: int
 ) -> Shaped[Tensor, "batch head ..."]:
-    """The mask of several copies of some positions that follow one past: each sees that, and itself.
+    """The mask of copies of some positions that follow one past: each copy sees that, and itself.
 
     Args:
-        mask: of one copy: whether a key is seen, or what is added to its score.
+        mask: of one copy after the other: whether a key is seen, or what is added to its score.
         copies: how many.
         past: how many keys belong to the past.
     """
-    batch, heads, length, _ = mask.shape
+    each = mask.unflatten(0, (copies, -1))
+    _, batch, heads, length, _ = each.shape
     hidden = False if mask.dtype == torch.bool else masked_score(mask.dtype)
-    own = mask[..., past:].new_full((batch, heads, copies, length, copies, length), hidden)
-    each = torch.arange(copies, device=mask.device)
-    own[:, :, each, :, each] = mask[..., past:]
-    old = mask[..., :past].repeat(1, 1, copies, 1)
+    own = mask.new_full((batch, heads, copies, length, copies, length), hidden)
+    number = torch.arange(copies, device=mask.device)
+    own[:, :, number, :, number] = each[..., past:]
+    old = each[..., :past].movedim(0, 2).flatten(2, 3)
     return torch.cat((old, own.view(batch, heads, copies * length, copies * length)), -1)
 
 

@@ -211,6 +211,11 @@ def test_the_roc_counts_true_and_other_edges_above_each_score(tmp_path: Path):
     assert again.to_frame().equals(roc.to_frame())
 
 
+def test_the_roc_of_no_edges_is_shown():
+    none = torch.zeros(0)
+    assert "<table" in EdgeRoc.of(none, none.bool())._repr_html_()
+
+
 def runner(family: str) -> CircuitRunner:
     graph = bound(family, torch.float64)
     batch = PairBatch(CLEAN, CORRUPT, METRIC)

@@ -205,10 +205,24 @@ def test_a_part_of_the_batch_is_no_node_in_late_positions_either():
         )
 
 
-def test_patterns_of_late_queries_are_patched_in_a_tail_over_all_keys():
-    graph = bound("gpt2", torch.float64)
-    nodes = [ATTN_PATTERN[i].at(head=h, pos=-1, key_pos=2) for i in range(3) for h in range(4)]
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])  # which has a window of four positions
+def test_patterns_of_late_queries_are_over_all_keys(family: str):
+    graph = bound(family, torch.float64)
+    nodes = [
+        ATTN_PATTERN[i].at(head=h, pos=-1, key_pos=k) for i in range(3) for h in range(4) for k in (2, 5)
+    ]
+    nodes += [ATTN_PATTERN[0].at(head=1, pos=-1)]
     found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    tolerance = 1e-12 if FAMILIES[family].double_throughout else 1e-5
+    assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=tolerance)
+
+
+def test_one_row_of_position_ids_is_for_all_examples():
+    graph = bound("llama", torch.float64)
+    positions = torch.arange(tokens().shape[1])[None]
+    clean, corrupt = ({"input_ids": x, "position_ids": positions} for x in (tokens(), others()))
+    nodes = [ATTN_Z[i].at(head=h, pos=-1) for i in range(3) for h in range(4)]
+    found = exact_effects(graph, clean, corrupt, METRIC, nodes)
     assert torch.allclose(found, one_by_one(graph, nodes, METRIC), rtol=0, atol=1e-12)
 
 

@@ -280,3 +280,14 @@ def test_behind_a_gate_heads_write_what_the_projection_makes_of_them():
     handle.remove()
     torch.testing.assert_close(whole.sum(2), returned[0])
     torch.testing.assert_close(whole.sum(2) - whole[:, :, 1], returned[-1])
+
+
+@pytest.mark.parametrize("kind", [ATTN_Q, ATTN_K, ATTN_Z, ATTN_PATTERN])
+def test_sparse_attention_stays_sparse_under_hooks(kind: LocationType):
+    """The indexer leaves keys out of long inputs, if it knows the name of the implementation."""
+    graph = bind(tiny("causal", "deepseek_v32"), check=False)
+    ids = tokens(2, 16)
+    plain = graph.run(ids).logits
+    last = graph.every(kind)[-1]
+    hooked = graph.hook(last, lambda x: x.clone()).run(ids).logits
+    torch.testing.assert_close(hooked, plain, rtol=0, atol=1e-4)

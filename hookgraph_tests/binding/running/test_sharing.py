@@ -199,19 +199,38 @@ def test_keys_that_went_astray_are_reported():
 )
 def test_each_copy_sees_the_past_and_itself(copies: int, past: int, length: int, boolean: bool, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    cells = torch.rand(2, 1, length, past + length, generator=generator, dtype=torch.float64)
+    cells = torch.rand(2 * copies, 1, length, past + length, generator=generator, dtype=torch.float64)
     mask = cells > 0.5 if boolean else cells
     made = side_by_side(mask, copies, past)
     assert made.shape == (2, 1, copies * length, past + copies * length)
     hidden = ~made if boolean else made < -1e30
-    for i in range(copies):
+    for i, own in enumerate(mask.split(2)):
         here = slice(i * length, (i + 1) * length)
-        own = slice(past + i * length, past + (i + 1) * length)
-        assert torch.equal(made[:, :, here, :past], mask[..., :past])
-        assert torch.equal(made[:, :, here, own], mask[..., past:])
+        there = slice(past + i * length, past + (i + 1) * length)
+        assert torch.equal(made[:, :, here, :past], own[..., :past])
+        assert torch.equal(made[:, :, here, there], own[..., past:])
         others = torch.ones(made.shape[-1], dtype=torch.bool)
-        others[:past], others[own] = False, False
+        others[:past], others[there] = False, False
         assert hidden[:, :, here][..., others].all()
+
+
+@pytest.mark.parametrize("rows", [1, 2 * COPIES])
+def test_a_mask_of_each_copy_is_its_own(rows: int):
+    """Sparse attention chooses keys query by query."""
+    generator = torch.Generator().manual_seed(0)
+    past, length, batch = 4, 2, 2
+    shape = (batch * COPIES, 3, length, 8)
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    old = [torch.randn(batch, 3, past, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    mask = torch.rand(rows, 1, length, past + length, generator=generator) > 0.3
+    mask[..., 0] = True
+    whole = [torch.cat((a.repeat(COPIES, 1, 1, 1), b), 2) for a, b in zip(old, (key, value), strict=True)]
+    expected = nn.functional.scaled_dot_product_attention(query, *whole, attn_mask=mask).transpose(1, 2)
+    shared = SharedPast(COPIES)
+    shared.update((old[0], old[1]), key, value)
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    found = shared.attend(function, nn.Identity(), query, key, value, mask)[0]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_a_cache_of_the_model_itself_is_left_alone():
