@@ -44,12 +44,14 @@ class OfExamples(Protocol):
 class Start:
     """Where a replay starts: `value` enters block `block` of `stack`; earlier blocks do not run.
 
-    A block number equal to the number of blocks means what comes after the last of them.
+    A block number equal to the number of blocks means what comes after the last of them. `location` is
+    where the value was read: hooks of others may lie between the end of one block and the next.
     """
 
     stack: str
     block: int
     value: Shaped[Tensor, "batch pos ..."]
+    location: Location
 
 
 class AbstractBinding(ABC):
@@ -91,8 +93,11 @@ class AbstractBinding(ABC):
     def frozen(self) -> AbstractContextManager[None]:
         """Within this context no parameter of the model asks for a gradient."""
 
-    def why_closed(self, stack: str, block: int) -> str:
-        """Why `attached` cannot start before a layer of a stack, or after the last one; empty if it can."""
+    def why_closed(self, stack: str, block: int, after: Location | None = None) -> str:
+        """Why `attached` cannot start before a layer of a stack, or after the last one; empty if it can.
+
+        With `after`: as the model is now, and with a value of that location.
+        """
         return ""
 
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> AbstractContextManager[bool]:

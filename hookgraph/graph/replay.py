@@ -35,7 +35,7 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
             f"the value at {after} has batch {value.shape[0]}, the inputs have {batch}: "
             "a replay's batch is a multiple of the inputs', repeated as a whole"
         )
-    return Start(after.type.stack, block, value), copies
+    return Start(after.type.stack, block, value, after), copies
 
 
 def block_after(after: Location) -> int | None:
@@ -49,7 +49,7 @@ def block_after(after: Location) -> int | None:
 def can_start(binding: AbstractBinding, after: Location) -> bool:
     """Whether a replay can start at a location: a boundary between blocks where the model can be entered."""
     block = block_after(after)
-    return block is not None and not binding.why_closed(after.type.stack, block)
+    return block is not None and not binding.why_closed(after.type.stack, block, after)
 
 
 def taps_from(after: Location, taps: Taps) -> tuple[Taps, list[Location]]:

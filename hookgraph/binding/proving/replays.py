@@ -44,7 +44,7 @@ def check_replays(
         if block is None:
             continue
         if not can_start(graph.binding, location):
-            reason = graph.binding.why_closed(location.type.stack, block)
+            reason = graph.binding.why_closed(location.type.stack, block, location)
             found.gaps.append(Gap(location, REPLAYED, reason))
             continue
         tolerance = _TOLERANCE.get(clean[location].dtype, _TOLERANCE[torch.float32])

@@ -34,9 +34,9 @@ from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
 from hookgraph.binding.running.remembering import is_hooked, recalled, remember, retaining, several
 from hookgraph.binding.running.sharing import SHARED, SharedPast, attending
-from hookgraph.binding.running.skipping import entering
+from hookgraph.binding.running.skipping import enter_first, skipping, why_closed
 from hookgraph.binding.running.weights import normal_form
-from hookgraph.errors import AlreadyAttachedError, InputError, LocationError, UnknownLocationError, nearest
+from hookgraph.errors import AlreadyAttachedError, InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.measuring import Reads
@@ -186,24 +186,14 @@ class HuggingFaceBinding(AbstractBinding):
             _attached.add(self.model)
         try:
             self._unseen = self._is_unseen(taps)  # before there are hooks of our own
-            # The start comes last, so that what enters is there before any tap sees it.
             with (
                 as_written(self._modules.values()),
+                skipping(self._modules, self.findings, start),
                 installed(*self._installers(taps, start)),
-                self._entering(start),
             ):
                 yield
         finally:
             _attached.discard(self.model)
-
-    def _entering(self, start: Start | None) -> AbstractContextManager[None]:
-        if start is None:
-            return nullcontext()
-        reason = self.why_closed(start.stack, start.block)
-        if reason:
-            where = f"after layer {start.block - 1}" if start.block else "before its layers"
-            raise LocationError(f"this model cannot be entered {where} of its {start.stack}: {reason}")
-        return entering(self._modules, self.findings.layers[start.stack], start)
 
     def _installers(self, taps: Taps, start: Start | None) -> list[Callable[[], Handle]]:
         """What to install, the last location first: each new hook goes before those on its module."""
@@ -240,6 +230,9 @@ class HuggingFaceBinding(AbstractBinding):
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
             )
+        if start is not None and not start.block:
+            layer = self.findings.layers[start.stack][0]
+            installers.append(partial(enter_first, self._modules[layer.module], layer, start.value))
         return installers
 
     def _keeping_apart(self) -> Iterator[Callable[[], Handle]]:
@@ -272,9 +265,9 @@ class HuggingFaceBinding(AbstractBinding):
         own = {"experts": ExpertsInterior, "product": OwnProduct}[kind]
         return lambda: own(module, taps, state)
 
-    def why_closed(self, stack: str, block: int) -> str:
+    def why_closed(self, stack: str, block: int, after: Location | None = None) -> str:
         """Why no pass can begin before a layer of a stack: what was found, or seen in the proof."""
-        return self.findings.why_closed(stack, block)
+        return why_closed(self._modules, self.findings, stack, block, after)
 
     @contextmanager
     def reading(self, reads: Reads, tokens: Int[Tensor, "..."] | None = None) -> Generator[bool]:

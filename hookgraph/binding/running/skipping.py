@@ -1,34 +1,108 @@
 """Enter a model between two layers: the layers before do not run."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from hookgraph.binding.data.findings import FREE, Layer
+from hookgraph.binding.data.findings import Findings, Layer
 from hookgraph.binding.data.layouts import restored
-from hookgraph.binding.running.mechanisms import element, replaced
+from hookgraph.binding.running.mechanisms import element, replaced, with_element
+from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
-from hookgraph.hooks.handles import installed
+from hookgraph.hooks.handles import Handle, installed
+from hookgraph.ontology.locations import Location
 
 
 @contextmanager
-def entering(modules: Mapping[str, nn.Module], layers: Sequence[Layer], start: Start) -> Generator[None]:
-    """Within this context the layers before `start.block` hand their input on, and `start.value`
-    is what the last of them returns.
+def skipping(modules: Mapping[str, nn.Module], findings: Findings, start: Start | None) -> Generator[None]:
+    """Within this context the layers before `start.block` hand their input on, and `start.value` is what the
+    last of them returns. Hooks of others on layers that do not run are not called.
+
+    Enter it before there are hooks of our own.
+
+    Raises:
+        LocationError: no pass can begin there.
     """
-    skipped = layers[: start.block]
-    after = skipped[-1].after if skipped else FREE
-    with ExitStack() as stack:
-        for i, layer in enumerate(skipped):
-            value = start.value if layer is skipped[-1] else None
-            stack.enter_context(
-                _forward_replaced(modules[layer.module], layer, value, runs=i in after.needed)
-            )
-        if not skipped:
-            stack.enter_context(_input_replaced(modules[layers[0].module], layers[0], start.value))
+    if start is None:
         yield
+        return
+    reason = why_closed(modules, findings, start.stack, start.block, start.location)
+    if reason:
+        where = f"after layer {start.block - 1}" if start.block else "before its layers"
+        raise LocationError(f"this model cannot be entered {where} of its {start.stack}: {reason}")
+    skipped = findings.layers[start.stack][: start.block]
+    needed = skipped[-1].after.needed if skipped else ()
+    silent = [modules[layer.module] for i, layer in enumerate(skipped) if i not in needed]
+    with ExitStack() as stack:
+        stack.enter_context(_silenced(silent))
+        for i, layer in enumerate(skipped):
+            module, value = modules[layer.module], start.value if layer is skipped[-1] else None
+            if value is not None and i in needed and _is_changed(module):
+                # The value has been through the hooks that see it once more.
+                put = partial(_put, layer, value)
+                stack.enter_context(installed(partial(module.register_forward_hook, put)))
+            stack.enter_context(_forward_replaced(module, layer, value, runs=i in needed))
+        yield
+
+
+def why_closed(
+    modules: Mapping[str, nn.Module],
+    findings: Findings,
+    stack: str,
+    block: int,
+    after: Location | None = None,
+) -> str:
+    """Why no pass can begin before a layer; with a value of `after`, if that is told.
+
+    A value that a layer returns lies before the hooks of others on it, which may ask what it was given.
+    """
+    reason = findings.why_closed(stack, block)
+    if reason or after is None or not block:
+        return reason
+    layer, anchor = findings.layers[stack][block - 1], findings.anchors.get(after)
+    returned = anchor is not None and (anchor.module, anchor.mechanism) == (layer.module, "output")
+    if not returned or not _is_changed(modules[layer.module]):
+        return ""
+    return f"{after} lies before forward hooks that others have put on {layer.module}, which need its inputs"
+
+
+def enter_first(module: nn.Module, layer: Layer, value: Tensor) -> Handle:
+    """Give the first layer `value`. Install it last, so that it is there before any tap sees it."""
+    return module.register_forward_pre_hook(partial(_put_in, layer, value), with_kwargs=True, prepend=True)
+
+
+@contextmanager
+def _silenced(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Nobody is called by modules that do not run, except transformers, which collects what layers return.
+
+    Hooks keep their places, so that they may be removed, and others added, in between.
+    """
+    kinds = [x for m in modules for x in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks) if x]
+    silent = [(hooks, key, hook) for hooks in kinds for key, hook in hooks.items() if not _collects(hook)]
+    for hooks, key, _ in silent:
+        hooks[key] = _nothing
+    try:
+        yield
+    finally:
+        for hooks, key, hook in silent:
+            if key in hooks:
+                hooks[key] = hook
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether others may change what a module returns."""
+    return not all(map(_collects, module._forward_hooks.values()))
+
+
+def _collects(hook: Callable[..., Any]) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _nothing(*args: Any) -> None:
+    """A hook that leaves everything as it is."""
 
 
 @contextmanager
@@ -56,13 +130,15 @@ def _forward_replaced(
             module.__dict__["forward"] = before
 
 
-@contextmanager
-def _input_replaced(module: nn.Module, layer: Layer, value: Tensor) -> Generator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replaced(args, kwargs, layer.input_slot, _given(layer, value))
+def _put_in(
+    layer: Layer, value: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return replaced(args, kwargs, layer.input_slot, _given(layer, value))
 
-    with installed(lambda: module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)):
-        yield
+
+def _put(layer: Layer, value: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    new = _given(layer, value)
+    return new if layer.output_slot is None else with_element(output, layer.output_slot, new)
 
 
 def _given(layer: Layer, value: Tensor) -> Tensor:
