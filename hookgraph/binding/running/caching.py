@@ -91,8 +91,9 @@ class NewStates:
                 key = self._change("key", key)
             if "value" in self._roles:
                 value = self._change("value", value)
+            held = int(cache.get_seq_length(layer))  # before: not every cache counts what this pass adds
             keys, values = update(key, value, layer, *args, **kwargs)
-            self.held = int(cache.get_seq_length(layer))
+            self.held = held + key.shape[2]
             self.returned = {"key": keys, "value": values}
             return keys, values
 

@@ -1,7 +1,7 @@
 """What a model remembers of the first positions of its inputs, for passes over the rest of them alone."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,12 +68,10 @@ class Remembered:
         own = copy.copy(layer)
         if not layer.is_initialized:
             return own
-        if past is not None:
-            own.update = partial(_handed_over, past, layer)
-            return own
-        own.keys, own.values = (self._tiled(states) for states in (layer.keys, layer.values))
-        # Otherwise the states of all layers, for every copy of the batch, would live until the pass is over.
-        own.update = partial(_appended_to, copy.copy(own))
+        if past is None:
+            own.keys, own.values = (self._tiled(states) for states in (layer.keys, layer.values))
+        passing = _Passing(copy.copy(own), None if past is None else partial(_handed_over, past, layer))
+        own.update, own.get_seq_length = passing.update, passing.get_seq_length
         return own
 
     def _tiled(self, states: Tensor) -> Tensor:
@@ -139,9 +137,31 @@ def _rows_of(layer: Any, chosen: slice | Int[Tensor, " batch"]) -> Any:
     return own
 
 
-def _appended_to(layer: Any, *states: Any, **options: Any) -> Any:
-    """All states: those that a layer of a cache holds, and new ones. It goes on holding its own only."""
-    return copy.copy(layer).update(*states, **options)
+@final
+class _Passing:
+    """A layer of a cache that counts what one pass adds, and hands it on, but goes on holding its own only.
+
+    Otherwise the states of all layers, for every copy of the batch, would live until the pass is over.
+
+    Args:
+        layer: what it holds.
+        hands: what makes the states that attention is given of new ones; None: those held and these.
+    """
+
+    def __init__(self, layer: Any, hands: Callable[..., Any] | None) -> None:
+        self._layer = layer
+        self._hands = hands
+        self._length = int(layer.get_seq_length())
+
+    def get_seq_length(self) -> int:
+        """How many positions there are, those of this pass too once they are added."""
+        return self._length
+
+    def update(self, key: Tensor, *rest: Any, **options: Any) -> Any:
+        """What attention is given."""
+        self._length += key.shape[2]
+        hands = self._hands or copy.copy(self._layer).update
+        return hands(key, *rest, **options)
 
 
 def _filled_by(cache: DynamicCache, rows: int) -> DynamicCache:

@@ -103,6 +103,19 @@ def test_keys_and_values_of_a_pass_are_its_new_ones(family: str, kind: Any, opti
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [ATTN_K, ATTN_V], ids=str)
+@pytest.mark.parametrize("family", ["llama", "latent"])
+def test_keys_and_values_behind_a_remembered_past_are_those_of_the_rest(family: str, kind: Any):
+    graph = graph_of(family)
+    rest = graph.remember(IDS, 4)
+    assert rest is not None
+    whole = graph.run(IDS, save=[kind[1]])[kind[1]]
+    torch.testing.assert_close(graph.run(rest, save=[kind[1]])[kind[1]], whole[:, 4:], rtol=1e-4, atol=1e-5)
+    edited = graph.hook(kind[1].at(pos=slice(4, None)), torch.zeros_like).run(IDS).logits[:, 4:]
+    behind = graph.hook(kind[1], torch.zeros_like).run(rest).logits
+    torch.testing.assert_close(behind, edited, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_edit_of_one_pass_stays_in_the_cache_after_the_graph_is_gone(family: str):
     graph = bound(family).hook(ATTN_K[1].at(pos=2), torch.zeros_like)
