@@ -1,9 +1,10 @@
 """Prepared inputs by their examples: how many there are, some of them, all of them several times."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -30,13 +31,58 @@ def batch_size(inputs: Prepared) -> int:
 
 def rows_of(inputs: Prepared, chosen: slice | Int[Tensor, " batch"], count: int) -> Prepared:
     """Some of `count` examples, in an order."""
+    return changed_rows(inputs, count, partial(_chosen, chosen), partial(_own_rows, chosen))
 
-    def some(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value[chosen] if value.shape[:1] == (count,) else value
-        return value.rows(chosen) if isinstance(value, OfExamples) else value
 
-    return changed(inputs, some)
+def changed_rows(
+    inputs: Prepared,
+    count: int | None,
+    change: Callable[[Tensor, int], Tensor],
+    divides: Callable[[OfExamples], object],
+) -> dict[str, object]:
+    """Inputs of which everything is changed that has a row for each of `count` examples.
+
+    Args:
+        inputs: prepared inputs.
+        count: how many examples there are.
+        change: a tensor and the axis of its examples -> another tensor.
+        divides: what divides itself -> what takes its place.
+    """
+    return {
+        name: tree_map(partial(_changed_rows, name, count, change, divides), v, is_leaf=_is_leaf)
+        for name, v in inputs.items()
+    }
+
+
+def _changed_rows(
+    name: str,
+    count: int | None,
+    change: Callable[[Tensor, int], Tensor],
+    divides: Callable[[OfExamples], object],
+    value: object,
+) -> object:
+    if isinstance(value, Tensor):
+        axis = rows_axis(name, value, count)
+        return value if axis is None else change(value, axis)
+    return divides(value) if isinstance(value, OfExamples) else value
+
+
+def rows_axis(name: str, value: Shaped[Tensor, "..."], count: int | None) -> int | None:
+    """The axis of a tensor that `count` examples lie on, if there is one: the first.
+
+    Positions in time and space (Qwen-VL) have an axis for these before it, which may be as long as the batch.
+    """
+    spatial = name == "position_ids" and value.ndim == 3 and value.shape[1] == count
+    axis = 1 if spatial else 0
+    return axis if value.ndim and value.shape[axis] == count else None
+
+
+def _chosen(chosen: slice | Int[Tensor, " batch"], value: Tensor, axis: int) -> Tensor:
+    return value[(slice(None),) * axis + (chosen,)]
+
+
+def _own_rows(chosen: slice | Int[Tensor, " batch"], value: OfExamples) -> object:
+    return value.rows(chosen)
 
 
 def changed(inputs: Prepared, change: Callable[[object], object]) -> dict[str, object]:

@@ -44,3 +44,11 @@ def test_examples_are_counted_by_tensors_in_no_container_first():
 def test_what_is_changed_keeps_its_containers():
     found = changed(NESTED | {"ordered": OrderedDict(a=STATES)}, lambda x: x)
     assert [type(v) for v in found.values()] == [*map(type, NESTED.values()), OrderedDict]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_positions_in_time_and_space_are_divided_along_the_batch(count: int):
+    positions = torch.arange(3 * count * 4).view(3, count, 4)
+    found = rows_of({"input_ids": positions[0], "position_ids": positions}, slice(1, None), count)
+    assert torch.equal(named_tensors(found)["position_ids"], positions[:, 1:])
+    assert torch.equal(named_tensors(found)["input_ids"], positions[0, 1:])

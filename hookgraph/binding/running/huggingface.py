@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -32,7 +32,7 @@ from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
 from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
-from hookgraph.binding.running.remembering import is_hooked, recalled, remember, retaining, several
+from hookgraph.binding.running.remembering import Memory, is_hooked, recalled, several
 from hookgraph.binding.running.sharing import SHARED, SharedPast, attending
 from hookgraph.binding.running.skipping import enter_first, skipping, why_closed
 from hookgraph.binding.running.weights import normal_form
@@ -155,10 +155,7 @@ class HuggingFaceBinding(AbstractBinding):
 
     def remember(self, inputs: Prepared, length: int) -> Prepared | None:
         """Inputs for the positions from `length` on, with the cache that the model makes of those before."""
-        if not self._caches:
-            return None
-        last = self.findings.layers[MAIN_STACK][-1].module
-        return remember(self.model, self._modules[last], inputs, length)
+        return None if self._memory is None else self._memory.remember(inputs, length)
 
     def retaining(self, inputs: Prepared, rows: int | None = None) -> Prepared | None:
         """Inputs whose pass fills a cache. Only where it is proven that a pass with a cache gives the same,
@@ -166,13 +163,14 @@ class HuggingFaceBinding(AbstractBinding):
         """
         ends = [x for x in self._locations if x.type in (RESID_POST, STREAMS_POST)]
         proven = all(self._report.proves(x, "cached") for x in ends)
-        return retaining(self.model, inputs, rows) if self._caches and ends and proven else None
+        return self._memory.retaining(inputs, rows) if self._memory and ends and proven else None
 
-    @property
-    def _caches(self) -> bool:
-        """Whether the model takes a cache of what its layers have seen."""
-        known = self.findings.layers.get(MAIN_STACK) and "past_key_values" in self._accepted.names
-        return bool(known) and not self.why_closed(MAIN_STACK, 0)
+    @cached_property
+    def _memory(self) -> Memory | None:
+        """What remembers first positions, if the model may take a cache of what its layers have seen."""
+        layers = self.findings.layers.get(MAIN_STACK)
+        known = layers and "past_key_values" in self._accepted.names and not self.why_closed(MAIN_STACK, 0)
+        return Memory(self.model, self._modules[layers[-1].module]) if layers and known else None
 
     @contextmanager
     def attached(self, taps: Taps, start: Start | None = None) -> Generator[None]:

@@ -16,7 +16,7 @@ from hookgraph.binding.running.remembering import Lent, Remembered, Retained, le
 from hookgraph.binding.tracing.packing import repeated
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs
-from hookgraph.graph.examples import changed, count_examples
+from hookgraph.graph.examples import changed, changed_rows, count_examples, rows_axis
 
 _ROWS: Final = ("input_ids", "inputs_embeds")
 """The arguments that have a row per example, whatever others have."""
@@ -107,6 +107,7 @@ def prepare(
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):
         _check_ids(ids, vocabulary)
+    _give_each_its_positions(arguments)
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         mask = None
@@ -122,6 +123,15 @@ def prepare(
 
 def _moved(device: torch.device, value: object) -> object:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _give_each_its_positions(arguments: dict[str, Any]) -> None:
+    """Positions given once for all examples become those of each: the batch may be repeated and joined."""
+    positions, rows = arguments.get("position_ids"), count_examples(arguments)
+    if not isinstance(positions, Tensor) or positions.ndim not in (2, 3) or not rows:
+        return
+    if positions.shape[-2] == 1 and rows_axis("position_ids", positions, rows) is None:
+        arguments["position_ids"] = positions.expand(*positions.shape[:-2], rows, -1)
 
 
 def _first_position(model: PreTrainedModel) -> int:
@@ -193,13 +203,13 @@ def _check_ids(ids: Tensor, vocabulary: int) -> None:
 
 def _repeated(arguments: Mapping[str, Any], copies: int) -> dict[str, Any]:
     """The arguments for `copies` batches one after the other."""
-    batch = count_examples(arguments)
+    again = partial(_repeated_rows, copies)
+    return changed_rows(arguments, count_examples(arguments), again, partial(_repeated_cache, copies))
 
-    def again(value: object) -> object:
-        if isinstance(value, Remembered | Retained | Lent):
-            return value.repeated(copies)
-        if isinstance(value, Tensor) and value.shape[:1] == (batch,):
-            return value.repeat(copies, *([1] * (value.ndim - 1)))
-        return value
 
-    return changed(arguments, again)
+def _repeated_rows(copies: int, value: Tensor, axis: int) -> Tensor:
+    return value.repeat(*(copies if i == axis else 1 for i in range(value.ndim)))
+
+
+def _repeated_cache(copies: int, value: object) -> object:
+    return value.repeated(copies) if isinstance(value, Remembered | Retained | Lent) else value

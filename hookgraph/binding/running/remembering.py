@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hookgraph.binding.running.compiled import as_written
 from hookgraph.binding.running.sharing import SharedPast
+from hookgraph.binding.tracing.trace import evaluating
 from hookgraph.errors import InputError
-from hookgraph.hooks.handles import installed
+from hookgraph.hooks.handles import Handle, installed
 
 _APPENDED: Final = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of a cache that put new tensors in place of old ones, and never write into them."""
@@ -125,8 +127,8 @@ class Lent:
 
 def lent(cache: Cache) -> "Remembered | Lent":
     """What came with the inputs, so held that no pass writes to it."""
-    if isinstance(cache, DynamicCache) and all(type(layer) in _APPENDED for layer in cache.layers):
-        return Remembered(cache)
+    if type(cache) is DynamicCache and all(type(layer) in _APPENDED for layer in cache.layers):
+        return Remembered(cache)  # a kind of it may hold more, which `fresh` would hand on as it is
     return Lent(cache)
 
 
@@ -212,6 +214,10 @@ class Retained:
         """The same for a batch that is repeated, whose passes are others."""
         return Retained(self._config)
 
+    def rows(self, chosen: slice | Int[Tensor, " batch"]) -> "Retained":
+        """The same for some examples, whose passes are others."""
+        return Retained(self._config)
+
     @property
     def held(self) -> slice:
         """Which examples of such a pass it holds."""
@@ -227,54 +233,100 @@ class Retained:
         return cache
 
 
-def retaining(
-    model: PreTrainedModel, inputs: Mapping[str, Any], rows: int | None = None
-) -> dict[str, Any] | None:
-    """Inputs of which a pass retains what `remember` needs, so that this takes no pass of its own.
+@final
+class Memory:
+    """Lets a model remember the first positions of its inputs.
 
-    With `rows` that is retained of the first so many examples, and these are those that are remembered.
-
-    None where `remember` would not look at the inputs, or where modules were hooked by others, or given
-    another forward. The model has to be one whose later positions leave earlier ones alone, which what others
-    did to it may have changed: then a pass over the first positions by themselves tells.
+    Args:
+        model: the model.
+        last: its last layer.
     """
-    if any(map(is_hooked, model.modules())) or _divided(inputs) is None:
-        return None
-    return {**inputs, "use_cache": True, "past_key_values": Retained(model.config, rows)}
+
+    def __init__(self, model: PreTrainedModel, last: nn.Module) -> None:
+        self._model = model
+        self._last = last
+        self._takes: bool | None = None
+
+    def retaining(self, inputs: Mapping[str, Any], rows: int | None = None) -> dict[str, Any] | None:
+        """Inputs of which a pass retains what `remember` needs, so that this takes no pass of its own.
+
+        With `rows` that is retained of the first so many examples, and these are those that are remembered.
+
+        None where `remember` would not look at the inputs, or where modules were given another forward. The
+        model has to be one whose later positions leave earlier ones alone, which what others did to it may
+        have changed: then a pass over the first positions by themselves tells.
+        """
+        parts = _divided(inputs)
+        if parts is None or any(map(is_hooked, self._model.modules())) or not self._takes_cache(parts):
+            return None
+        retained = Retained(self._model.config, rows)
+        return {**inputs, "use_cache": True, "past_key_values": retained}
+
+    def remember(self, inputs: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+        """Inputs for the positions from `length` on, with what the model remembers of those before.
+
+        Runs the model over the first positions, up to its last layer, unless a pass over all of them has
+        retained it. None where it cannot be said that this is all that they do: there is padding or an input
+        that is not divided by position, the cache is of another kind, or others look into modules, who may
+        count positions.
+        """
+        parts = _divided(inputs)
+        total = 0 if parts is None else parts["input_ids"].shape[1]
+        if parts is None or not 0 < length < total:
+            return None
+        if any(map(_is_changed, self._model.modules())) or not self._takes_cache(parts):
+            return None
+        retained = inputs.get("past_key_values")
+        held = retained.held if isinstance(retained, Retained) else slice(None)
+        cache = retained.first(length, total) if isinstance(retained, Retained) else None
+        if cache is None:
+            cache = self._filled({k: v[held, :length] for k, v in parts.items()})
+        if not _holds(cache, length):
+            return None
+        rest = {k: v[held, length:] for k, v in parts.items()}
+        return {**rest, "use_cache": True, "past_key_values": Remembered(cache)}
+
+    def _takes_cache(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether the model fills a cache made by its configuration, seen once on the first two tokens.
+
+        Some models make one of their own kind and take no other (MiniMax), or have no single one (BLT).
+        """
+        if self._takes is None:
+            try:
+                with evaluating(self._model), as_written(self._model.modules()):
+                    self._takes = _holds(self._filled({k: v[:1, :2] for k, v in parts.items()}), 2)
+            except Exception:  # whatever a model raises that is given a cache it was not made for
+                self._takes = False
+        return self._takes
+
+    def _filled(self, first: dict[str, Any]) -> DynamicCache:
+        """What a pass leaves that ends with the last layer."""
+        cache = DynamicCache(config=self._model.config)
+        with torch.no_grad(), suppress(_Passed), installed(partial(_ending, self._last)):
+            self._model(**first, use_cache=True, past_key_values=cache)
+        return cache
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody else looks into a module: transformers leaves hooks that collect outputs."""
+    return "forward" in vars(module) or _is_seen(module)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """The same, but accelerate, which only brings weights and inputs together, may have changed `forward`."""
+    return _is_seen(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+
+
+def _is_seen(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    own = (str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
-    return "forward" in vars(module) or not all(own)
+    return not all(_maker(hook).startswith(("transformers.", "hookgraph.")) for hook in hooks)
 
 
-def remember(
-    model: PreTrainedModel, last: nn.Module, inputs: Mapping[str, Any], length: int
-) -> dict[str, Any] | None:
-    """Inputs for the positions from `length` on, with what the model remembers of those before.
-
-    Runs the model over the first positions, up to its last layer, unless a pass over all of them has retained
-    it. None where it cannot be said that this is all that they do: there is padding or an input that is not
-    divided by position, or the cache is of another kind.
-    """
-    parts = _divided(inputs)
-    total = 0 if parts is None else parts["input_ids"].shape[1]
-    if parts is None or not 0 < length < total:
-        return None
-    retained = inputs.get("past_key_values")
-    held = retained.held if isinstance(retained, Retained) else slice(None)
-    cache = retained.first(length, total) if isinstance(retained, Retained) else None
-    if cache is None:
-        cache = DynamicCache(config=model.config)
-        first: dict[str, Any] = {k: v[held, :length] for k, v in parts.items()}
-        with torch.no_grad(), suppress(_Passed), installed(lambda: last.register_forward_hook(_stop)):
-            model(**first, use_cache=True, past_key_values=cache)
-    if not _holds(cache, length):
-        return None
-    rest = {k: v[held, length:] for k, v in parts.items()}
-    return {**rest, "use_cache": True, "past_key_values": Remembered(cache)}
+def _maker(hook: object) -> str:
+    """The module that a hook was written in."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", ""))
 
 
 def _divided(inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -285,11 +337,16 @@ def _divided(inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         return None
     if isinstance(mask, Tensor) and (mask.ndim != 2 or not bool(mask.all())):
         return None
-    return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
+    parts = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
+    return parts if all(v.ndim == 2 for v in parts.values()) else None
 
 
 class _Passed(Exception):  # noqa: N818 (it ends a pass, and is no error)
     """The last layer has run: nothing is asked of what comes after."""
+
+
+def _ending(last: nn.Module) -> Handle:
+    return last.register_forward_hook(_stop)
 
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:

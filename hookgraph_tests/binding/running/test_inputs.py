@@ -121,6 +121,24 @@ def test_copies_repeat_the_whole_batch(inputs: Any):
     assert all(not isinstance(v, Tensor) or v.shape[0] == 6 for v in prepared.values())
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_copies_repeat_positions_in_time_and_space_along_the_batch(count: int):
+    positions = torch.arange(3 * count * 6).view(3, count, 6)
+    inputs = {"input_ids": tokens(count, 6), "position_ids": positions}
+    prepared = bound("llama").binding.prepare(inputs, copies=2)
+    assert torch.equal(prepared["position_ids"], torch.cat([positions, positions], dim=1))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert bound("llama").remember(inputs, 3) is None  # it is not known how these are divided
+
+
+def test_positions_given_once_are_those_of_every_example():
+    graph = bound("llama", torch.float64)
+    pair = [{"input_ids": x, "position_ids": torch.arange(6)[None]} for x in (IDS, tokens(2, 6, seed=1))]
+    nodes = [ATTN_Z[1].at(head=h, pos=-1) for h in range(2)]
+    found = exact_effects(graph, pair[0], pair[1], logit_diff(3, 5), nodes)
+    expected = exact_effects(graph, IDS, pair[1]["input_ids"], logit_diff(3, 5), nodes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 # --- what cannot ------------------------------------------------------------------------------
 
 HERE = RESID_POST[1]

@@ -10,6 +10,7 @@ from hookgraph.binding import bind
 from hookgraph.binding.running.remembering import Remembered
 from hookgraph.graph.abstract import Prepared
 from hookgraph_tests.families import FAMILIES, binding_of, bound, build, tokens
+from hookgraph_tests.tiny import build as build_tiny
 
 
 def states(rest: Prepared | None) -> list[Tensor]:
@@ -88,3 +89,29 @@ def test_hooks_that_transformers_leaves_on_a_model_are_none_of_others():
     handle = model.register_forward_hook(lambda m, args, output: None)
     assert graph.retaining(tokens()) is None
     handle.remove()
+
+
+def test_where_others_count_positions_nothing_is_remembered():
+    model = build("llama", torch.float64)
+    graph, ids = bind(model, check=False), tokens()
+    assert graph.remember(ids, 3) is not None
+    handle = model.get_submodule("model.layers.1").register_forward_hook(lambda m, args, output: output[:, 3])
+    assert graph.remember(ids, 3) is None
+    handle.remove()
+    assert graph.remember(ids, 3) is not None
+
+
+def test_a_model_that_takes_caches_of_its_own_kind_only_remembers_nothing():
+    model = build_tiny("causal", "minimax")
+    graph, ids = bind(model, check=False), tokens()
+    binding = graph.binding
+    assert graph.remember(ids, 3) is None
+    with patch.object(type(graph.report), "proves", return_value=True):
+        assert binding.retaining(binding.prepare(ids)) is None
+    with torch.no_grad():
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+    inputs = {"input_ids": ids[:, 3:], "past_key_values": cache}
+    first = graph.run(inputs).logits
+    assert torch.equal(graph.run(inputs).logits, first)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, first)
