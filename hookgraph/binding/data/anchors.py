@@ -7,13 +7,14 @@ from hookgraph.binding.data.layouts import Layout
 from hookgraph.binding.data.views import View
 from hookgraph.binding.tracing.operations import Operand
 from hookgraph.binding.tracing.trace import Call, Trace
-from hookgraph.binding.tracing.values import Slot
+from hookgraph.binding.tracing.values import Slot, is_overwritten
 from hookgraph.ontology.locations import Location
 
 Mechanism: TypeAlias = Literal[
     "output",
     "input",
     "sum",
+    "returned sum",
     "interior",
     "own code",
     "norm scale",
@@ -27,6 +28,8 @@ Mechanism: TypeAlias = Literal[
 * `output`: what a module returns, replaced in what it returns.
 * `input`: what a module is given, replaced in what it is given.
 * `sum`: what a module is given, changed in place, because others hold the same tensor.
+* `returned sum`: what a module returns that it was given and changed in place itself, changed in place too,
+  because its caller may go on with what it gave.
 * `interior`: inside the attention function.
 * `own code`: in attention by code of the model's own: what a product, the softmax or a fused attention reads
   or returns.
@@ -122,5 +125,11 @@ class Anchor:
 
 
 def on_call(trace: Trace, call: Call, anchor: Anchor) -> Anchor:
-    """An anchor of one of several calls of its module in a pass, if there are several."""
-    return replace(anchor, call=call.nth, calls=trace.calls_of(call.module))
+    """An anchor of one call of its module: which of several in a pass, if there are several, and whether what
+    it reaches is changed in place after it.
+    """
+    side = call.outputs if anchor.mechanism in ("output", "returned sum") else call.inputs
+    value = side.get(anchor.slot)
+    overwritten = anchor.overwritten or (value is not None and is_overwritten(value))
+    calls = trace.calls_of(call.module)
+    return replace(anchor, call=call.nth, calls=calls, overwritten=overwritten)

@@ -22,7 +22,7 @@ from hookgraph.binding.resolving.roles import Role, assign_roles, is_ambiguous, 
 from hookgraph.binding.resolving.stacks import joined, main_chain, name_stacks
 from hookgraph.binding.running.kernels import other_kernel
 from hookgraph.binding.tracing.trace import Call, Trace
-from hookgraph.binding.tracing.values import Slot, Value, alias_chain
+from hookgraph.binding.tracing.values import Slot, Value, alias_chain, is_changed
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerStack
@@ -136,15 +136,14 @@ def _bind_entry(
         held = alias_chain(block.entering)
         slot, value = next((s, v) for s, v in owner.outputs.items() if v in held)
         view, layout = block.streams_of(value), grid.layout_of(value)
-        over = value.overwritten
-        anchor = Anchor(location, "output", owner.path, slot, view, layout=layout, overwritten=over)
+        anchor = Anchor(location, "output", owner.path, slot, view, layout=layout)
         found.add(on_call(trace, owner, anchor))
         return
     call = block.call if block.ends is None else block.ends[0]
     reading: Mechanism = "input" if alone else "sum"
     slot = next(s for s, v in call.inputs.items() if v is block.entering)
-    view, over = block.streams_of(block.entering), block.entering.overwritten
-    anchor = Anchor(location, reading, call.path, slot, view, layout=grid.layout, overwritten=over)
+    view = block.streams_of(block.entering)
+    anchor = Anchor(location, reading, call.path, slot, view, layout=grid.layout)
     found.add(on_call(trace, call, anchor))
 
 
@@ -163,9 +162,9 @@ def _bind_block(
     if block.streams > 1:
         reason = f"the model keeps several residual streams: see {stack.STREAMS_POST}"
         found.absent(reason, stack.RESID_PRE, stack.RESID_MID, stack.RESID_POST, layer=layer)
-    layout, overwritten = block.grid.layout, block.leaving.overwritten
+    layout = block.grid.layout
     point, view = _points(stack, block)[2][layer], block.streams_of(block.leaving)
-    after = Anchor(point, "output", last.path, slot_out, view, layout=layout, overwritten=overwritten)
+    after = Anchor(point, "output", last.path, slot_out, view, layout=layout)
     found.add(on_call(trace, last, after))
     kinds: dict[Role, LocationType] = {
         "attention": stack.ATTN_OUT,
@@ -243,8 +242,7 @@ def _bind_update(trace: Trace, found: Findings, location: Location, block: Block
     slot = next(s for s, v in update.call.outputs.items() if v is update.value)
     view = None if update.coefficient == 1.0 else Scaled(update.coefficient)
     layout = block.grid.layout_of(update.value)
-    overwritten = update.value.overwritten
-    anchor = Anchor(location, "output", update.call.path, slot, view, layout=layout, overwritten=overwritten)
+    anchor = Anchor(location, "output", update.call.path, slot, view, layout=layout)
     found.add(on_call(trace, update.call, anchor))
     return True
 
@@ -301,8 +299,9 @@ def _bind_middle(
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
         slot = next(s for s, v in call.outputs.items() if v is middle)
-        view, over = block.streams_of(middle), middle.overwritten
-        anchor = Anchor(location, "output", call.path, slot, view, layout=layout, overwritten=over)
+        # Of what is changed in place the layer may go on with what it gave, and ignore what is returned.
+        how: Mechanism = "returned sum" if is_changed(middle, call.inputs.values()) else "output"
+        anchor = Anchor(location, how, call.path, slot, block.streams_of(middle), layout=layout)
         found.add(on_call(trace, call, anchor))
         return middle
     consumers = [
@@ -314,8 +313,7 @@ def _bind_middle(
     call, slot = min(consumers, key=lambda pair: (len(pair[0].parents), pair[0].number))
     given = call.inputs[slot]
     layout = block.grid.layout_of(given)
-    view, over = block.streams_of(given), middle.overwritten
-    anchor = Anchor(location, "sum", call.path, slot, view, layout=layout, overwritten=over)
+    anchor = Anchor(location, "sum", call.path, slot, block.streams_of(given), layout=layout)
     found.add(on_call(trace, call, anchor))
     return middle
 

@@ -24,8 +24,7 @@ def bind_embedding(trace: Trace, found: Findings, stack: TransformerStack, first
             continue
         if any(alias_root(v) in tokens for v in call.inputs.values()):
             layout = first.grid.layout_of(out)
-            anchor = Anchor(stack.EMBED, "output", call.path, layout=layout, overwritten=out.overwritten)
-            found.add(on_call(trace, call, anchor))
+            found.add(on_call(trace, call, Anchor(stack.EMBED, "output", call.path, layout=layout)))
             found.weigh("W_E", stack.EMBED, WeightSource(call.path, "table"))
             return
     found.absent("no module looks tokens up for this stack", stack.EMBED)

@@ -1,10 +1,12 @@
 """What an update reads from the stream, the norm before it, and the inside of the MLP."""
 
+from collections.abc import Sequence
+
 from hookgraph.binding.data.anchors import Anchor, on_call
 from hookgraph.binding.data.findings import Findings, WeightSource
 from hookgraph.binding.data.layouts import Grid
 from hookgraph.binding.resolving.blocks import Block, Update, reads_past_attention
-from hookgraph.binding.resolving.norms import find_norm
+from hookgraph.binding.resolving.norms import Norm, find_norm
 from hookgraph.binding.resolving.projections import (
     Reached,
     as_output,
@@ -21,6 +23,8 @@ from hookgraph.ontology.transformer import TransformerStack
 NONLINEAR = frozenset(
     {"gelu", "silu", "relu", "tanh", "sigmoid", "softplus", "elu", "leaky_relu", "hardtanh"}
 )
+
+_ADDS = "the module that reads the stream for this update also adds the update to it: an edit would move both"
 
 
 def bind_mlp(
@@ -106,12 +110,17 @@ def bind_reading(
     """What an update reads from the stream, and the scale of the norm before it.
 
     It is what the first of `sources` is given that is given anything of the stream's shape; failing that,
-    what the only module is given that reads the stream, or a norm of it, for this update.
+    what the only module is given that reads the stream, or a norm of it, for this update; or what a norm
+    returns that only this update reads. A module that adds the update to the stream is given the stream
+    itself, which is more than what the update reads.
     """
     size = block.entering.tensor.numel() // block.streams
+    adding = False
     for source in sources:
         given = [] if source is None else [(s, v) for s, v in source.inputs.items() if _fits(v, size)]
         given = [(s, v) for s, v in given if not reads_past_attention(v, block)]
+        if source is not None and source.first <= update.step.value.number < source.last:
+            adding, given = True, [(s, v) for s, v in given if not _is_stream(v, block)]
         if source is not None and given:
             _add_reading(trace, found, location, scale, block, source, *given[0])
             return
@@ -119,7 +128,14 @@ def bind_reading(
     if len(readers) == 1:
         _add_reading(trace, found, location, scale, block, *readers[0])
         return
-    found.absent("no single module reads the stream for this update", location, scale)
+    norm = _own_norm(trace, block, update, [value for _, _, value in readers])
+    if norm is not None:
+        layout = block.grid.layout_of(norm.output)
+        anchor = Anchor(location, "output", norm.call.path, norm.returned, layout=layout)
+        found.add(on_call(trace, norm.call, anchor))
+        bind_scale(trace, found, scale, norm.output, block.call, block.grid)
+        return
+    found.absent(_ADDS if adding else "no single module reads the stream for this update", location, scale)
 
 
 def _add_reading(
@@ -158,6 +174,23 @@ def _readers(trace: Trace, block: Block, update: Update) -> list[tuple[Call, Slo
                 readers.append((call, slot, value))
                 break
     return readers
+
+
+def _is_stream(value: Value, block: Block) -> bool:
+    stream = {block.entering, *(s.value for s in block.steps)}
+    return alias_root(value, stream) in stream
+
+
+def _own_norm(trace: Trace, block: Block, update: Update, values: Sequence[Value]) -> Norm | None:
+    """The norm whose result all of these values are, and nothing but this update is computed from."""
+    norms = [n for c in trace.inside(block.call) if (n := find_norm(c, block.grid.layout)) is not None]
+    read = {alias_root(v, [n.output for n in norms]) for v in values}
+    norm = next((n for n in norms if read == {n.output}), None)
+    if norm is None or _is_stream(norm.output, block):
+        return None
+    inside = trace.values[block.call.first : block.call.last]
+    alone = all(v in update.cone for v in inside if norm.output in v.inputs)
+    return norm if alone else None
 
 
 def bind_scale(

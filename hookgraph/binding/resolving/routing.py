@@ -168,7 +168,7 @@ def _add_output(
     trace: Trace, found: Findings, location: Location, call: Call, slot: Slot, value: Value
 ) -> None:
     layout: Layout = "flat" if value.tensor.ndim == 2 else ""
-    anchor = Anchor(location, "output", call.path, slot, layout=layout, overwritten=value.overwritten)
+    anchor = Anchor(location, "output", call.path, slot, layout=layout)
     found.add(on_call(trace, call, anchor))
 
 

@@ -126,12 +126,12 @@ def _hook(
         return _head_result_hook(module, anchor, tap, state), "output", True
     if anchor.mechanism == "head input":
         return _head_input_hook(anchor, tap, state), "output", True
-    change = (
-        partial(_in_place, anchor, tap, state) if anchor.mechanism == "sum" else _through(anchor, tap, state)
-    )
-    if anchor.mechanism == "output" and anchor.slot is None:
+    sums = anchor.mechanism in ("sum", "returned sum")
+    change = partial(_in_place, anchor, tap, state) if sums else _through(anchor, tap, state)
+    returned = anchor.mechanism in ("output", "returned sum")
+    if returned and anchor.slot is None:
         return partial(_whole_output, change), "output", False
-    if anchor.mechanism == "output":
+    if returned:
         return partial(_part_of_output, anchor.slot, change), "output", False
     if anchor.also:
         return partial(_everywhere, (anchor.slot, *anchor.also), change), "input", True
@@ -362,7 +362,8 @@ def _head_input(
     y: Tensor,
 ) -> Tensor | None:
     """q_h = x W_Q[h] + b; with x'_h in place of head h's x, q'_h = q_h + (x'_h - x) W_Q[h]."""
-    x = _shaped(anchor, state, element(args, kwargs, anchor.slot))
+    raw = element(args, kwargs, anchor.slot)
+    x = _shaped(anchor, state, raw.clone() if anchor.overwritten else raw)
     copies = x.unsqueeze(2).expand(-1, -1, view.count, -1)
     value = _apart(copies, tap)
     new = tap(value)

@@ -1,6 +1,6 @@
 """A tensor of a traced pass: what computed it, from what, and what it is a view or a cast of."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -20,6 +20,9 @@ ALIASES = frozenset(
 )
 # fmt: on
 """Operations whose output holds elements of their first input, unchanged but for the dtype."""
+
+_COPIES = frozenset({"clone", "_to_copy"})
+"""Those of them that share no memory with it."""
 
 
 @final
@@ -68,6 +71,24 @@ def alias_root(value: Value, stop: Iterable[Value] = ()) -> Value:
             return value
         value = source
     return value
+
+
+def is_overwritten(value: Value) -> bool:
+    """Whether the pass changes a tensor in place later on, or what it is a view of."""
+    while not value.overwritten and value.op in ALIASES - _COPIES and value.inputs:
+        value = value.inputs[0]
+    return value.overwritten
+
+
+def is_changed(value: Value, given: Collection[Value]) -> bool:
+    """Whether a value is one of those `given`, changed in place."""
+    here = value
+    while here not in given:
+        before = here.inputs[0] if here.inputs else here
+        if not before.overwritten or before.changed > here.number:
+            return False
+        here = before
+    return here is not value
 
 
 def alias_chain(value: Value) -> set[Value]:
