@@ -46,8 +46,10 @@ Role: TypeAlias = Literal[
 """Which tensor of an attention function, of experts, or of a module that computes a product."""
 
 
-Kept: TypeAlias = Literal["", "states", "source"]
-"""What a cache keeps of keys and values: these themselves, or what they are made from."""
+Kept: TypeAlias = Literal["", "states", "shared", "source"]
+"""What a cache keeps of keys and values: these themselves, which later layers may share, or what they are
+made from.
+"""
 
 
 @final
@@ -78,8 +80,8 @@ class Anchor:
         layout: in which order the tensor's axes lie.
         overwritten: the model changes the tensor in place afterwards, so that a copy goes on.
         limit: the values are integers below it; 0 if they are none.
-        kept: for keys and values at `interior`: whether a cache keeps these very tensors (`states`) or what
-            they are made from; empty where no cache was seen.
+        kept: for keys and values at `interior`: whether a cache keeps these very tensors (`states`; `shared`
+            where later layers are given them too) or what they are made from; empty where no cache was seen.
         call: which of the module's calls in one pass.
         calls: how many calls of the module there are in one pass.
         operand: for `own code`: which tensor of which function.

@@ -199,10 +199,14 @@ def _order(location: Location) -> tuple[object, ...]:
 
 def _told_by_twin(findings: Findings, found: Findings, agreed: Agreement) -> Findings:
     """The findings with what the twin tells better, or more cheaply: numbers that were fitted in double
-    precision, and what a cache keeps.
+    precision, and what a cache keeps. Which layers share keys with later ones depends on how many there are:
+    if some do, all are reached so that those would see an edit.
     """
+    shared = any(anchor.kept == "shared" for anchor in found.anchors.values())
     better = {
-        x: replace(anchor, epsilon=twin.epsilon, kept=twin.kept)
+        x: replace(
+            anchor, epsilon=twin.epsilon, kept="shared" if shared and twin.kept == "states" else twin.kept
+        )
         for x, anchor in findings.anchors.items()
         if x in agreed.peers and (twin := found.anchors[agreed.peers[x][0]])
     }

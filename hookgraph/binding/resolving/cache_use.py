@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hookgraph.binding.data.anchors import Anchor, Role
 from hookgraph.binding.data.findings import Findings
@@ -41,7 +41,8 @@ def see_cache(model: nn.Module, findings: Findings, example: Mapping[str, Any]) 
             continue
         same = watch.interiors[anchor.module].seen.get(anchor.role)
         if anchor.mechanism == "interior":
-            kept[location] = replace(anchor, kept="states" if same else "source")
+            shared = same and watch.is_shared(anchor)
+            kept[location] = replace(anchor, kept="shared" if shared else "states" if same else "source")
         elif same:
             kept[location] = replace(anchor, kept="states")
         elif same is False and Dimension.POS in location.type.dims:
@@ -61,6 +62,16 @@ class _Watch:
     def installers(self) -> list[Callable[[], Handle]]:
         """One for each module."""
         return [partial(self._install, path) for path in self._chosen]
+
+    def is_shared(self, anchor: Anchor) -> bool:
+        """Whether the attention of other modules was given the same keys or values."""
+        given = {path: self._given(path, anchor.role) for path in self.interiors}
+        own = given.pop(anchor.module)
+        return own is not None and any(x is own for x in given.values())
+
+    def _given(self, path: str, role: Role) -> Tensor | None:
+        interior = self.interiors[path]
+        return (interior.given or {}).get(role) if isinstance(interior, Interior) else None
 
     def _install(self, path: str) -> Handle:
         module, anchors = self._model.get_submodule(path), self._chosen[path]

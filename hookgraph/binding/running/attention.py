@@ -70,11 +70,15 @@ class Interior:
         watch: bool = False,
     ) -> None:
         self._module = module
-        self._kept: frozenset[Role] = frozenset(role for role, a in anchors.items() if a.kept == "states")
+        keeping = ("states", "shared")
+        self._kept: frozenset[Role] = frozenset(role for role, a in anchors.items() if a.kept in keeping)
+        self._shared: frozenset[Role] = frozenset(role for role, a in anchors.items() if a.kept == "shared")
         self._taps: Mapping[Role, Tap] | None = None
         self._edited: dict[Location, Edited] = {}
         self.seen: dict[Role, bool] = {}
         """Whether keys and values were the very tensors that a cache handed back, when last watched."""
+        self.given: dict[Role, Tensor] | None = {} if watch else None
+        """The keys and values that attention was given, while watched."""
         self._turn = Turn(taps, state)
         self._state = state
         self._original = module.__dict__["config"]
@@ -108,8 +112,10 @@ class Interior:
         if states is None:
             return raw
         self.seen[role] = raw is states.returned.get(role)
+        if self.given is not None:
+            self.given[role] = raw
         if tap is None or states.cache is None:
-            return tap_heads(tap, raw)
+            return _tap_shared(tap, raw) if tap is not None and role in self._shared else tap_heads(tap, raw)
         if role not in self._kept:
             if Dimension.POS not in tap.location.type.dims:  # the positions of another stack, all of them
                 return tap_heads(tap, raw)
@@ -252,6 +258,13 @@ def tap_heads(tap: Tap | None, raw: Tensor) -> Tensor:
     value = raw.transpose(1, 2)
     new = tap(value)
     return raw if new is value and not tap.tracks_gradient else new.transpose(1, 2)
+
+
+def _tap_shared(tap: Tap, raw: Tensor) -> Tensor:
+    """Call a tap on heads that later layers are given too: they are changed for all of them, in place."""
+    if not tap.edits and not tap.tracks_gradient:
+        return tap_heads(tap, raw)
+    return raw.copy_(tap(raw.transpose(1, 2).clone()).transpose(1, 2))
 
 
 @final

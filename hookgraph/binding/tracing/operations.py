@@ -84,7 +84,8 @@ def form_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
         form = Form("fused", _slots(_FUSED[:3], args))
         return form._replace(terms=_FUSED_TERMS.get(_axes(form, args, kwargs), ()))
     if func is torch.einsum:
-        return Form("product", *_einsum(args))
+        alone = len(args) == 2 and isinstance(args[1], Tensor)  # its axes in another order are no product
+        return None if alone else Form("product", *_einsum(args))
     if func in _MATMUL:
         form = Form("product", _slots(("input", "mat2" if "mat2" in kwargs else "other"), args))
     elif func in _ADDED:

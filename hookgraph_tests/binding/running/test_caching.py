@@ -20,6 +20,7 @@ from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import ATTN_K, ATTN_V, XATTN_K
 from hookgraph_tests.families import FAMILIES, bound, model_of, tokens
+from hookgraph_tests.tiny import build
 
 IDS = tokens(2, 6)
 NEW = 5
@@ -154,6 +155,19 @@ def test_what_a_cache_keeps_is_noted_when_the_model_is_bound():
     assert kept(bound("llama")) == {"states"}
     assert kept(latent()) == {"source"}
     assert kept(bound("gpt2")) == set()
+
+
+def test_edited_keys_reach_the_layers_that_share_them_with_a_cache_and_without():
+    graph = bind(build("causal", "gemma4_text").double(), check=False)
+    edited = graph.hook(ATTN_K[0], lambda x: 1.5 * x + 0.3)
+    runs = [
+        edited.run({"input_ids": IDS, "use_cache": use}, save=[ATTN_K[0].grad], metric=lambda x: x[:, -1, 3])
+        for use in (False, True)
+    ]
+    torch.testing.assert_close(runs[0].logits, runs[1].logits)
+    torch.testing.assert_close(runs[0][ATTN_K[0].grad], runs[1][ATTN_K[0].grad])
+    read = graph.run(IDS, save=[ATTN_K[0].grad], metric=lambda x: x[:, -1, 3])
+    assert torch.equal(read.logits, graph.run(IDS).logits)
 
 
 def test_keys_of_another_stack_are_new_once():

@@ -101,6 +101,13 @@ def test_hooks_of_others_that_compute_inside_are_noticed():
     assert graph.run(IDS, save=[ATTN_Q[0]])[ATTN_Q[0]].shape == (2, 6, 4, 8)
 
 
+def test_axes_of_a_mask_put_in_another_order_are_no_product():
+    graph = bind(build("causal", "xlnet"), check=False)
+    masks: tuple[dict[str, Tensor], ...] = ({}, {"attention_mask": torch.ones_like(IDS)})
+    plain, masked = (graph.run({"input_ids": IDS, **mask}, save=[ATTN_Z[0]])[ATTN_Z[0]] for mask in masks)
+    torch.testing.assert_close(plain, masked)
+
+
 def plain(own: Heads, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return joined(softmax(q @ k.mT) @ v)
 
