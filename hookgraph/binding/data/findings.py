@@ -82,6 +82,8 @@ class Layer:
     """What it takes to begin a pass after it."""
     stage: int = 0
     """How often the width of the stream changed on the way to it."""
+    overwritten: bool = False
+    """Whether what it is given, or what it returns, is changed in place later on."""
 
 
 @final

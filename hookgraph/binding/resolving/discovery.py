@@ -22,7 +22,7 @@ from hookgraph.binding.resolving.roles import Role, assign_roles, is_ambiguous, 
 from hookgraph.binding.resolving.stacks import joined, main_chain, name_stacks
 from hookgraph.binding.running.kernels import other_kernel
 from hookgraph.binding.tracing.trace import Call, Trace
-from hookgraph.binding.tracing.values import Slot, Value, alias_chain, is_changed
+from hookgraph.binding.tracing.values import Slot, Value, alias_chain, is_changed, is_overwritten
 from hookgraph.errors import BindingError
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.transformer import DECODER, AttentionTypes, TransformerStack
@@ -196,6 +196,7 @@ def _bind_block(
             layout,
             view is not None,
             stage=block.stage,
+            overwritten=is_overwritten(block.entering) or is_overwritten(block.leaving),
         )
     )
 

@@ -142,5 +142,6 @@ def _put(layer: Layer, value: Tensor, module: nn.Module, args: Any, output: Any)
 
 
 def _given(layer: Layer, value: Tensor) -> Tensor:
-    """The value of a location between layers, as layers take it."""
-    return restored(layer.layout, value.flatten(2) if layer.joined else value)
+    """The value of a location between layers, as layers take it; a copy, where they change it in place."""
+    given = restored(layer.layout, value.flatten(2) if layer.joined else value)
+    return given.clone() if layer.overwritten else given

@@ -156,6 +156,18 @@ def test_they_are_proven(layer: Callable[[InPlaceRow, Tensor, str], Tensor], way
     assert {ATTN_IN[1], RESID_MID[1]} <= set(graph.locations)
 
 
+@pytest.mark.parametrize(("layer", "way"), [(directly, "in place"), (by_modules, "ignored")])
+def test_a_replay_leaves_what_it_starts_from_as_it_was(
+    layer: Callable[[InPlaceRow, Tensor, str], Tensor], way: str
+):
+    graph = loom(partial(layer, way=way))
+    for after in (RESID_PRE[0], RESID_PRE[1]):
+        run = graph.run({"input_ids": TOKENS}, save=[after])
+        before = run[after].clone()
+        torch.testing.assert_close(graph.replay(run, after=after).logits, run.logits)
+        assert run[after].equal(before)
+
+
 def test_of_attention_that_adds_itself_to_the_stream_an_edit_of_what_it_reads_leaves_the_stream():
     graph = loom(partial(by_attention, way="plain"))
     plain = graph.run({"input_ids": TOKENS}, save=[RESID_PRE[1]])[RESID_PRE[1]]
