@@ -12,7 +12,7 @@ from hookgraph.binding.running.attention import sharing
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.mechanisms import PassState
 from hookgraph.binding.running.outputs import read_output
-from hookgraph.binding.running.remembering import recalled
+from hookgraph.binding.running.recalling import recalled
 from hookgraph.binding.running.sharing import SHARED, TOGETHER, SharedPast, attending
 from hookgraph.graph.conformance import Gap, Proof
 from hookgraph.ontology.locations import Location

@@ -27,12 +27,14 @@ from hookgraph.binding.running.mechanisms import (
     notice_recomputing,
 )
 from hookgraph.binding.running.narrowing import NARROWED, is_one_each, last_mlp, modules_behind, narrowing
+from hookgraph.binding.running.others import is_hooked
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
 from hookgraph.binding.running.positions import Following, spans_of
 from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
-from hookgraph.binding.running.remembering import Memory, is_hooked, recalled, several
+from hookgraph.binding.running.recalling import recalled, several
+from hookgraph.binding.running.remembering import Memory
 from hookgraph.binding.running.sharing import SHARED, SharedPast, attending
 from hookgraph.binding.running.skipping import enter_first, skipping, why_closed
 from hookgraph.binding.running.weights import normal_form

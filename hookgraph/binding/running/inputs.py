@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from hookgraph.binding.running.remembering import Lent, Remembered, Retained, lent
+from hookgraph.binding.running.recalling import Lent, Remembered, Retained, lent
 from hookgraph.binding.tracing.packing import repeated
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs

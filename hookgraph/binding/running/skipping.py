@@ -1,6 +1,6 @@
 """Enter a model between two layers: the layers before do not run."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hookgraph.binding.data.findings import Findings, Layer
 from hookgraph.binding.data.layouts import restored
 from hookgraph.binding.running.mechanisms import element, replaced, with_element
+from hookgraph.binding.running.others import is_known
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import Handle, installed
@@ -81,7 +82,7 @@ def _silenced(modules: Iterable[nn.Module]) -> Generator[None]:
     Hooks keep their places, so that they may be removed, and others added, in between.
     """
     kinds = [x for m in modules for x in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks) if x]
-    silent = [(hooks, key, hook) for hooks in kinds for key, hook in hooks.items() if not _collects(hook)]
+    silent = [(hooks, key, hook) for hooks in kinds for key, hook in hooks.items() if not is_known(hook)]
     for hooks, key, _ in silent:
         hooks[key] = _nothing
     try:
@@ -94,11 +95,7 @@ def _silenced(modules: Iterable[nn.Module]) -> Generator[None]:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether others may change what a module returns."""
-    return not all(map(_collects, module._forward_hooks.values()))
-
-
-def _collects(hook: Callable[..., Any]) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+    return not all(map(is_known, module._forward_hooks.values()))
 
 
 def _nothing(*args: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hookgraph.binding import bind
-from hookgraph.binding.running.remembering import Remembered
+from hookgraph.binding.running.recalling import Remembered
 from hookgraph.graph.abstract import Prepared
 from hookgraph_tests.families import FAMILIES, binding_of, bound, build, tokens
 from hookgraph_tests.tiny import build as build_tiny

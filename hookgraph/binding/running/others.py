@@ -1,0 +1,26 @@
+"""Hooks of others on modules: of users, and of other libraries."""
+
+from functools import partial
+
+from torch import nn
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody else looks into a module, or gave it another forward."""
+    return "forward" in vars(module) or _is_seen(module)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """The same, but accelerate, which only brings weights and inputs together, may have changed `forward`."""
+    return _is_seen(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+
+
+def is_known(hook: object) -> bool:
+    """Whether a hook is of transformers, which leaves hooks that collect outputs, or of hookgraph."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "hookgraph."))
+
+
+def _is_seen(module: nn.Module) -> bool:
+    return not all(map(is_known, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
