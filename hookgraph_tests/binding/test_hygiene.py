@@ -142,8 +142,8 @@ def after_stopping_early(graph: HookGraph) -> None:
 
 
 def after_a_replay(graph: HookGraph) -> None:
-    run = graph.run(IDS, save=[RESID_POST[1]])
-    graph.replay(run, RESID_POST[1], save=[RESID_POST[2].grad], metric=metric)
+    run = graph.run(IDS, save=[RESID_PRE[2]])
+    graph.replay(run, RESID_PRE[2], save=[RESID_POST[2].grad], metric=metric)
 
 
 def after_generating(graph: HookGraph) -> None:
@@ -179,9 +179,9 @@ def when_the_model_raises(graph: HookGraph) -> None:
 
 
 def when_a_replay_raises(graph: HookGraph) -> None:
-    run = graph.run(IDS, save=[RESID_POST[1]])
+    run = graph.run(IDS, save=[RESID_PRE[2]])
     with pytest.raises(MineError):
-        graph.hook(RESID_POST[2], broken).replay(run, RESID_POST[1])
+        graph.hook(RESID_POST[2], broken).replay(run, RESID_PRE[2])
 
 
 def when_it_is_attached_already(graph: HookGraph) -> None:
