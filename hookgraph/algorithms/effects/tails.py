@@ -61,7 +61,7 @@ def tail(contrast: Contrast, start: int) -> Contrast | None:
     metric of a copy that is not patched.
     """
     metric = contrast.metric
-    if start == 0 or not isinstance(metric, ReadingMetric) or not _along_positions(contrast):
+    if start == 0 or not isinstance(metric, ReadingMetric) or not all(map(_along_positions, contrast.clean)):
         return None
     reads = _later(metric.reads, start, length_of(contrast))
     rest = None if reads is None else contrast.graph.remember(contrast.retained or contrast.inputs, start)
@@ -92,7 +92,7 @@ def late(
     None where that is not possible, or not known to be right, as in `tail`.
     """
     first, second = pair
-    if not isinstance(metric, ReadingMetric) or any(not _along_queries(x) for x in places):
+    if not isinstance(metric, ReadingMetric) or not all(map(_along_positions, places)):
         return None
     reads, count = _later(metric.reads, start, positions_of(first)), count_examples(first) or 1
     both = _side_by_side(first, second, count)
@@ -122,11 +122,6 @@ def positions_of(inputs: Prepared) -> int:
     found = {x.shape[1:] for x in inputs.values() if isinstance(x, Tensor)}
     shape = found.pop() if len(found) == 1 else ()
     return shape[0] if len(shape) == 1 else 0
-
-
-def _along_queries(place: Location) -> bool:
-    """Whether a place has positions, and no keys, of which a window has fewer than there are positions."""
-    return Dimension.POS in place.dims and Dimension.KEY_POS not in place.dims
 
 
 def _side_by_side(first: Prepared, second: Prepared | None, count: int) -> Prepared | None:
@@ -207,9 +202,9 @@ def _later(reads: Reads | None, start: int, length: int) -> Reads | None:
     return None if bool((found < 0).any()) else found
 
 
-def _along_positions(contrast: Contrast) -> bool:
-    """Whether every place is a whole location of the stack of the inputs, with positions."""
-    return all(x == x.whole and Dimension.POS in x.dims for x in contrast.clean)
+def _along_positions(place: Location) -> bool:
+    """Whether a place is a whole location with positions, and without keys: of these a window has fewer."""
+    return place == place.whole and Dimension.POS in place.dims and Dimension.KEY_POS not in place.dims
 
 
 def _from(place: Location, value: Float[Tensor, "..."], start: int) -> Float[Tensor, "..."]:
