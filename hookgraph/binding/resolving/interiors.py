@@ -7,10 +7,12 @@ from hookgraph.binding.data.findings import Findings, WeightSource
 from hookgraph.binding.data.layouts import Grid
 from hookgraph.binding.resolving.blocks import Block, Update, reads_past_attention
 from hookgraph.binding.resolving.norms import Norm, find_norm
+from hookgraph.binding.resolving.paths import cone_of
 from hookgraph.binding.resolving.projections import (
     Reached,
     as_output,
     floating_input,
+    is_matrix_product,
     is_projection,
     last_projection,
 )
@@ -112,13 +114,16 @@ def bind_reading(
     It is what the first of `sources` is given that is given anything of the stream's shape; failing that,
     what the only module is given that reads the stream, or a norm of it, for this update; or what a norm
     returns that only this update reads. A module that adds the update to the stream is given the stream
-    itself, which is more than what the update reads.
+    itself, which is more than what the update reads. A projection may be given what the layer's own code
+    computed for this update, of the stream's shape by chance.
     """
     size = block.entering.tensor.numel() // block.streams
     adding = False
     for source in sources:
         given = [] if source is None else [(s, v) for s, v in source.inputs.items() if _fits(v, size)]
         given = [(s, v) for s, v in given if not reads_past_attention(v, block)]
+        if source is not None and is_projection(trace, source):
+            given = [(s, v) for s, v in given if not _is_projected(v, block)]
         if source is not None and source.first <= update.step.value.number < source.last:
             adding, given = True, [(s, v) for s, v in given if not _is_stream(v, block)]
         if source is not None and given:
@@ -174,6 +179,12 @@ def _readers(trace: Trace, block: Block, update: Update) -> list[tuple[Call, Slo
                 readers.append((call, slot, value))
                 break
     return readers
+
+
+def _is_projected(value: Value, block: Block) -> bool:
+    """Whether a projection stands between the stream and a value."""
+    stream = {block.entering, *(s.value for s in block.steps)}
+    return any(is_matrix_product(v) for v in cone_of(value, stream, block.call.first))
 
 
 def _is_stream(value: Value, block: Block) -> bool:
