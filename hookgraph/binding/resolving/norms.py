@@ -18,6 +18,9 @@ from hookgraph.binding.tracing.values import Slot, Value
 
 _SCALES = (1e-3, 1.0, 30.0)
 
+_FLAT = 2
+"""How many axes an activation has with positions of all examples on one."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -38,13 +41,16 @@ class Norm:
 
 def find_norm(call: Call, layout: Layout = "") -> Norm | None:
     """The norm that a module call is, or None, given how the activations lie."""
-    shaped = [(s, v) for s, v in call.inputs.items() if v.is_activation]
+    given = [(s, v) for s, v in call.inputs.items() if v.tensor.is_floating_point()]
+    # Positions of all examples may lie on one axis.
+    shaped = [x for x in given if x[1].is_activation] or [x for x in given if x[1].tensor.ndim == _FLAT]
     composed = any(True for child in call.module.children() for _ in child.parameters())
     if len(shaped) != 1 or len(call.outputs) != 1 or composed:
         return None
     slot, value = shaped[0]
     returned, out = next(iter(call.outputs.items()))
-    if out is value or out.tensor.shape != value.tensor.shape or not out.is_activation:
+    same = out.tensor.shape == value.tensor.shape and out.tensor.is_floating_point()
+    if out is value or not same:
         return None
     lying: Layout = "features first" if layout == "features first" and value.tensor.ndim == 3 else ""
     found = _recognise(call.module, value.tensor, lying)
