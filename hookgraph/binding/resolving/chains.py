@@ -76,11 +76,29 @@ class _Search:
         """The chains among the calls of the modules of lists; for want of them, of parts of layers."""
         linked = {path: found for path, found in calls.items() if is_chain(found)}
         linked |= _braided({path: found for path, found in calls.items() if path not in linked})
+        linked = {path: found for path, found in linked.items() if not self._only_holds_layers(found, linked)}
         inner = {c for found in linked.values() for c in found}
         outermost = {path: f for path, f in linked.items() if not inner & set(f[0].parents)}
         chains = self._resolved(outermost) or self._of_stages(linked)
         apart = {path: found for path, found in calls.items() if path not in linked}
         return self._with_more_between(apart, chains) or dict(self._of_parts())
+
+    def _only_holds_layers(self, calls: list[Call], lists: Lists) -> bool:
+        """Whether a list of one module is none of layers: that module holds a list of modules of one class,
+        and adds nothing to the stream but what these add.
+        """
+        whole = resolve(self.trace, calls[0], gated=self.gated) if len(calls) == 1 else None
+        if whole is None:
+            return False
+        added = {step.value for step in whole.adds}
+        inner = (found for found in lists.values() if len(found) > 1 and calls[0] in found[0].parents)
+        alike = [found for found in inner if len({type(call.module) for call in found}) == 1]
+        for found in alike:
+            pairs = zip_longest(found, found[1:])
+            blocks = [b for pair in pairs if (b := resolve(self.trace, *pair, gated=self.gated)) is not None]
+            if len(blocks) == len(found) and added == {step.value for b in blocks for step in b.adds}:
+                return True
+        return False
 
     def _resolved(self, lists: Lists, *, passed: bool = True) -> dict[str, list[Block]]:
         """The outermost lists of which every call is a layer, the stream being what it hands on to the next

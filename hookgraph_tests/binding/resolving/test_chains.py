@@ -304,3 +304,45 @@ class HeapedLoom(KnottedLoom):
 def test_layers_that_do_not_feed_each_other_are_told(kind: type[KnottedLoom], reason: str):
     with pytest.raises(BindingError, match=re.escape(reason)):
         bind(kind(plain), cached=False)
+
+
+class Bolt(nn.Module):
+    """Rows in one module, of one class, or one that holds a row's parts."""
+
+    def __init__(self, *rows: nn.Module) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList(rows)
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        """The stream after all of them."""
+        for row in self.rows:
+            cloth = row(cloth)
+        return cloth
+
+
+class Woven(Row):
+    """The part of a row that adds attention."""
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        """The stream with it."""
+        return cloth + self.weft(self.before(cloth))
+
+
+class Dyed(Row):
+    """The part of a row that adds the MLP."""
+
+    def forward(self, cloth: Tensor) -> Tensor:
+        """The stream with it."""
+        return cloth + self.dye(self.between(cloth))
+
+
+@pytest.mark.parametrize(("parts", "layers"), [((Row, Row), 2), ((Woven, Dyed), 1)])
+def test_a_module_that_only_holds_layers_is_none_and_one_that_holds_its_parts_is(
+    parts: tuple[type[Row], ...], layers: int
+):
+    config = LoomConfig(echo=False)
+    model = LoomForCausalLM(config)
+    model.cloth = nn.ModuleList([Bolt(*(part(config) for part in parts))])
+    graph = bind(model.eval(), cached=False)
+    assert graph.every(RESID_POST) == tuple(RESID_POST[i] for i in range(layers))
+    assert {RESID_MID[0], ATTN_OUT[0], MLP_OUT[0]} <= set(graph.locations)
