@@ -23,16 +23,18 @@ Status: TypeAlias = Literal["bound", "not bound", "no stream", "not run", "not b
 """`not built`: no tiny instance can be made here; `not run`: the model itself fails on the example; `no
 stream`: it is a net of convolutions, neither given tokens nor attending to positions, and is refused."""
 
-_LONGEST: Final = 160
+_LONGEST: Final = 400
 _REFUSED: Final = "no list of layers feeds"
 """What `bind` says of a model without a chain of layers."""
 _GENERAL: Final = (
-    (r" fails: .*", " fails"),
     (r": use \S+$", ""),
     (r"layer \d+ adds", "the layer adds"),
     (r"\[\d+\]", "[l]"),
 )
 """What differs between layers and models that lack a location for the same reason."""
+
+_MEASURED: Final = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)(?!\w)")
+"""A number, in what is said of an invariant that fails."""
 
 
 @final
@@ -127,4 +129,5 @@ def general(reason: str) -> str:
     """A reason without what is particular to one layer or one measurement."""
     for pattern, replacement in _GENERAL:
         reason = re.sub(pattern, replacement, reason)
-    return reason
+    invariant, fails, note = reason.partition(" fails: ")
+    return invariant + fails + _MEASURED.sub("n", note)

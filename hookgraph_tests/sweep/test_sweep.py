@@ -76,7 +76,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch: pytest.Monkey
 
 
 def test_reasons_of_layers_and_measurements_are_one():
-    assert general("edit = gradient fails: finite difference 0.1, gradient 2") == "edit = gradient fails"
+    slopes = "edit = gradient fails: finite difference {}, gradient {}"
+    measured = {general(slopes.format(*x)) for x in [(0.1, -2), ("-4.745e-05", "inf")]}
+    assert measured == {slopes.format("n", "n")}
+    sizes = "shape fails: 3 axes, of sizes 1 8 16, for batch pos (attn.q[1])"
+    assert general(sizes) == "shape fails: n axes, of sizes n n n, for batch pos (attn.q[l])"
+    same = "fires once fails: TypeError: stack2 got float64"
+    assert general(same) == same
     assert general("the norm is the one of attn.ln_scale[3]") == "the norm is the one of attn.ln_scale[l]"
     assert general("layer 3 adds 2 updates of this kind") == "the layer adds 2 updates of this kind"
 

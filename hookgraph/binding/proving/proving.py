@@ -313,6 +313,11 @@ def _closed(findings: Findings, parts: Sequence[_Proven]) -> Findings:
     return replace(findings, closed={**findings.closed, **closed})
 
 
+def _told(proof: Proof) -> str:
+    """What is said of a failure, if only by how much something is off."""
+    return proof.note or f"it is off by {proof.error:.2g}, of at most {proof.tolerance:.2g}"
+
+
 def _concluded(
     binding: HuggingFaceBinding, findings: Findings, parts: Sequence[_Proven], family: Family | None
 ) -> Outcome:
@@ -322,7 +327,7 @@ def _concluded(
     failed: dict[Location, str] = {}
     stands: dict[Location, Location] = {}
     for part in parts:
-        reasons = {p.location: f"{p.invariant} fails: {p.note}" for p in part.proofs if not p.holds}
+        reasons = {p.location: f"{p.invariant} fails: {_told(p)}" for p in part.proofs if not p.holds}
         for location in findings.anchors:
             peers = part.peers.get(location, ()) if part.peers else (location,)
             bad = next((x for x in peers if x in reasons), None)

@@ -17,7 +17,7 @@ from hookgraph.binding.data.views import Columns, Scaled
 from hookgraph.binding.proving import conformance, proving
 from hookgraph.binding.running import huggingface
 from hookgraph.errors import UnknownLocationError
-from hookgraph.graph.conformance import INVARIANTS, ConformanceReport
+from hookgraph.graph.conformance import INVARIANTS, ConformanceReport, Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import (
@@ -402,6 +402,13 @@ def test_what_fails_is_absent_with_the_reason():
         graph.run(IDS, save=[RESID_MID[1]])
     assert RESID_MID[1] in graph.report.absent
     assert RESID_MID[1] not in graph.report.mechanisms
+
+
+def test_of_what_fails_without_a_note_it_is_said_by_how_much():
+    binding = binding_of(graph_of("llama"))
+    outcome = proving.conclude(binding, [Proof(RESID_MID[1], "transparent", False, 0.125, 1e-5)])
+    reason = "transparent fails: it is off by 0.12, of at most 1e-05"
+    assert outcome.findings.reasons[RESID_MID[1]] == reason
 
 
 def test_a_bound_model_can_be_checked_again_as_it_is():
