@@ -243,15 +243,18 @@ class Coordinates(AbstractSubgraph):
         return (self._site,)
 
     @property
+    def acts(self) -> bool:
+        """Only if someone asks."""
+        return False
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """The coordinates."""
         return (self.latents,)
 
     def visit(self, site: Location, value: Tensor, frame: Frame) -> Tensor:
-        """Replace what is asked for; nothing is computed unless someone asks."""
+        """Replace what is asked for."""
         self._log(self._name)
-        if not frame.wanted(self.latents):
-            return value
         latents = value @ self._columns
         edited = frame.tap(self.latents, latents.view_as(latents))
         return value + (edited - latents) @ self._columns.T

@@ -296,6 +296,13 @@ class AbstractSubgraph(ABC):
         return False
 
     @property
+    def acts(self) -> bool:
+        """Whether it changes a value or a gradient, or looks at one, though nothing is asked at its own
+        locations: where it does not, passes in which nothing is asked there go without it.
+        """
+        return True
+
+    @property
     def splice_gradient(self) -> str:
         """How a gradient goes through its sites, where that is not what its computation says; or empty."""
         return ""

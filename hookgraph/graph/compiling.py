@@ -1,6 +1,6 @@
 """From what a graph registers to one tap per location."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from torch import Tensor
 
@@ -56,10 +56,9 @@ def compile_taps(
     for whole, hook in placed:
         hooks.setdefault(whole, []).append((whole, hook))
     taps: dict[Location, Tap] = {}
-    splices = _splices(subgraphs, taps, place)
-    for location in sorted(
-        {*hooks, *gradient_hooks, *observers, *needs_gradient, *splices}, key=lambda x: x.order
-    ):
+    asked = {*hooks, *gradient_hooks, *observers, *needs_gradient}
+    splices = _splices(_acting(subgraphs, asked), taps, place)
+    for location in sorted({*asked, *splices}, key=lambda x: x.order):
         observer = observers.get(location)
         taps[location] = Tap(
             location,
@@ -74,6 +73,17 @@ def compile_taps(
 
 def _leave(gradient: Tensor) -> None:
     """A gradient hook that changes nothing: the model goes on with the very tensor that was hooked."""
+
+
+def _acting(subgraphs: Sequence[AbstractSubgraph], asked: Set[Location]) -> list[AbstractSubgraph]:
+    """The subgraphs that do something in a pass where these locations are asked for, in order."""
+    acting: list[AbstractSubgraph] = []
+    asked = set(asked)
+    for subgraph in reversed(subgraphs):
+        if subgraph.acts or not asked.isdisjoint(subgraph.locations):
+            acting.append(subgraph)
+            asked.update(subgraph.sites)  # of which some may lie in subgraphs before it
+    return acting[::-1]
 
 
 def _splices(

@@ -92,6 +92,11 @@ class AutoencoderGraph(AbstractSubgraph):
         return isinstance(self._coder, Autoencoder) and self._coder.expectation is None
 
     @property
+    def acts(self) -> bool:
+        """Whether the splice says so."""
+        return self.splice.may_act
+
+    @property
     def splice_gradient(self) -> SpliceGradient:
         """What the gradient through the splice is."""
         return self.splice.gradient

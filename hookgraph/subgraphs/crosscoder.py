@@ -146,6 +146,11 @@ class CrosscoderGraph(AbstractSubgraph):
         return True
 
     @property
+    def acts(self) -> bool:
+        """Whether the splice says so."""
+        return self.splice.may_act
+
+    @property
     def splice_gradient(self) -> SpliceGradient:
         """What the gradient through the splice is."""
         return self.splice.gradient

@@ -46,18 +46,23 @@ class LensGraph(AbstractSubgraph):
         self.logits = LENS_LOGITS().within(self.site, name)
 
     @property
+    def acts(self) -> bool:
+        """Only if someone asks."""
+        return False
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """The logits."""
         return (self.logits,)
 
     def visit(self, site: Location, value: Float[Tensor, "..."], frame: Frame) -> Float[Tensor, "..."]:
-        """Decode if anyone asks.
+        """Decode.
 
         Raises:
             SubgraphError: someone edits the logits, which nothing reads.
         """
-        if frame.wanted(self.logits):
-            h = value if self.translator is None else self.translator(value)
-            if frame.tap(self.logits, self.decoder(h)) is not None and frame.edited(self.logits):
-                raise SubgraphError(f"{self.logits} is read by nothing: an edit there would do nothing")
+        h = value if self.translator is None else self.translator(value)
+        frame.tap(self.logits, self.decoder(h))
+        if frame.edited(self.logits):
+            raise SubgraphError(f"{self.logits} is read by nothing: an edit there would do nothing")
         return value

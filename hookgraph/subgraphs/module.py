@@ -55,19 +55,22 @@ class ModuleGraph(AbstractSubgraph):
         self.output = MODULE_OUT().within(at, name)
 
     @property
+    def acts(self) -> bool:
+        """Unless its output is only read."""
+        return self.output_use != "read"
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """The output."""
         return (self.output,)
 
     def visit(self, site: Location, value: Float[Tensor, "..."], frame: Frame) -> Float[Tensor, "..."]:
-        """Call the module where its output is needed.
+        """Call the module.
 
         Raises:
             SubgraphError: someone edits an output that is only read.
             ShapeMismatchError: the output does not fit the site.
         """
-        if not frame.wanted(self.output) and self.output_use == "read":
-            return value
         if site != self.site:
             frame.memory["read"] = value
             return value

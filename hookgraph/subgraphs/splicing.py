@@ -105,9 +105,14 @@ class Splice:
         return value.detach() if self.gradient == "identity" else value
 
     @property
+    def may_act(self) -> bool:
+        """Whether what goes on may differ, in value or gradient, where nobody asks anything."""
+        return self.error == "dropped" or self.gradient != "identity"
+
+    @property
     def acts(self) -> bool:
-        """Whether what goes on differs, in value or gradient, where nobody asks anything."""
-        return self.error == "dropped" or (self.gradient != "identity" and torch.is_grad_enabled())
+        """Whether it does so now: without gradients there is none to differ."""
+        return self.error == "dropped" or (self.may_act and torch.is_grad_enabled())
 
     def write(
         self,

@@ -69,14 +69,17 @@ class SubspaceGraph(AbstractSubgraph):
         return True
 
     @property
+    def acts(self) -> bool:
+        """Only if someone asks."""
+        return False
+
+    @property
     def locations(self) -> tuple[Location, ...]:
         """The coordinates."""
         return (self.coordinates,)
 
     def visit(self, site: Location, value: Float[Tensor, "..."], frame: Frame) -> Float[Tensor, "..."]:
-        """Compute the coordinates if anyone asks, and move the value by what they were moved by."""
-        if not frame.wanted(self.coordinates):
-            return value
+        """Compute the coordinates, and move the value by what they were moved by."""
         x = value if value.ndim == 3 else value.flatten(2)
         basis = self.basis.to(x.dtype)
         if basis.shape[0] != x.shape[-1]:

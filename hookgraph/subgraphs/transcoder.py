@@ -82,6 +82,11 @@ class TranscoderGraph(AbstractSubgraph):
         return isinstance(self._coder, Autoencoder) and self._coder.expectation is None
 
     @property
+    def acts(self) -> bool:
+        """Whether the splice says so."""
+        return self.splice.may_act
+
+    @property
     def splice_gradient(self) -> SpliceGradient:
         """What the gradient through the splice is."""
         return self.splice.gradient
@@ -240,6 +245,11 @@ class CrossLayerTranscoderGraph(AbstractSubgraph):
     def pointwise(self) -> bool:
         """Each position is encoded by itself."""
         return True
+
+    @property
+    def acts(self) -> bool:
+        """Whether the splice says so."""
+        return self.splice.may_act
 
     @property
     def splice_gradient(self) -> SpliceGradient:

@@ -104,6 +104,20 @@ def test_an_injected_subgraph_that_nobody_asks_leaves_the_pass_bit_identical():
     assert torch.equal(graph.inject(Coordinates(SITE, "c", Q)).run(IDS).logits, graph.run(IDS).logits)
 
 
+def test_a_pass_visits_the_subgraphs_that_act_or_are_asked_and_those_they_stand_in():
+    log: list[str] = []
+    outer, beside = Coordinates(SITE, "outer", Q, log.append), Coordinates(SITE, "beside", Q, log.append)
+    inner = Coordinates(outer.latents, "inner", orthonormal(2, 1), log.append)
+    graph = toy_graph().inject(outer, beside, inner)
+    graph.run(IDS, save=[SITE])
+    assert log == []
+    run = graph.run(IDS, save=[inner.latents])
+    assert log == ["outer", "inner"]
+    assert run[inner.latents].shape == (2, 3, 1)
+    acting = toy_graph().inject(Bridge(MLP_OUT[0], SITE))
+    assert not torch.allclose(acting.run(IDS).logits, toy_graph().run(IDS).logits)
+
+
 def test_a_save_at_the_site_is_of_the_value_before_the_subgraphs():
     subgraph = Coordinates(SITE, "c", Q)
     graph = toy_graph().inject(subgraph).hook(subgraph.latents, torch.zeros_like)

@@ -30,8 +30,10 @@ from hookgraph.ontology.transformer import (
     RESID_PRE,
     ROUTER_LOGITS,
 )
+from hookgraph.subgraphs import AutoencoderGraph
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 from hookgraph_tests.families import FAMILIES, binding_of, bound, build, model_of, tokens
+from hookgraph_tests.subgraphs.planted import planted
 
 READS: list[Reads] = [-1, 2, torch.tensor([4, -2])]
 
@@ -99,6 +101,16 @@ def test_who_looks_at_what_follows_sees_every_position(place: LocationType):
     with lengths(last_mlp_of(graph)) as seen:
         graph.hook(wanted, torch.clone).run(ids, metric=metric(-1), logits=False)
     assert seen == [6]
+
+
+def test_a_dictionary_that_nobody_asks_looks_at_no_position():
+    graph, ids = bound("gpt2", torch.float64), tokens()
+    idle = AutoencoderGraph(planted(32, 96), last(graph, MLP_OUT))
+    with lengths(last_mlp_of(graph)) as seen:
+        graph.inject(idle).run(ids, metric=metric(-1), logits=False)
+        graph.inject(idle).run(ids, save=[idle.latents], metric=metric(-1), logits=False)
+        graph.inject(idle.with_gradient("frozen")).run(ids, metric=metric(-1), logits=False)
+    assert seen == [1, 6, 6]
 
 
 def test_hooks_of_others_and_training_see_every_position():
