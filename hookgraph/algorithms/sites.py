@@ -136,7 +136,8 @@ class Contrast:
             corrupt: the corrupt ones, or None.
             metric: what is measured.
             places: what is attributed.
-            replays: whether the clean run keeps the boundary before each place.
+            replays: whether the clean run keeps what passes that move places begin with: the boundary before
+                each, and where what goes on from them is.
             retains: whether it keeps what the model remembers of each position, for passes over late ones.
             totals: whether to measure the corrupt run.
             instead: what stands in for a clean value, without corrupt inputs; by default zero.
@@ -149,9 +150,10 @@ class Contrast:
         pair = prepare_pair(graph, clean, corrupt)
         graph = _looked_at(graph, places)
         entries = {place: graph.entry(place) if replays else None for place in places}
-        boundaries = [x for x in entries.values() if x is not None]
+        kept = [*entries.values(), *(_carrier_of(graph, place) for place in places)] if replays else []
         retained = graph.retaining(pair[0]) if retains else None
-        base = graph.run(retained or pair[0], save=[*boundaries, *places], metric=metric, logits=False)
+        save = [*filter(None, kept), *places]
+        base = graph.run(retained or pair[0], save=save, metric=metric, logits=False)
         found = _seen(graph, pair, metric, places, base, instead, totals=totals)
         return replace(found, entries=entries, retained=retained)
 
@@ -225,6 +227,28 @@ class Contrast:
         """The boundary before a site."""
         found = [self.entries.get(place) for place in site]
         return None if None in found else min((x for x in found if x), key=lambda x: x.order)
+
+    def carrier(self, site: Sequence[Location]) -> Location | None:
+        """Where what goes on moves along a line if the places of a site do: the location at which their
+        dictionary stands. None where that is not known, or the clean run did not keep it.
+        """
+        found = {_carrier_of(self.graph, place) for place in site}
+        carrier = found.pop() if len(found) == 1 else None
+        return carrier if carrier in self.base else None
+
+
+def _carrier_of(graph: HookGraph, place: Location) -> Location | None:
+    """The site of the dictionary in which a place lies, if what goes on from there moves along a line where
+    the values at the place do, and nothing else happens there; None otherwise.
+    """
+    site = place.site
+    if site is None or site.site is not None or place != place.whole:
+        return None
+    here = [s for s in graph.subgraphs if any(x.root == site for x in s.sites)]
+    hooked = any(x.activation.root == site for x, _ in graph.registrations)
+    if hooked or any(s.acts for s in here):
+        return None
+    return site if any(s.name == place.subgraph and s.is_linear(place) for s in here) else None
 
 
 def _looked_at(graph: HookGraph, places: Sequence[Location]) -> HookGraph:

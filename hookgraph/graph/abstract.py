@@ -320,6 +320,12 @@ class AbstractSubgraph(ABC):
         with what it returns: that is how hooks, saves and nested subgraphs reach it.
         """
 
+    def is_linear(self, location: Location) -> bool:
+        """Whether what goes on at its one site is linear in the values at an own location, and the gradient
+        there is that of what goes on: then `push` tells of changes of any size.
+        """
+        return False
+
     def pull(
         self,
         location: Location,

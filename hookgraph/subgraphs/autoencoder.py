@@ -129,6 +129,11 @@ class AutoencoderGraph(AbstractSubgraph):
         decoded = decode(places[0], code, self.splice.past(x), needed=needed)
         return self.splice.write(x, decoded, frame, reconstruction=self.reconstruction, error=self.error)
 
+    def is_linear(self, location: Location) -> bool:
+        """Of latents and the error, where no other gradient was chosen."""
+        plain = isinstance(self._coder, Autoencoder) and self.splice == Splice()
+        return plain and location.type in (LATENTS, ERROR)
+
     def pull(
         self,
         location: Location,

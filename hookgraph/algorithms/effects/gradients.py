@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.copies import USUAL_REASONS, finite_metric, per_copy, run_copies
+from hookgraph.algorithms.effects.lines import Line, line
 from hookgraph.algorithms.effects.quadrature import Quadrature, check_rule, nodes_and_weights
 from hookgraph.algorithms.effects.tails import same
 from hookgraph.algorithms.memory import in_pieces
@@ -99,8 +100,9 @@ def integrated(contrast: Contrast, path: Path, progress: bool | None) -> Estimat
     with Progress("integrated gradients", len(sites), shown=progress) as bar:
         for site in sites:
             deltas = {place: contrast.deltas[place] for place in site}
-            change = _endpoint(contrast, site) - contrast.measured
-            found = _adapted(path, partial(_mean_gradients, contrast, site, path), deltas, change)
+            way = line(contrast, site)
+            change = _endpoint(contrast, site, way) - contrast.measured
+            found = _adapted(path, partial(_mean_gradients, contrast, site, way, path), deltas, change)
             integrals.update(dict.fromkeys(site, found))
             bar.advance()
     found = estimate(contrast, {place: integrals[place].grads[place] for place in contrast.places})
@@ -201,23 +203,24 @@ def _at_end(contrast: Contrast, graph: HookGraph, ends: Tensors) -> Float[Tensor
     return end - clean
 
 
-def _mean_gradients(contrast: Contrast, site: Sequence[Location], path: Path, steps: int) -> Tensors:
+def _mean_gradients(
+    contrast: Contrast, site: Sequence[Location], way: Line, path: Path, steps: int
+) -> Tensors:
     """Σ w_k dm/dz(α_k) at the places of one site."""
     nodes, weights = nodes_and_weights(path.quadrature, steps)
     entry, batch = contrast.entry(site), len(contrast.measured)
 
     def work(piece: Sequence[int]) -> Run:
         graph = per_copy(contrast.graph, batch)
-        for place in site:
-            moved = _between(contrast.clean[place], contrast.corrupt[place], nodes[list(piece)])
-            graph = graph.hook(place, SetTo(moved))
-        save = [place.grad for place in site]
+        for place, start in way.start.items():
+            graph = graph.hook(place, SetTo(_between(start, way.end[place], nodes[list(piece)])))
+        save = [place.grad for place in way.start]
         return run_copies(graph, contrast.base, entry, len(piece), metric=contrast.metric, save=save)
 
     means: Tensors = {}
     for piece, run in in_pieces(range(steps), max(1, path.batch_size // batch), work):
         _accumulate(means, run, weights[list(piece)])
-    return means
+    return way.back(means)
 
 
 def _accumulate(means: Tensors, run: Run, weights: Float[Tensor, "..."]) -> None:
@@ -235,11 +238,11 @@ def _between(
     return torch.lerp(clean[None], corrupt[None], alpha).flatten(0, 1)
 
 
-def _endpoint(contrast: Contrast, site: Sequence[Location]) -> Float[Tensor, " batch"]:
+def _endpoint(contrast: Contrast, site: Sequence[Location], way: Line) -> Float[Tensor, " batch"]:
     """m(clean | site := corrupt)."""
     graph = contrast.graph
-    for place in site:
-        graph = graph.hook(place, SetTo(contrast.corrupt[place]))
+    for place, end in way.end.items():
+        graph = graph.hook(place, SetTo(end))
     run = run_copies(graph, contrast.base, contrast.entry(site), 1, metric=contrast.metric)
     return finite_metric(run)
 
