@@ -226,16 +226,27 @@ def _on_layers(binding: HuggingFaceBinding, rest: Sequence[Location]) -> _Proven
     example = one_row(binding.example, findings.batch)
     # An equation is between all the locations of a layer, so all of them are looked at.
     inside = {x: a for x, a in findings.anchors.items() if x.layer is None or place_of(x) in places}
-    if not _can_be_copied(binding.model, findings, kept):
+    copyable = _can_be_copied(binding.model, findings, kept)
+    excerpt = make_excerpt(binding.model, findings, kept, torch.float32) if copyable else None
+    if excerpt is None or not _runs(excerpt, in_precision(example, torch.float32)):
         with evaluating(binding.model):
             report = conformance.check(binding, example, list(inside))
         return _about(chosen, report, peers, f"{len(kept)} layers of the model itself")
-    excerpt = make_excerpt(binding.model, findings, kept, torch.float32)
     modules = dict(excerpt.named_modules())
     weights = {k: w for k, w in findings.weights.items() if w.module in modules}
     candidate = HuggingFaceBinding(excerpt, replace(findings, anchors=inside, weights=weights))
     report = conformance.check(candidate, in_precision(example, torch.float32))
     return _about(chosen, report, peers, f"{len(kept)} layers of the model, copied, in float32")
+
+
+def _runs(model: PreTrainedModel, example: Mapping[str, Any]) -> bool:
+    """Whether a model runs: without some of its layers others may miss what these hand on to them."""
+    try:
+        with torch.no_grad():
+            model(**example)
+    except Exception:
+        return False
+    return True
 
 
 def _about(

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from hookgraph.binding import bind
 from hookgraph.binding.data.anchors import Anchor
@@ -19,8 +26,17 @@ from hookgraph.binding.resolving import discovery
 from hookgraph.binding.tracing.trace import Trace
 from hookgraph.errors import UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.transformer import ATTN_IN, FINAL_LN_SCALE, RESID_MID, RESID_POST
+from hookgraph.ontology.transformer import (
+    ATTN_IN,
+    ATTN_K,
+    ATTN_PATTERN,
+    FINAL_LN_SCALE,
+    RESID_MID,
+    RESID_POST,
+)
 from hookgraph_tests.families import FAMILIES, Size, bound, build, tokens
+from hookgraph_tests.tiny import build as build_tiny
+from hookgraph_tests.tiny.configs import tiny_config
 
 IDS = tokens(1, 5)
 DEEP = Size(layers=5)
@@ -155,6 +171,38 @@ def test_numbers_that_are_fitted_come_from_the_twin(monkeypatch: pytest.MonkeyPa
     assert not torch.equal(unproven.run(IDS, save=[scale])[scale], expected)
     graph = bind(build("llama", size=DEEP))
     assert torch.equal(graph.run(IDS, save=[scale])[scale], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_may_share_a_past_in_every_layer_if_they_may_in_the_twin(family: str):
+    report = bind(build(family, size=DEEP)).report
+    assert all(report.proves(ATTN_PATTERN[layer], "shared") for layer in range(DEEP.layers))
+    assert not any(p.location == ATTN_PATTERN[4] for p in report.proofs)
+
+
+def sharing_keys(last: int) -> PreTrainedModel:
+    """Six layers of two kinds in turn, of which the last ones are given keys and values of earlier ones."""
+    config = type(build_tiny("causal", "gemma4_text").config)
+    kinds = ["sliding_attention", "full_attention"] * 3
+    small = {"num_hidden_layers": 6, "layer_types": kinds, "num_kv_shared_layers": last, "sliding_window": 4}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(config, small)).double().eval()
+
+
+def test_keys_are_edited_for_all_layers_that_share_them_though_others_do_in_the_twin():
+    graph = bind(sharing_keys(2))
+    assert graph.report.peers[ATTN_K[3]].layer not in (2, 3)
+    for layer in range(4):
+        edited = graph.hook(ATTN_K[layer], lambda x: 1.5 * x + 0.3)
+        plain, cached = (edited.run({"input_ids": IDS, "use_cache": use}).logits for use in (False, True))
+        torch.testing.assert_close(plain, cached)
+
+
+def test_layers_that_do_not_run_without_others_are_proven_in_the_model_itself():
+    graph = bind(sharing_keys(3))
+    assert "layers of the model itself" in graph.report.metadata["proven on"]
+    assert graph.report.ok
+    assert ATTN_K[5] in graph.locations
 
 
 def test_layers_of_each_kind_are_kept():
