@@ -171,7 +171,11 @@ class HuggingFaceBinding(AbstractBinding):
     def _memory(self) -> Memory | None:
         """What remembers first positions, if the model may take a cache of what its layers have seen."""
         layers = self.findings.layers.get(MAIN_STACK)
-        known = layers and "past_key_values" in self._accepted.names and not self.why_closed(MAIN_STACK, 0)
+        known = (
+            layers
+            and "past_key_values" in self._accepted.names
+            and not self.findings.why_closed(MAIN_STACK, 0)
+        )
         return Memory(self.model, self._modules[layers[-1].module]) if layers and known else None
 
     @contextmanager

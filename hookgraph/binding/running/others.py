@@ -3,6 +3,7 @@
 from functools import partial
 
 from torch import nn
+from torch.nn.modules import module as process
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -22,5 +23,13 @@ def is_known(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith(("transformers.", "hookgraph."))
 
 
+def are_all_seen() -> bool:
+    """Whether somebody else looks into all modules of this process."""
+    hooks = (*process._global_forward_hooks.values(), *process._global_forward_pre_hooks.values())
+    return not all(map(is_known, hooks))
+
+
 def _is_seen(module: nn.Module) -> bool:
-    return not all(map(is_known, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+    return are_all_seen() or not all(
+        map(is_known, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+    )

@@ -3,18 +3,23 @@
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from hookgraph.binding.data.findings import Findings, Layer
 from hookgraph.binding.data.layouts import restored
 from hookgraph.binding.running.mechanisms import element, replaced, with_element
-from hookgraph.binding.running.others import is_known
+from hookgraph.binding.running.others import are_all_seen, is_known
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import Handle, installed
 from hookgraph.ontology.locations import Location
+
+_EVERYWHERE: Final = (
+    "others have put hooks on all modules of this process, which would have their effect twice, or not at "
+    "all: remove them, or run the whole pass"
+)
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def why_closed(
 
     A value that a layer returns lies before the hooks of others on it, which may ask what it was given.
     """
-    reason = findings.why_closed(stack, block)
+    reason = findings.why_closed(stack, block) or (_EVERYWHERE if are_all_seen() else "")
     if reason or after is None or not block:
         return reason
     layer, anchor = findings.layers[stack][block - 1], findings.anchors.get(after)

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import hookgraph
 from hookgraph.errors import LocationError
+from hookgraph.graph.replay import can_start
 from hookgraph.ontology.transformer import ATTN_Z, RESID_POST, RESID_PRE
-from hookgraph_tests.families import bound, layers_of, model_of, tokens
+from hookgraph_tests.families import binding_of, bound, layers_of, model_of, tokens
 from hookgraph_tests.tiny import build
 
 ENTRIES = [RESID_PRE[1], RESID_PRE[2]]
@@ -82,6 +84,24 @@ def test_no_replay_starts_before_a_hook_that_may_ask_what_the_layer_was_given():
             graph.replay(run, RESID_POST[1])
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_no_replay_starts_while_hooks_are_on_all_modules(register: Callable[[Any], Any]):
+    graph, ids = bound("llama", torch.float64), tokens()
+    run = graph.run(ids, save=ENTRIES)
+    handle = register(lambda *_: None)
+    try:
+        for entry in (*ENTRIES, RESID_PRE[0]):
+            assert not can_start(graph.binding, entry)
+        with pytest.raises(
+            LocationError, match="entered after layer 0 of its decoder: others have put hooks on"
+        ):
+            graph.replay(run, ENTRIES[0])
+        assert binding_of(graph).retaining(graph.binding.prepare({"input_ids": ids})) is None
+    finally:
+        handle.remove()
+    assert torch.equal(graph.replay(run, ENTRIES[0]).logits, run.logits)
 
 
 def test_a_layer_that_runs_for_what_it_hands_on_hands_on_a_value_that_was_hooked():
