@@ -43,6 +43,17 @@ def in_pieces(
         done += len(piece)
 
 
+def if_it_fits(work: Callable[[], Result]) -> Result | None:
+    """What some work gives; None where it does not fit in memory."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release()
+    return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is exhausted, on an accelerator or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, MemoryLimitError)):

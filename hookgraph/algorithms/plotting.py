@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hookgraph.algorithms.folding import folded, kind_of
 from hookgraph.errors import HookGraphError, nearest
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
@@ -66,7 +67,8 @@ def layer_maps(
     axes: Mapping[Location, tuple[Dimension, ...]],
     labels: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Grid]:
-    """One map per kind of location: a row per layer, a column per entry of the one axis that is left.
+    """One map per kind of location: a row per layer, a column per entry of the one axis that is left. Single
+    entries of an axis, as in `attn.z[3].at(head=5)`, are put together as if it were left.
 
     Args:
         effects: numbers by location.
@@ -76,6 +78,7 @@ def layer_maps(
     Raises:
         HookGraphError: there is nothing to draw, an axis too many, or a label too few.
     """
+    effects, axes = folded(effects, axes)
     kinds: dict[str, list[Location]] = {}
     for location in effects:
         if len(axes[location]) > 1:
@@ -83,7 +86,7 @@ def layer_maps(
                 f"a map has layers and one other axis, the effects at {location} have "
                 f"{', '.join(axes[location])}: reduce all but one, as in .mean('batch').sum('pos', 'd_head')"
             )
-        kinds.setdefault(_kind(location), []).append(location)
+        kinds.setdefault(kind_of(location), []).append(location)
     if not kinds:
         raise HookGraphError("there are no effects to draw")
     for name in labels or {}:
@@ -146,12 +149,6 @@ def bars(names: Sequence[str], values: Sequence[float], unit: str, title: str) -
     axes.set_xlabel(unit, color=theme.muted, fontsize=9)
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     return figure
-
-
-def _kind(location: Location) -> str:
-    """What the locations of one map have in common: all but the layer."""
-    name = str(location)
-    return name if location.layer is None else name.replace(f"[{location.layer}]", "", 1)
 
 
 def _grid(

@@ -83,6 +83,32 @@ def test_parts_are_numbered_as_in_the_whole(index: slice | list[int], names: tup
     assert grid.columns == names
 
 
+def test_single_entries_of_an_axis_are_one_map():
+    effects = {ATTN_Z[i].at(head=h, pos=-1): torch.tensor(10.0 * i + h) for i in (0, 2) for h in range(3)}
+    effects[MLP_OUT[1]] = torch.tensor(7.0)
+    heads, mlps = layer_maps(effects, dict.fromkeys(effects, ()))
+    assert (heads.title, heads.rows, heads.columns) == ("attn.z@pos=-1", ("0", "2"), ("0", "1", "2"))
+    assert heads.values.tolist() == [[0, 1, 2], [20, 21, 22]]
+    assert mlps.values.tolist() == [[7]]
+
+
+def test_entries_that_a_layer_lacks_are_left_blank():
+    chosen = {0: (1, 4), 3: (4,)}
+    effects = {ATTN_Z[i].at(head=h): torch.tensor(float(h)) for i, heads in chosen.items() for h in heads}
+    (grid,) = layer_maps(effects, dict.fromkeys(effects, ()))
+    assert (grid.rows, grid.columns) == (("0", "3"), ("1", "4"))
+    assert grid.values[0].tolist() == [1, 4]
+    assert grid.values[1].isnan().tolist() == [True, False]
+
+
+def test_entries_that_differ_in_two_axes_stay_apart():
+    effects = {ATTN_Z[0].at(head=h, pos=h): torch.tensor(float(h)) for h in range(2)}
+    assert [grid.values.tolist() for grid in layer_maps(effects, dict.fromkeys(effects, ()))] == [
+        [[0]],
+        [[1]],
+    ]
+
+
 def test_locations_without_layers_or_axes_are_single_cells():
     effects = {FINAL_LN_OUT: torch.tensor(2.0)}
     (grid,) = layer_maps(effects, {FINAL_LN_OUT: ()})

@@ -4,8 +4,9 @@ Nodes are rows of one batch that sweeps through the layers: a row joins where it
 what lies after a node is executed for it, and rows of all layers share the passes they have in common.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import TypeAlias, final
 
@@ -18,7 +19,7 @@ from hookgraph.algorithms.effects.examples import Examples, by_examples
 from hookgraph.algorithms.effects.tails import by_start, late, length_of, positions_of, same, shifted, tail
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
-from hookgraph.algorithms.memory import in_pieces, is_out_of_memory, release
+from hookgraph.algorithms.memory import if_it_fits, in_pieces
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.progress import Progress
 from hookgraph.algorithms.sites import Contrast
@@ -100,19 +101,14 @@ def _late_effects(
     if len(starts) != 1 or starts[0][0] == 0 or copies < 1:
         return None
     start, apart = starts[0][0], list(dict.fromkeys(nodes))
-    contrast = late(part.graph, pair, part.metric, list(dict.fromkeys(x.whole for x in apart)), start)
+    places = list(dict.fromkeys(x.whole for x in apart))
+    contrast = if_it_fits(lambda: late(part.graph, pair, part.metric, places, start))
     if contrast is None:
         return None
     _check_nodes(contrast, apart)
-    found: dict[Location, Tensor] = {}
-    ordered = sorted(apart, key=lambda node: _order(contrast.entries[node.whole]))
     with Progress("exact patching", len(apart), shown=progress) as bar:
-        for piece, effects in in_pieces(ordered, copies, lambda x: _tail_gains(contrast, x, start, length)):
-            if effects is None:
-                return None
-            found.update(zip(piece, finite_per_copy(effects, piece), strict=True))
-            bar.advance(len(piece))
-    return torch.stack([found[node] for node in nodes])
+        found = _gathered(contrast, apart, copies, partial(_tail_gains, contrast, start, length), bar)
+    return None if found is None else torch.stack([found[node] for node in nodes])
 
 
 def effects_of(
@@ -137,13 +133,28 @@ def effects_of(
     batch, length = len(contrast.measured), length_of(contrast)
     with Progress("exact patching", len(apart), shown=progress) as bar:
         for start, group in by_start(apart, length):
-            ordered = sorted(group, key=lambda node: _order(contrast.entries[node.whole]))
             work = _Work(contrast, start, length, max(1, batch_size // batch), by_row)
-            for piece, effects in in_pieces(ordered, work.copies, work):
-                found.update(zip(piece, finite_per_copy(effects, piece), strict=True))
-                bar.advance(len(piece))
+            found.update(_gathered(contrast, group, work.copies, work, bar) or {})
     empty = contrast.measured.new_zeros(0, batch)
     return torch.stack([found[node] for node in nodes]) if nodes else empty
+
+
+def _gathered(
+    contrast: Contrast,
+    nodes: Sequence[Location],
+    copies: int,
+    work: Callable[[Sequence[Location]], Gains | None],
+    bar: Progress,
+) -> dict[Location, Float[Tensor, " batch"]] | None:
+    """The effects of nodes, found so many at a time in causal order; None as soon as `work` has none."""
+    found: dict[Location, Tensor] = {}
+    ordered = sorted(nodes, key=lambda node: _order(contrast.entries[node.whole]))
+    for piece, effects in in_pieces(ordered, copies, work):
+        if effects is None:
+            return None
+        found.update(zip(piece, finite_per_copy(effects, piece), strict=True))
+        bar.advance(len(piece))
+    return found
 
 
 @final
@@ -167,19 +178,12 @@ class _Work:
         """How many nodes may be patched at once."""
 
     def __call__(self, piece: Sequence[Location]) -> Gains:
-        gains = None if self._tail is None else self._in_tail(self._tail, piece)
-        return _sweep(self._contrast, piece, piece, self._by_row) if gains is None else gains
-
-    def _in_tail(self, part: Contrast, piece: Sequence[Location]) -> Gains | None:
-        """What the tail gives; None, then and from then on, where not even two copies of it fit in memory."""
-        try:
-            return _tail_gains(part, piece, self._start, self._length)
-        except (RuntimeError, MemoryError) as error:
-            if len(piece) > 1 or not is_out_of_memory(error):
-                raise
-        self._tail = None
-        release()
-        return None
+        if self._tail is not None:
+            gains = _tail_gains(self._tail, self._start, self._length, piece)
+            if gains is not None:
+                return gains
+            self._tail = None
+        return _sweep(self._contrast, piece, piece, self._by_row)
 
 
 def _check_nodes(contrast: Contrast, nodes: Sequence[Location]) -> None:
@@ -203,13 +207,17 @@ def _check_nodes(contrast: Contrast, nodes: Sequence[Location]) -> None:
             )
 
 
-def _tail_gains(part: Contrast, piece: Sequence[Location], start: int, length: int) -> Gains | None:
-    """The effects of some nodes in a tail; None if it does not give what the whole pass gives.
+def _tail_gains(part: Contrast, start: int, length: int, piece: Sequence[Location]) -> Gains | None:
+    """The effects of some nodes in a tail; None if it does not give what the whole pass gives, or not even
+    two copies of it fit in memory.
 
     A copy in which nothing is patched runs with them: its metric has to be that of the clean run.
     """
     placed = [None, *(shifted(node, start, length) for node in piece)]
-    gains = _sweep(part, [piece[0], *piece], placed)
+    swept = partial(_sweep, part, [piece[0], *piece], placed)
+    gains = swept() if len(piece) > 1 else if_it_fits(swept)
+    if gains is None:
+        return None
     plain, patched = gains[0], gains[1:]
     return patched - plain if same(part.measured + plain, part.measured) else None
 

@@ -91,6 +91,14 @@ class PatchingEffect:
         """What was done to an axis of the effects that is gone: `sum` or `mean`."""
         return self.effects.reduced
 
+    def __getitem__(self, location: Location) -> Float[Tensor, "..."]:
+        """The effects at a location, as in `.effects[location]`.
+
+        Raises:
+            LocationError: there are none.
+        """
+        return self.effects[location]
+
     def dims(self, location: Location) -> tuple[Dimension, ...]:
         """The axes that the effects at a location still have."""
         return self.effects.dims(location)

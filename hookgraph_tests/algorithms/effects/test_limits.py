@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.footprint import Footprint
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.metrics import logit_diff
@@ -115,6 +116,19 @@ def test_where_one_row_fits_late_positions_are_patched_in_the_whole_pass(monkeyp
     few(monkeypatch, most=1)
     found = patching_effect(graph, CLEAN[:1], CORRUPT[:1], measure, at, "exact", joint=joint)
     assert torch.allclose(found.effects[at[0]], expected.effects[at[0]], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_where_few_rows_fit_nodes_of_late_positions_are_patched_in_the_whole_pass(
+    most: int, monkeypatch: pytest.MonkeyPatch
+):
+    graph, measure = bound("llama", torch.float64), logit_diff(3, 5)
+    nodes = [ATTN_Z[i].at(head=h, pos=-1) for i in (0, 1) for h in (0, 1)]
+    expected = exact_effects(graph, CLEAN[:1], CORRUPT[:1], measure, nodes)
+    rows = few(monkeypatch, most=most)
+    found = exact_effects(graph, CLEAN[:1], CORRUPT[:1], measure, nodes)
+    assert max(rows) > most
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("method", ["ig_inputs", "relp"])

@@ -15,7 +15,7 @@ from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.interventions.statistics import mean_activations
 from hookgraph.algorithms.metrics import logit_diff
-from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError
+from hookgraph.errors import HookGraphError, LocationError, MetricError, ShapeMismatchError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.locations import (
     ATTN_K,
@@ -429,6 +429,13 @@ def test_nodes_of_a_hooked_graph_are_patched_in_the_hooked_model(family: str, ho
     ig = patching_effect(graph, tokens(), tokens(seed=1), measure, nodes, "ig", steps=40)
     for node, effect in zip(nodes, got, strict=True):
         assert torch.allclose(ig.effects[node].flatten(1).sum(1), effect, rtol=2e-2, atol=2e-3)
+
+
+def test_a_result_is_indexed_like_a_run():
+    found = patching_effect(toy(), CLEAN, CORRUPT, metric, [MLP_OUT[0]])
+    assert torch.equal(found[MLP_OUT[0]], found.effects[MLP_OUT[0]])
+    with pytest.raises(LocationError, match=r"nothing was attributed to mlp.out\[1\]"):
+        found[MLP_OUT[1]]
 
 
 # --- what is refused -------------------------------------------------------------------------------
