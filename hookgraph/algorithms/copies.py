@@ -36,7 +36,7 @@ def run_copies(
 
     Row i belongs to example i modulo the batch. At `entry` enters `value`, by default what the run saved.
     """
-    tiled = Tiled(metric, len(base.measured), copies)
+    tiled = Tiled(metric, len(base.measured), copies, base.columns)
     if entry is None:
         inputs = graph.binding.prepare(dict(base.inputs), copies=copies)
         return graph.run(inputs, save=save, metric=tiled, logits=False)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hookgraph.errors import InputError, MetricError
 from hookgraph.graph.abstract import Prepared
+from hookgraph.graph.examples import has_features
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.hooks.positions import KEYS_ELSEWHERE, Place, read_at
 from hookgraph.ontology.dimensions import Dimension
@@ -66,14 +67,8 @@ def mask_of(stack: str, inputs: Prepared) -> Shaped[Tensor, "batch pos"] | None:
     elif stack == VISION.EMBED.type.stack:
         found = inputs.get("pixel_attention_mask")
     else:
-        found = inputs.get("attention_mask") if decoding or not _has_features(inputs) else None
+        found = inputs.get("attention_mask") if decoding or not has_features(inputs) else None
     return found if isinstance(found, Tensor) and found.ndim == 2 else None
-
-
-def _has_features(inputs: Prepared) -> bool:
-    """Whether pictures or sounds are given, which a stack beside that of the tokens reads."""
-    given = (v for name, v in inputs.items() if not name.endswith(("mask", "embeds")))
-    return any(isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 for v in given)
 
 
 def check_aligned(place: Location, inputs: Prepared) -> None:

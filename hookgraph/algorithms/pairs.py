@@ -1,12 +1,15 @@
 """Clean and corrupt inputs: what must agree before they are compared."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, ShapeMismatchError
+from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError
 from hookgraph.graph.abstract import Inputs, Prepared
-from hookgraph.graph.examples import named_tensors
+from hookgraph.graph.examples import named_tensors, rows_of
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.run import Run
 
 
 def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tuple[Prepared, Prepared | None]:
@@ -43,6 +46,30 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
                 "need the same"
             )
     return first, second
+
+
+def check_apart(graph: HookGraph, inputs: Prepared, run: Run) -> None:
+    """Refuse gradients where a model compares each example with each, as pictures with texts: what one of
+    them does to the metric of another cannot be told apart.
+
+    Args:
+        graph: the hooked model.
+        inputs: the clean inputs.
+        run: their run, with a metric.
+
+    Raises:
+        MetricError: there are several examples.
+    """
+    count = len(run.measured)
+    if count == 1 or run.columns != count:
+        return
+    plain = replace(graph, registrations=(), subgraphs=())
+    alone = plain.run(rows_of(inputs, slice(0, 1), count)).logits
+    if alone.shape[1:] == (1,):
+        raise MetricError(
+            f"the model compares each of the {count} examples with each, so the gradient at one of them is "
+            "not of its own metric alone: give one example, or use method='exact'"
+        )
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -101,6 +101,12 @@ def tensors_in(inputs: Prepared) -> Iterator[Tensor]:
             yield from (x for x in tree_iter(value, is_leaf=_is_leaf) if isinstance(x, Tensor))
 
 
+def has_features(inputs: Prepared) -> bool:
+    """Whether pictures or sounds are given, which a stack beside that of the tokens reads."""
+    given = (v for name, v in inputs.items() if not name.endswith(("mask", "embeds")))
+    return any(isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 for v in given)
+
+
 def named_tensors(inputs: Prepared) -> dict[str, Tensor]:
     """The tensors among inputs by name, as `encoder_outputs.last_hidden_state`."""
     found: dict[str, Tensor] = {}

@@ -121,11 +121,20 @@ class Tiled:
     """A metric of `batch` examples, for a batch in which they stand several times, one after the other.
 
     Row i of the larger batch belongs to example i modulo `batch`, as in a replay.
+
+    Args:
+        metric: of one copy.
+        batch: how many examples there are.
+        copies: how often they stand there.
+        columns: how many numbers an example has in one copy alone, where these have no positions. A model
+            that compares each example with each gives more in the larger batch: only those count that
+            compare a copy with itself.
     """
 
     metric: Metric
     batch: int
     copies: int
+    columns: int | None = None
 
     @property
     def reads(self) -> Reads | None:
@@ -140,18 +149,22 @@ class Tiled:
         """The tokens whose logits the metric reads."""
         return tokens_read(self.metric)
 
-    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+    def __call__(self, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
         """The metric of each copy."""
         return torch.cat([self.metric(part) for part in self._parts(logits)])
 
-    def of(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+    def of(self, logits: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
         """The metric of each copy, from the logits at its positions."""
         part = self.metric.of if isinstance(self.metric, ReadingMetric) else self.metric
         return torch.cat([part(logits) for logits in self._parts(logits)])
 
-    def _parts(self, logits: Float[Tensor, "batch pos vocab"]) -> Sequence[Float[Tensor, "..."]]:
+    def _parts(self, logits: Float[Tensor, "batch ..."]) -> Sequence[Float[Tensor, "..."]]:
         # Slices, one by one, would each have a gradient of the size of all logits.
-        return torch.split(logits, self.batch)
+        parts = torch.split(logits, self.batch)
+        if self.columns is None or logits.shape[1:] != (self.columns * self.copies,) or self.copies == 1:
+            return parts
+        size = self.columns
+        return [part[:, i * size : (i + 1) * size] for i, part in enumerate(parts)]
 
     def rows(self, chosen: slice) -> "ReadingMetric":
         """Not meaningful: copies are not divided.

@@ -62,6 +62,12 @@ class Run(Mapping[Location, Tensor]):
         return found
 
     @property
+    def columns(self) -> int | None:
+        """How many numbers an example has, where the pass computed logits without positions."""
+        found = self._logits
+        return found.shape[1] if isinstance(found, Tensor) and found.ndim == 2 else None
+
+    @property
     def measured(self) -> Float[Tensor, " batch"]:
         """The metric of a run that was given one.
 

@@ -25,6 +25,7 @@ from hookgraph.algorithms.effects.quadrature import Quadrature, least_steps
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
+from hookgraph.algorithms.pairs import check_apart
 from hookgraph.algorithms.sites import Contrast, chosen_places, joint_axes
 from hookgraph.errors import HookGraphError, MetricError, nearest
 from hookgraph.graph.abstract import Inputs
@@ -133,6 +134,8 @@ def patching_effect(
 
     def measure(part: Examples) -> PatchingEffect:
         seen = contrast(part)
+        if method != "exact":
+            check_apart(graph, seen.inputs, seen.base)
         estimate = _estimate(method, seen, path, joint, progress)
         return _result(seen, estimate, _convention(graph, method, path, estimate, ablation))
 

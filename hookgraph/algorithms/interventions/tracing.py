@@ -253,7 +253,7 @@ class _Tracing:
         entries = {x: noised.entry(min(found, key=lambda x: x.order)) for x, found in self.windows.items()}
         boundaries = list(dict.fromkeys(x for x in entries.values() if x is not None))
         prepared = self.graph.binding.prepare(dict(self.base.inputs), copies=samples)
-        metric = Tiled(self.metric, batch, samples)
+        metric = Tiled(self.metric, batch, samples, self.base.columns)
         base = noised.run(prepared, save=boundaries, metric=metric, logits=False)
         corrupted = finite_metric(base)
         noised = per_copy(noised, samples * batch)
