@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, final
 
@@ -36,7 +37,7 @@ from hookgraph.binding.running.reading import reading
 from hookgraph.binding.running.recalling import recalled, several
 from hookgraph.binding.running.remembering import Memory
 from hookgraph.binding.running.sharing import SHARED, SharedPast, attending
-from hookgraph.binding.running.skipping import enter_first, skipping, why_closed
+from hookgraph.binding.running.skipping import enter_first, miscounted, skipping, why_closed
 from hookgraph.binding.running.weights import normal_form
 from hookgraph.errors import AlreadyAttachedError, InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, Inputs, Prepared, Start
@@ -70,11 +71,12 @@ class HuggingFaceBinding(AbstractBinding):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
-        self.findings = findings
+        modules = dict(model.named_modules())
+        self.findings = replace(findings, closed={**miscounted(modules, findings), **findings.closed})
         self.tokenizer = tokenizer
         self.example = dict(example or {})
         self._report = ConformanceReport()
-        self._modules = dict(model.named_modules())
+        self._modules = modules
         self._checkpointed = [m for m in self._modules.values() if hasattr(m, "gradient_checkpointing")]
         self._embedding = embedding_of(model)
         self._identity = identity(model)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from hookgraph.binding.data.findings import Findings, Layer
+from hookgraph.binding.data.findings import Boundary, Findings, Layer
 from hookgraph.binding.data.layouts import restored
 from hookgraph.binding.running.mechanisms import element, replaced, with_element
 from hookgraph.binding.running.others import are_all_seen, is_known
@@ -73,6 +73,24 @@ def why_closed(
     if not returned or not _is_changed(modules[layer.module]):
         return ""
     return f"{after} lies before forward hooks that others have put on {layer.module}, which need its inputs"
+
+
+def miscounted(modules: Mapping[str, nn.Module], findings: Findings) -> dict[Boundary, str]:
+    """Where no pass can begin since a later location is reached by counting the calls of a module of which
+    layers before make some, such as one nonlinearity for all layers.
+    """
+    found: dict[Boundary, str] = {}
+    several = {x: a for x, a in findings.anchors.items() if a.calls > 1 and a.module in modules}
+    for stack, layers in findings.layers.items() if several else ():
+        before: set[nn.Module] = set()
+        for block, layer in enumerate(layers, 1):
+            before |= set(modules[layer.module].modules()) if layer.module in modules else set()
+            for location, anchor in several.items():
+                skipped = location.type.stack == stack and (location.layer or 0) < block
+                if not skipped and modules[anchor.module] in before:
+                    reason = f"{location} is a call of {anchor.module}, which earlier layers call as well"
+                    found.setdefault((stack, block), reason)
+    return found
 
 
 def enter_first(module: nn.Module, layer: Layer, value: Tensor) -> Handle:

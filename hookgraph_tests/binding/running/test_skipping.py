@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import hookgraph
+from hookgraph.algorithms.effects.exact import exact_effects
+from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.errors import LocationError
 from hookgraph.graph.replay import can_start
-from hookgraph.ontology.transformer import ATTN_Z, RESID_POST, RESID_PRE
+from hookgraph.hooks.editing import SetTo
+from hookgraph.ontology.transformer import ATTN_Z, MLP_PRE, RESID_POST, RESID_PRE
 from hookgraph_tests.families import binding_of, bound, layers_of, model_of, tokens
 from hookgraph_tests.tiny import build
 
@@ -111,3 +114,18 @@ def test_a_layer_that_runs_for_what_it_hands_on_hands_on_a_value_that_was_hooked
     run = graph.run({"input_ids": ids, "decoder_input_ids": ids}, save=[RESID_PRE[1]])
     torch.testing.assert_close(graph.replay(run, RESID_PRE[1]).logits, run.logits)
     handle.remove()
+
+
+def test_no_pass_begins_where_calls_of_a_module_of_all_layers_would_be_miscounted():
+    model = build("causal", "openai-gpt")  # one nonlinearity for all layers
+    graph, ids = hookgraph.bind(model, cached=False), torch.arange(10, 16)[None]
+    run = graph.run(ids, save=[RESID_PRE[1]])
+    edited = graph.hook(MLP_PRE[1], torch.zeros_like)
+    with pytest.raises(LocationError, match=r"entered after layer 0 .*: mlp.pre\[1\] is a call of .*mlp.act"):
+        edited.replay(run, RESID_PRE[1])
+    assert graph.entry(MLP_PRE[1]) == RESID_PRE[0]
+    effect = exact_effects(graph, ids, ids.flip(1), logit_diff(3, 4), [MLP_PRE[1].at(pos=-1)])
+    patch = graph.run(ids.flip(1), save=[MLP_PRE[1].at(pos=-1)])
+    moved = graph.hook(MLP_PRE[1].at(pos=-1), SetTo(patch[MLP_PRE[1].at(pos=-1)])).run(ids).logits
+    expected = logit_diff(3, 4)(moved) - logit_diff(3, 4)(run.logits)
+    torch.testing.assert_close(effect[0], expected, rtol=1e-4, atol=1e-5)
