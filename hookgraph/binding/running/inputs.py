@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from hookgraph.binding.running.recalling import Lent, Remembered, Retained, lent
 from hookgraph.binding.tracing.packing import repeated
 from hookgraph.errors import InputError, nearest
-from hookgraph.graph.abstract import Inputs
+from hookgraph.graph.abstract import Inputs, OfExamples
 from hookgraph.graph.examples import changed, changed_rows, count_examples, rows_axis
 
 _ROWS: Final = ("input_ids", "inputs_embeds")
@@ -114,8 +114,8 @@ def prepare(
     if mask is not None and "position_ids" in accepted.names and "position_ids" not in arguments:
         numbers = (mask.long().cumsum(-1) - 1).clamp(min=0) + accepted.first_position
         arguments["position_ids"] = numbers if ids is None else numbers[:, -ids.shape[1] :]  # behind a cache
-    if "use_cache" in accepted.names:
-        arguments.setdefault("use_cache", False)
+    if "use_cache" in accepted.names:  # some ignore the cache that they are given, unless they may add to it
+        arguments.setdefault("use_cache", any(isinstance(v, OfExamples) for v in arguments.values()))
     if copies == 1:
         return arguments
     return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)

@@ -7,9 +7,10 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from hookgraph.errors import LocationError
+from hookgraph.graph.examples import has_features
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.positions import Place, Span
-from hookgraph.ontology.locations import MAIN_STACK
+from hookgraph.ontology.locations import MAIN_STACK, STACKS
 
 _DECODER = {"ids": "decoder_input_ids", "embeds": "decoder_inputs_embeds", "mask": "decoder_attention_mask"}
 _KEYS = "past_key_values"
@@ -75,7 +76,10 @@ def spans_of(arguments: Mapping[str, Any]) -> dict[str, Span]:
         if arguments.get("encoder_outputs") is None:
             spans["encoder"] = _span(arguments, _ALONE, None, "position_ids")
         return spans
-    return {MAIN_STACK: _span(arguments, _ALONE, arguments.get("past_key_values"), "position_ids")}
+    alone = _span(arguments, _ALONE, arguments.get("past_key_values"), "position_ids")
+    # Where nothing but tokens is given, every stack reads these.
+    stacks = (MAIN_STACK,) if has_features(arguments) else STACKS
+    return dict.fromkeys(stacks, alone)
 
 
 def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, positions: str) -> Span:

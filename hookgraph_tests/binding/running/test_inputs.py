@@ -23,6 +23,7 @@ from hookgraph.hooks.editing import SetTo
 from hookgraph.ontology.transformer import ATTN_Z, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 from hookgraph_tests.families import FAMILIES, LAYERS, PADDING, VOCABULARY, bound, model_of, tokens
+from hookgraph_tests.tiny import build
 from hookgraph_tests.unchecked import unchecked
 
 IDS = tokens()
@@ -269,6 +270,23 @@ def test_a_cache_is_read_and_not_written_to():
         found = graph.run(inputs, save=[RESID_POST[1]])
         torch.testing.assert_close(found[RESID_POST[1]], whole[RESID_POST[1]][:, 6:], rtol=1e-5, atol=1e-6)
     assert inputs["past_key_values"].get_seq_length() == 6
+
+
+def test_a_cache_is_read_by_models_that_read_none_unless_they_may_add_to_it():
+    graph, inputs = prefixed()
+    assert graph.binding.prepare(inputs)["use_cache"] is True
+    assert graph.binding.prepare({**inputs, "use_cache": False})["use_cache"] is False
+    assert graph.binding.prepare(IDS)["use_cache"] is False
+
+
+def test_whisper_reads_the_cache_that_it_is_given():
+    model = build("causal", "whisper").double()
+    graph, ids = bind(model), torch.arange(10, 24).view(2, 7)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    rest = {"input_ids": ids[:, 3:], "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    expected = graph.run(ids).logits[:, 3:]
+    torch.testing.assert_close(graph.run(rest).logits, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_algorithms_begin_each_pass_with_the_cache_that_was_given():

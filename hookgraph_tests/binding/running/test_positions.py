@@ -145,9 +145,16 @@ def test_a_mask_of_four_axes_needs_position_ids():
     ids = torch.zeros(2, 6, dtype=torch.long)
     numbers = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
     found = spans_of({"input_ids": ids, "attention_mask": mask, "position_ids": numbers})
-    assert found == {"decoder": Span(0, 6, (0, 2))}
+    assert found["decoder"] == Span(0, 6, (0, 2))
     with pytest.raises(LocationError, match="positions cannot be told from attention_mask"):
         spans_of({"input_ids": ids, "attention_mask": mask})
+
+
+def test_stacks_beside_the_decoder_read_its_tokens_where_nothing_else_is_given():
+    ids, mask = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[0, 1, 1, 1, 1, 1]])
+    text = {"input_ids": ids, "attention_mask": mask}
+    assert spans_of(text)["encoder"] == spans_of(text)["decoder"] == Span(0, 6, (1,))
+    assert "encoder" not in spans_of({**text, "input_features": torch.zeros(1, 6, 4)})
 
 
 def test_an_encoder_and_a_decoder_have_spans_of_their_own():
