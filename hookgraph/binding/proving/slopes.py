@@ -74,12 +74,16 @@ class Slopes(NamedTuple):
 
 
 class _Passes(NamedTuple):
-    """What is differentiated: a metric of passes of a graph over one example, along random directions."""
+    """What is differentiated: a metric of passes of a graph over one example, along random directions.
+
+    The gradients of `together` are asked for in each: one has to be the same alone and beside the others.
+    """
 
     graph: HookGraph
     example: Mapping[str, Any]
     metric: Metric
     generator: torch.Generator
+    together: Sequence[Location] = ()
 
 
 def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) -> Slopes:
@@ -122,6 +126,7 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
 def _check_group(passes: _Passes, values: Mapping[Location, Tensor]) -> Slopes:
     if not values:
         return Slopes([], [])
+    passes = passes._replace(together=list(values))
     precision, measured = _measure(passes, values)
     wrong = {x: values[x] for x, found in measured.items() if found.error > precision.tolerance}
     if wrong and not precision.reason:
@@ -189,9 +194,9 @@ def _measure(
     whole: bool = False,
 ) -> tuple[_Precision, dict[Location, _Measured]]:
     """The slopes at all locations, in one pass backwards, `whole` or not, and one over all edits."""
-    graph, example, metric, generator = passes
+    graph, example, metric, generator, together = passes
     with Watch(whole=whole) as plain:
-        gradients = graph.run(example, save=[x.grad for x in values], metric=metric)
+        gradients = graph.run(example, save=[x.grad for x in together], metric=metric)
     per_location = 2 * len(steps)
     hooked, slopes, sizes = graph, dict[Location, float](), dict[Location, float]()
     for number, (location, value) in enumerate(values.items()):

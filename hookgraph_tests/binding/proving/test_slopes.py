@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookgraph.binding import bind
 from hookgraph.binding.proving import slopes
 from hookgraph.binding.proving.slopes import check_gradients
-from hookgraph.ontology.transformer import MLP_OUT, RESID_PRE
+from hookgraph.ontology.transformer import MLP_OUT, RESID_MID, RESID_PRE
 from hookgraph_tests.families import bound, tokens
+from hookgraph_tests.tiny import build
 
 
 def wave(x: Tensor) -> Tensor:
@@ -37,3 +39,9 @@ def test_a_wrong_gradient_is_wrong_by_every_step():
     clean = graph.run(example, save=[RESID_PRE[1]])
     found = check_gradients(graph, example, clean)
     assert not any(proof.holds for proof in found.proofs)
+
+
+def test_a_gradient_that_is_another_beside_earlier_ones_is_wrong():
+    graph = bind(build("causal", "dbrx"))  # the norm before its experts reads the stream first
+    assert RESID_MID[1] not in graph.locations
+    assert "edit = gradient fails" in graph.binding.why_absent(RESID_MID[1])
