@@ -1,5 +1,5 @@
 # The contributor's interface. Every target makes its own environment on first use:
-#   make demo | test | lint | types | docs | bench | sweep | format | clean
+#   make demo | test | lint | types | docs | bench | sweep | effects | format | clean
 # PYTHON names the interpreter that makes the environment, VENV its folder,
 # ARGS what is passed on to the tool (make test ARGS="-k patching").
 
@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs bench sweep format clean
+.PHONY: help demo test lint types docs bench sweep effects format clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -57,6 +57,10 @@ bench: $(DEV)
 # Every architecture of transformers, built tiny and bound: writes docs/reference/architectures.md.
 sweep: $(DEV)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m hookgraph_tests.sweep --write $(ARGS)
+
+# The algorithms against brute force, on each of these architectures; half an hour, or ARGS="--table causal".
+effects: $(DEV)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m hookgraph_tests.sweep --effects $(ARGS)
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from hookgraph_tests.sweep.effects.trying import Effects, effects_of
 from hookgraph_tests.sweep.outcomes import Outcome
 from hookgraph_tests.sweep.page import read, write
-from hookgraph_tests.sweep.processes import outcomes
+from hookgraph_tests.sweep.processes import Work, outcomes, results
 from hookgraph_tests.tiny import TABLES, swept
 
 
@@ -21,10 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="how many processes at a time")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long one architecture may take")
     parser.add_argument("--gaps", action="store_true", help="print why locations are absent")
+    parser.add_argument("--effects", action="store_true", help="compare effects with brute force instead")
     parser.add_argument("--write", action="store_true", help="write docs/reference/architectures.md")
     options = parser.parse_args(arguments)
     only = {name for name in options.only.split(",") if name}
     names = [(t, a) for t in options.table or TABLES for a in swept(t) if not only or a in only]
+    if options.effects:
+        _effects(names, jobs=options.jobs, seconds=options.seconds)
+        return
     found: list[Outcome] = []
     for outcome in outcomes(names, jobs=options.jobs, seconds=options.seconds):
         found.append(outcome)
@@ -33,6 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.write:
         kept = {(o.table, o.architecture): o for o in (read() if only or options.table else ())}
         write([*{**kept, **{(o.table, o.architecture): o for o in found}}.values()])
+
+
+def _effects(names: Sequence[tuple[str, str]], *, jobs: int, seconds: float) -> None:
+    """Compare what the algorithms give with brute force; exit with 1 where a number is wrong."""
+    statuses = Counter[str]()
+    for effects in results(Work(effects_of, Effects.lost), names, jobs=jobs, seconds=seconds):
+        statuses[effects.status] += 1
+        print(*effects.lines(), sep="\n", flush=True)
+    print(*(f"{n} {status}" for status, n in statuses.most_common()), sep=", ")
+    if statuses["failed"]:
+        raise SystemExit(1)
 
 
 def _tell(outcome: Outcome, *, gaps: bool) -> None:

@@ -88,7 +88,7 @@ def test_reasons_of_layers_and_measurements_are_one():
 
 
 def test_an_architecture_that_hangs_or_dies_is_told_from_others(monkeypatch: pytest.MonkeyPatch):
-    def work(pipe, table: str, architecture: str) -> None:
+    def work(pipe, _, table: str, architecture: str) -> None:
         if architecture == "gpt2":
             while True:
                 pass
