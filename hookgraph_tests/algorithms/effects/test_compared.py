@@ -18,7 +18,7 @@ from hookgraph.locations import MLP_OUT, VISION
 from hookgraph.ontology.locations import Location
 from hookgraph_tests.tiny import build
 
-NODES = [MLP_OUT[0], MLP_OUT[1].at(pos=2), VISION.MLP_OUT[0], VISION.MLP_OUT[1].at(pos=0)]
+NODES = [MLP_OUT[0], MLP_OUT[1], VISION.MLP_OUT[0], VISION.MLP_OUT[1].at(pos=0)]
 
 
 def first_text(logits: Tensor) -> Tensor:
