@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hookgraph.algorithms.memory import is_out_of_memory
 from hookgraph.errors import MetricError
+from hookgraph.graph.examples import batch_size
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric, Tiled
 from hookgraph.graph.run import Run
@@ -28,20 +30,31 @@ def run_copies(
     entry: Location | None,
     copies: int,
     *,
-    metric: Metric,
+    metric: Metric | None = None,
     save: Sequence[Location] = (),
     value: Shaped[Tensor, "..."] | None = None,
 ) -> Run:
     """One pass over several copies of a run's batch, from `entry` on, or whole.
 
-    Row i belongs to example i modulo the batch. At `entry` enters `value`, by default what the run saved.
+    Row i belongs to example i modulo the batch. At `entry` enters `value`, by default what the run saved. An
+    error of PyTorch says how many copies there were: hooks of others may hold values of one batch.
     """
-    tiled = Tiled(metric, len(base.measured), copies, base.columns)
-    if entry is None:
-        inputs = graph.binding.prepare(dict(base.inputs), copies=copies)
-        return graph.run(inputs, save=save, metric=tiled, logits=False)
-    entering = tile(base[entry], copies) if value is None else value
-    return graph.replay(base, entry, value=entering, save=save, metric=tiled, logits=False)
+    tiled = None if metric is None else Tiled(metric, len(base.measured), copies, base.columns)
+    try:
+        if entry is None:
+            inputs = graph.binding.prepare(dict(base.inputs), copies=copies)
+            return graph.run(inputs, save=save, metric=tiled, logits=False)
+        entering = tile(base[entry], copies) if value is None else value
+        return graph.replay(base, entry, value=entering, save=save, metric=tiled, logits=False)
+    except RuntimeError as error:
+        if copies > 1 and not is_out_of_memory(error):
+            error.add_note(
+                f"This pass ran {copies} copies of the batch side by side. A hook that was registered with "
+                "PyTorch and holds a value for each example does not fit them: register it with graph.hook, "
+                f"which calls it with one copy at a time, or give batch_size={batch_size(base.inputs)}, the "
+                "number of examples."
+            )
+        raise
 
 
 def tile(value: Shaped[Tensor, "batch ..."], copies: int) -> Shaped[Tensor, "..."]:

@@ -250,10 +250,10 @@ def _sweep(
         new, offset = tile(base[station], len(joining)), 0 if rows is None else len(rows)
         patched = _patched(graph, joining, contrast.corrupt, offset=offset, batch=len(clean), by_row=by_row)
         rows = new if rows is None else torch.cat([rows, new])
+        copies = len(rows) // len(clean)
         if until is not None:
-            rows = patched.replay(base, station, value=rows, save=[until])[until]
+            rows = run_copies(patched, base, station, copies, value=rows, save=[until])[until]
         else:
-            copies = len(rows) // len(clean)
             run = run_copies(patched, base, station, copies, metric=metric, value=rows)
             effects.append(_gains(run, clean))
     return torch.cat(effects)

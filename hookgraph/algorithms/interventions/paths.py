@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.algorithms.attribution import Attribution
-from hookgraph.algorithms.copies import finite_metric, finite_per_copy, per_copy, run_copies, tile
+from hookgraph.algorithms.copies import finite_metric, finite_per_copy, per_copy, run_copies
 from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.packing import Index, Note, SetCopies, SetEntries
@@ -204,10 +204,7 @@ class _Paths:
         entry, held = self.entries[nodes[0][0]], self._held(nodes, reached, seen)
         if reached == (LOGITS,):  # what is read there is the answer
             return _measured(run_copies(held, self.clean, entry, copies, metric=self.metric), nodes) - clean
-        if entry is None:
-            held.run(self.graph.binding.prepare(dict(self.clean.inputs), copies=copies), save=reached)
-        else:
-            held.replay(self.clean, entry, value=tile(self.clean[entry], copies), save=reached)
+        run_copies(held, self.clean, entry, copies, save=reached)
         patched = per_copy(self.graph, len(clean))
         for receiver in reached:
             patched = patched.hook(receiver, SetCopies(range(copies), seen[receiver], len(clean)))

@@ -214,6 +214,24 @@ def test_what_others_did_to_the_modules_is_seen_where_late_positions_run_alone()
     assert graph.retaining(CLEAN) is not None
 
 
+@pytest.mark.parametrize("method", ["exact", "ig"])
+def test_an_error_of_a_hook_on_a_module_says_that_there_were_several_copies(method: Method):
+    graph = gpt2()
+    block = graph.binding.model.transformer.h[2]  # pyright: ignore[reportAttributeAccessIssue]
+    shift = torch.randn(len(CLEAN), 1, 1, dtype=torch.float64)
+    handle = block.mlp.register_forward_hook(lambda m, a, output: output + shift)
+    try:
+        with pytest.raises(RuntimeError, match="size of tensor") as caught:
+            patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]], method)
+        assert any("copies of the batch side by side" in note for note in caught.value.__notes__)
+        own = graph.hook(MLP_OUT[2], lambda x: x + shift)
+        single = patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]], method, batch_size=2)
+    finally:
+        handle.remove()
+    found = patching_effect(own, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]], method)
+    assert torch.allclose(single.effects[ATTN_Z[1]], found.effects[ATTN_Z[1]], rtol=1e-9, atol=1e-12)
+
+
 def test_the_residual_of_inputs_that_move_stands_at_the_embeddings():
     found = patching_effect(gpt2(), CLEAN, CORRUPT, MEASURE, [EMBED, ATTN_Z[1]], "ig_inputs", steps=30)
     assert found.total_effect is not None
