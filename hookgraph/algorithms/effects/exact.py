@@ -5,7 +5,7 @@ what lies after a node is executed for it, and rows of all layers share the pass
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import TypeAlias, final
@@ -304,6 +304,8 @@ class _Patch:
 
     def __call__(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         result = value.clone()
+        if self.corrupt.dtype != value.dtype:  # GPT-J's keys pass through the cache in another precision
+            return replace(self, corrupt=self.corrupt.to(value.dtype))(value)
         kinds: dict[tuple[Dimension, ...] | None, list[tuple[int, Location]]] = {}
         for row, node in self.placed:
             points = all(isinstance(i, int) for _, i in node.index) and not self._counts_tokens(node)

@@ -19,6 +19,7 @@ from hookgraph.locations import ATTN_K, ATTN_PATTERN, ATTN_Q, ATTN_V, ATTN_Z, ML
 from hookgraph.ontology.locations import Location
 from hookgraph.subgraphs import Autoencoder, AutoencoderGraph, ModuleGraph
 from hookgraph_tests.families import FAMILIES, bound, tokens
+from hookgraph_tests.tiny import build
 
 METRIC = logit_diff(3, torch.tensor([5, 7]))
 
@@ -336,3 +337,12 @@ def test_positions_are_counted_within_a_tail(node: Location, first: int, moved: 
     assert first_position(node, 5) == first
     if moved is not None:
         assert shifted(node, first, 5) == moved
+
+
+def test_keys_that_a_cache_holds_in_another_precision_are_patched():
+    graph = hg.bind(build("causal", "gptj").double())  # rotates in single precision
+    nodes = [kind[1].at(pos=pos, head=1) for kind in (ATTN_Z, ATTN_Q) for pos in range(6)]
+    nodes += [ATTN_K[layer].at(pos=pos, kv_head=2) for layer in range(2) for pos in range(6)]
+    expected = one_by_one(graph, nodes, METRIC)
+    found = exact_effects(graph, tokens(), others(), METRIC, nodes)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
