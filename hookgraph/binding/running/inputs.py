@@ -100,7 +100,8 @@ def prepare(
     accepted.check(arguments)
     # The tokens come first: their rows are the examples, where positions may be given once for all.
     names = sorted(arguments, key=lambda name: name not in _ROWS)
-    held = {k: lent(v) if isinstance(v := arguments[k], Cache) else v for k in names}
+    count = count_examples(arguments) or 0
+    held = {k: lent(v, count) if isinstance(v := arguments[k], Cache) else v for k in names}
     arguments = changed(held, partial(_moved, device))
     if accepted.known and ("decoder_input_ids" in arguments or "decoder_input_ids" not in accepted.names):
         arguments.pop("labels", None)  # they make a loss, of all logits, which nothing here reads

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hookgraph.binding.running.sharing import SharedPast
-from hookgraph.errors import InputError
 
 _APPENDED: Final = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of a cache that put new tensors in place of old ones, and never write into them."""
@@ -79,35 +79,27 @@ class Remembered:
 @final
 @dataclass(frozen=True, eq=False)
 class Lent:
-    """A cache that came with the inputs, of another kind: each pass is given a copy."""
+    """A cache that came with the inputs, of another kind: each pass is given a copy, reordered as for beams.
+
+    Args:
+        cache: as it came; it is never written to.
+        examples: of each row of a pass, which example of the cache it goes on from.
+    """
 
     cache: Cache
+    examples: Int[Tensor, " batch"]
 
     def get_seq_length(self) -> int:
         """How many positions it holds."""
         return int(self.cache.get_seq_length())
 
     def repeated(self, copies: int) -> "Lent":
-        """Not known how.
-
-        Raises:
-            InputError: always.
-        """
-        raise self._fixed(f"repeated for {copies} copies of its batch")
+        """The same for a batch that is repeated."""
+        return replace(self, examples=self.examples.repeat(copies))
 
     def rows(self, chosen: slice | Int[Tensor, " batch"]) -> "Lent":
-        """Not known how.
-
-        Raises:
-            InputError: always.
-        """
-        raise self._fixed("divided among the examples of its batch")
-
-    def _fixed(self, wanted: str) -> InputError:
-        return InputError(
-            f"a {type(self.cache).__name__} cannot be {wanted}: leave past_key_values out and give the whole "
-            "sequence, or use a DynamicCache"
-        )
+        """The same for some examples of the batch."""
+        return replace(self, examples=self.examples[chosen])
 
     def fresh(self) -> Cache:
         """A cache that a pass may write to."""
@@ -115,14 +107,9 @@ class Lent:
 
     def lasting(self) -> Cache:
         """A cache for pass after pass."""
-        return copy.deepcopy(self.cache)
-
-
-def lent(cache: Cache) -> "Remembered | Lent":
-    """What came with the inputs, so held that no pass writes to it."""
-    if type(cache) is DynamicCache and all(type(layer) in _APPENDED for layer in cache.layers):
-        return Remembered(cache)  # a kind of it may hold more, which `fresh` would hand on as it is
-    return Lent(cache)
+        own = copy.deepcopy(self.cache)
+        own.reorder_cache(self.examples)  # pyright: ignore[reportArgumentType] (the device does not matter)
+        return own
 
 
 def _rows_of(layer: Any, chosen: slice | Int[Tensor, " batch"]) -> Any:
@@ -261,3 +248,10 @@ def several(inputs: Mapping[str, Any], layers: int) -> int:
     found = [v for v in inputs.values() if isinstance(v, Remembered)]
     held = [sum(map(_appended, x.cache.layers)) for x in found]
     return found[0].copies if held == [layers] else 1
+
+
+def lent(cache: Cache, examples: int) -> Remembered | Lent:
+    """What came with inputs of so many examples, so held that no pass writes to it."""
+    if type(cache) is DynamicCache and all(type(layer) in _APPENDED for layer in cache.layers):
+        return Remembered(cache)  # a kind of it may hold more, which `fresh` would hand on as it is
+    return Lent(cache, torch.arange(examples))

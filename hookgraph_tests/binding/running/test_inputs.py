@@ -11,7 +11,6 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutput
 
-from hookgraph.algorithms import patching_effect
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import bind
@@ -20,7 +19,7 @@ from hookgraph.errors import InputError, LoadError, LocationError, UnknownLocati
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import SetTo
-from hookgraph.ontology.transformer import ATTN_Z, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
+from hookgraph.ontology.transformer import ATTN_OUT, ATTN_Z, LOGITS, MLP_OUT, RESID_POST, RESID_PRE
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 from hookgraph_tests.families import FAMILIES, LAYERS, PADDING, VOCABULARY, bound, model_of, tokens
 from hookgraph_tests.tiny import build
@@ -289,39 +288,52 @@ def test_whisper_reads_the_cache_that_it_is_given():
     torch.testing.assert_close(graph.run(rest).logits, expected, rtol=1e-6, atol=1e-9)
 
 
+def check_cached(graph: HookGraph, inputs: dict[str, Any], other: dict[str, Any]) -> None:
+    """Exact effects behind a cache, divided or not, are those of one pass for each node."""
+    metric = logit_diff(3, 5)
+    nodes = [graph.every(ATTN_OUT)[0].at(pos=-1), MLP_OUT[1]]
+    before, corrupt = graph.run(inputs, metric=metric).metric, graph.run(other, save=nodes)
+    moved = [graph.hook(x, SetTo(corrupt[x])).run(inputs, metric=metric).metric for x in nodes]
+    assert before is not None
+    expected = torch.stack([x - before for x in moved if x is not None])
+    assert float(expected.abs().min()) > 1e-6
+    for size in (256, 2, 1):
+        found = exact_effects(graph, inputs, other, metric, nodes, batch_size=size)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_algorithms_begin_each_pass_with_the_cache_that_was_given():
     graph, inputs = prefixed()
-    other, metric = {**inputs, "input_ids": tokens(seed=1)}, logit_diff(3, 5)
-    nodes = [ATTN_Z[1].at(head=1), MLP_OUT[2]]
-    found = exact_effects(graph, inputs, other, metric, nodes)
-    before, corrupt = graph.run(inputs, metric=metric).metric, graph.run(other, save=nodes)
-    for node, effect in zip(nodes, found, strict=True):
-        moved = graph.hook(node, SetTo(corrupt[node])).run(inputs, metric=metric).metric
-        assert moved is not None
-        assert before is not None
-        torch.testing.assert_close(effect, moved - before, rtol=1e-5, atol=1e-7)
+    check_cached(graph, inputs, {**inputs, "input_ids": tokens(seed=1)})
     assert inputs["past_key_values"].get_seq_length() == 6
 
 
-def test_a_cache_is_divided_with_the_examples():
-    graph, inputs = prefixed()
-    other, metric = {**inputs, "input_ids": tokens(seed=1)}, logit_diff(3, 5)
-    whole, divided = (
-        patching_effect(graph, inputs, other, metric, [ATTN_Z[1]], batch_size=size).effects[ATTN_Z[1]]
-        for size in (2, 1)
-    )
-    torch.testing.assert_close(divided, whole, rtol=1e-6, atol=1e-9)
-
-
-def test_a_cache_of_another_kind_is_copied_and_not_repeated():
+def test_a_cache_of_another_kind_is_copied_repeated_and_divided():
     graph = bound("llama", torch.float64)
     graph, inputs = prefixed(StaticCache(config=model_of(graph).config, max_cache_len=16))
-    first = graph.run(inputs).logits
-    assert torch.equal(graph.run(inputs).logits, first)
-    with pytest.raises(InputError, match="a StaticCache cannot be repeated for 2 copies"):
-        graph.binding.prepare(inputs, copies=2)
-    with pytest.raises(InputError, match="a StaticCache cannot be divided among the examples"):
-        patching_effect(graph, inputs, inputs, logit_diff(3, 5), [ATTN_Z[1]], batch_size=1)
+    assert torch.equal(graph.run(inputs).logits, graph.run(inputs).logits)
+    check_cached(graph, inputs, {**inputs, "input_ids": tokens(seed=1)})
+    assert inputs["past_key_values"].get_seq_length() == 6
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "past"),
+    [("causal", "falcon_h1", 6), ("causal", "lfm2", 6), ("seq2seq", "t5", 3), ("seq2seq", "bart", 3)],
+)
+def test_caches_of_states_and_of_encoders_are_repeated_and_divided(table: str, name: str, past: int):
+    """Models with states go on from a cache by one token at a time."""
+    model = build(table, name).double()
+    graph, ids = bind(model), torch.arange(10, 24).view(2, 7)
+    key, given = "input_ids", {}
+    if table == "seq2seq":
+        key, given = "decoder_input_ids", {"input_ids": ids + 20}
+    with torch.no_grad():
+        cache = model(**given, **{key: ids[:, :past]}, use_cache=True).past_key_values
+    inputs = {**given, key: ids[:, past:], "past_key_values": cache}
+    whole = graph.run({**given, key: ids}).logits[:, past:]
+    torch.testing.assert_close(graph.run(inputs).logits, whole, rtol=1e-5, atol=1e-5)
+    check_cached(graph, inputs, {**inputs, key: ids[:, past:] + 3})
+    assert cache.get_seq_length() == past
 
 
 def test_padding_before_a_cache_moves_the_positions_behind_it():
