@@ -124,7 +124,7 @@ def _bind_entry(
 ) -> None:
     """What a layer is given. One that is no module shares it with what is added to its updates, and where a
     stream begins anew, later layers read what was before `beside` it: it is reached where it is returned, or
-    else changed for all that hold it.
+    else changed for all that hold it. So it is where a layer changes it: the model may go on with it.
     """
     grid = block.grid
     if block.begins and block.entering.tensor.shape[-1] != block.leaving.tensor.shape[-1]:
@@ -140,7 +140,7 @@ def _bind_entry(
         found.add(on_call(trace, owner, anchor))
         return
     call = block.call if block.ends is None else block.ends[0]
-    reading: Mechanism = "input" if alone else "sum"
+    reading: Mechanism = "input" if alone and not is_changed(block.leaving, [block.entering]) else "sum"
     slot = next(s for s, v in call.inputs.items() if v is block.entering)
     view = block.streams_of(block.entering)
     anchor = Anchor(location, reading, call.path, slot, view, layout=grid.layout)
@@ -164,7 +164,7 @@ def _bind_block(
         found.absent(reason, stack.RESID_PRE, stack.RESID_MID, stack.RESID_POST, layer=layer)
     layout = block.grid.layout
     point, view = _points(stack, block)[2][layer], block.streams_of(block.leaving)
-    after = Anchor(point, "output", last.path, slot_out, view, layout=layout)
+    after = Anchor(point, _returning(block.leaving, call), last.path, slot_out, view, layout=layout)
     found.add(on_call(trace, last, after))
     kinds: dict[Role, LocationType] = {
         "attention": stack.ATTN_OUT,
@@ -300,8 +300,7 @@ def _bind_middle(
     call = next(trace.owners(middle, block.call), None)
     if call is not None and middle in call.outputs.values():
         slot = next(s for s, v in call.outputs.items() if v is middle)
-        # Of what is changed in place the layer may go on with what it gave, and ignore what is returned.
-        how: Mechanism = "returned sum" if is_changed(middle, call.inputs.values()) else "output"
+        how = _returning(middle, call)
         anchor = Anchor(location, how, call.path, slot, block.streams_of(middle), layout=layout)
         found.add(on_call(trace, call, anchor))
         return middle
@@ -317,6 +316,13 @@ def _bind_middle(
     anchor = Anchor(location, "sum", call.path, slot, block.streams_of(given), layout=layout)
     found.add(on_call(trace, call, anchor))
     return middle
+
+
+def _returning(value: Value, call: Call) -> Mechanism:
+    """How what a module returns is reached. Of what it changes in place its caller may go on with what it
+    gave, and ignore what is returned.
+    """
+    return "returned sum" if is_changed(value, call.inputs.values()) else "output"
 
 
 def _parting(steps: Sequence[Step], after: Update) -> Value:

@@ -69,7 +69,8 @@ def why_closed(
     if reason or after is None or not block:
         return reason
     layer, anchor = findings.layers[stack][block - 1], findings.anchors.get(after)
-    returned = anchor is not None and (anchor.module, anchor.mechanism) == (layer.module, "output")
+    ways = ("output", "returned sum")
+    returned = anchor is not None and anchor.module == layer.module and anchor.mechanism in ways
     if not returned or not _is_changed(modules[layer.module]):
         return ""
     return f"{after} lies before forward hooks that others have put on {layer.module}, which need its inputs"

@@ -7,10 +7,20 @@ from typing import TypeAlias
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.binding import bind
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.transformer import ATTN_IN, ATTN_LN_SCALE, ATTN_OUT, MLP_PRE, RESID_MID, RESID_PRE
+from hookgraph.graph.replay import can_start
+from hookgraph.ontology.transformer import (
+    ATTN_IN,
+    ATTN_LN_SCALE,
+    ATTN_OUT,
+    MLP_PRE,
+    RESID_MID,
+    RESID_POST,
+    RESID_PRE,
+)
 from hookgraph_tests.binding.made_up import LoomConfig
 from hookgraph_tests.binding.resolving.test_chains import TOKENS, KnottedLoom, KnottedRow
 
@@ -111,9 +121,22 @@ def activated(row: InPlaceRow, x: Tensor, way: str) -> Tensor:
     return x + row.dye.rinse(row.act(row.dye.soak(row.between(x))))
 
 
-def loom(way: Way, *, check: bool = False, **options: bool) -> HookGraph:
+class Deaf(KnottedLoom):
+    """Goes on with what it gave its rows, whatever they return."""
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """Logits for every position."""
+        cloth = self.spool(input_ids)
+        for row in self.cloth:
+            row(cloth)
+        return CausalLMOutput(logits=self.label(self.hem(cloth)))
+
+
+def loom(
+    way: Way, *, check: bool = False, kind: type[KnottedLoom] = KnottedLoom, **options: bool
+) -> HookGraph:
     torch.manual_seed(0)
-    model = KnottedLoom(way)
+    model = kind(way)
     model.cloth = nn.ModuleList(InPlaceRow(model.config, way, **options) for _ in range(2))
     return bind(model.double().eval(), cached=False, check=check)
 
@@ -154,6 +177,22 @@ def test_what_is_changed_in_place_has_the_locations_values_and_gradients_of_a_su
 def test_they_are_proven(layer: Callable[[InPlaceRow, Tensor, str], Tensor], way: str):
     graph = loom(partial(layer, way=way), check=True, choir=True)
     assert {ATTN_IN[1], RESID_MID[1]} <= set(graph.locations)
+
+
+def test_layers_that_change_what_they_are_given_have_every_location_if_what_they_return_is_ignored():
+    graph = loom(partial(directly, way="in place"), check=True, kind=Deaf)
+    plain = loom(partial(directly, way="plain"))
+    assert graph.locations == plain.locations
+    for location in (RESID_PRE[0], RESID_PRE[1], RESID_POST[0], RESID_POST[1]):
+        runs = [
+            x.hook(location, lambda v: 2 * v).run(
+                {"input_ids": TOKENS}, save=[location.grad], metric=lambda x: x[:, -1, 3]
+            )
+            for x in (plain, graph)
+        ]
+        torch.testing.assert_close(runs[1].logits, runs[0].logits)
+        torch.testing.assert_close(runs[1][location.grad], runs[0][location.grad])
+    assert not can_start(graph.binding, RESID_POST[0])
 
 
 @pytest.mark.parametrize(("layer", "way"), [(directly, "in place"), (by_modules, "ignored")])
