@@ -334,7 +334,7 @@ def test_attention_that_is_there_in_parts_is_not_said_to_be_missing():
 
 
 class Weighed(Story):
-    """Weighs what attention adds, feature by feature."""
+    """Weighs what attention adds by what it makes of a weight."""
 
     def __init__(self) -> None:
         super().__init__(keys_first)
@@ -342,7 +342,7 @@ class Weighed(Story):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream after it."""
-        x = x + self.weight * self.heads(self.first(x))
+        x = x + self.weight.tanh() * self.heads(self.first(x))
         return x + self.think(self.second(x))
 
 

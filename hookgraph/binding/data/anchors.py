@@ -32,7 +32,7 @@ Mechanism: TypeAlias = Literal[
   because its caller may go on with what it gave.
 * `interior`: inside the attention function.
 * `own code`: in attention by code of the model's own: what a product, the softmax or a fused attention reads
-  or returns.
+  or returns; in a layer: what its own product with a parameter returns.
 * `norm scale`: computed from a norm's input; an edit rescales its output.
 * `head input`: a projection's input once per head; an edit adds the difference to what the head gets.
 * `experts`: inside routed experts, by token and choice.
@@ -40,10 +40,15 @@ Mechanism: TypeAlias = Literal[
 * `head result`: computed from the input of the output projection; an edit adds the difference.
 """
 
+# fmt: off
 Role: TypeAlias = Literal[
-    "", "query", "key", "value", "scores", "pattern", "out", "neurons", "outputs", "product"
+    "", "query", "key", "value", "scores", "pattern", "out", "neurons", "outputs", "product",
+    "attention", "cross-attention", "mixer", "mlp", "extra",
 ]
-"""Which tensor of an attention function, of experts, or of a module that computes a product."""
+# fmt: on
+"""Which tensor of an attention function, of experts, or of a module that computes a product; or which update
+of a layer.
+"""
 
 
 Kept: TypeAlias = Literal["", "states", "shared", "source"]

@@ -7,7 +7,6 @@ from typing import Final
 
 from hookgraph.binding.data.anchors import Anchor, Mechanism, on_call
 from hookgraph.binding.data.findings import Findings, Layer, StreamStep
-from hookgraph.binding.data.views import Scaled
 from hookgraph.binding.resolving.blocks import Block, Step, Update
 from hookgraph.binding.resolving.chains import find_chains
 from hookgraph.binding.resolving.ends import bind_embedding, bind_head, bind_last_norm
@@ -20,6 +19,7 @@ from hookgraph.binding.resolving.refusals import why_unbound, written_into
 from hookgraph.binding.resolving.resuming import resumptions
 from hookgraph.binding.resolving.roles import Role, assign_roles, is_ambiguous, values_from
 from hookgraph.binding.resolving.stacks import joined, main_chain, name_stacks
+from hookgraph.binding.resolving.updates import bind_update
 from hookgraph.binding.running.kernels import other_kernel
 from hookgraph.binding.tracing.trace import Call, Trace
 from hookgraph.binding.tracing.values import Slot, Value, alias_chain, is_changed, is_overwritten
@@ -176,7 +176,7 @@ def _bind_block(
     places: dict[Update, Location] = {}
     for role, kind in kinds.items():
         updates = roles.get(role, [])
-        if len(updates) == 1 and _bind_update(trace, found, kind[layer], block, updates[0]):
+        if len(updates) == 1 and bind_update(trace, found, kind[layer], block, updates[0], role):
             places[updates[0]] = kind[layer]
         elif len(updates) > 1:
             found.absent(f"layer {layer} adds {len(updates)} updates of this kind", kind, layer=layer)
@@ -231,21 +231,6 @@ def _bind_insides(
         found.absent(_PARTIAL, *inside, layer=layer)
     elif len(mlp) == 1:
         bind_mlp(trace, found, stack, layer, block, mlp[0], _source(trace, block, mlp[0]))
-
-
-def _bind_update(trace: Trace, found: Findings, location: Location, block: Block, update: Update) -> bool:
-    if update.call is None:
-        own = "the update is computed by the layer itself, no module returns it"
-        if update.source is not None:
-            own = "the layer multiplies what a module returns with weights of its own, no module returns that"
-        found.absent("it is added at some positions only" if update.step.partial else own, location)
-        return False
-    slot = next(s for s, v in update.call.outputs.items() if v is update.value)
-    view = None if update.coefficient == 1.0 else Scaled(update.coefficient)
-    layout = block.grid.layout_of(update.value)
-    anchor = Anchor(location, "output", update.call.path, slot, view, layout=layout)
-    found.add(on_call(trace, update.call, anchor))
-    return True
 
 
 def _source(trace: Trace, block: Block, update: Update) -> Call | None:

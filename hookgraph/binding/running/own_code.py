@@ -31,6 +31,7 @@ _NAMES: Final[Mapping[Kind, str]] = {
     "softmax": "softmax",
     "fused": "scaled_dot_product_attention",
     "split": "split",
+    "weighing": "multiplication with a parameter",
 }
 _ANEW: Final = "bind the model on an example like these inputs, bind(model, example=...)"
 
@@ -175,7 +176,7 @@ class _Watching(TorchFunctionMode):
 
     def _changed(self, role: Role, way: Way, raw: Tensor) -> Tensor:
         axes = way.view.axes if isinstance(way.view, Axes) else 4
-        if raw.ndim != axes:  # something else: `check` says so
+        if raw.ndim != axes and way.operand.kind != "weighing":  # something else: `check` says so
             self._odd[role] = (raw.ndim, axes)
             return raw
         self._reached[role] = way.operand

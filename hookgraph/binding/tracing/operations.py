@@ -1,4 +1,4 @@
-"""The functions of PyTorch that attention in a model's own code goes through, and which axis is which.
+"""The functions of PyTorch that a model's own code goes through in attention, and around what layers add.
 
 Each is described like an Einstein sum: a letter for each axis of what it is given and of what it returns.
 """
@@ -10,11 +10,14 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-Kind: TypeAlias = Literal["product", "softmax", "fused", "split"]
-"""A product of two tensors, a softmax, a fused attention, or a split into pieces that attend each alone."""
+Kind: TypeAlias = Literal["product", "softmax", "fused", "split", "weighing"]
+"""A product of two tensors, a softmax, a fused attention, a split into pieces that attend each alone, or a
+multiplication with a parameter, feature by feature.
+"""
 
 RESULT: Final = -1
 """Instead of the number of an operand: what a function returns."""
@@ -27,6 +30,7 @@ _SPLIT: Final = frozenset({torch.split, torch.Tensor.split})
 _MATMUL: Final = frozenset(
     {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
 )
+_TIMES: Final = frozenset({torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply})
 _ADDED: Final = frozenset({torch.baddbmm, torch.Tensor.baddbmm})
 _FUSED: Final = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -83,6 +87,9 @@ def form_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     if func is scaled_dot_product_attention:
         form = Form("fused", _slots(_FUSED[:3], args))
         return form._replace(terms=_FUSED_TERMS.get(_axes(form, args, kwargs), ()))
+    if func in _TIMES:
+        weighs = len(args) == 2 and sum(isinstance(x, Parameter) for x in args) == 1
+        return Form("weighing", (0, 1)) if weighs and all(isinstance(x, Tensor) for x in args) else None
     if func is torch.einsum:
         alone = len(args) == 2 and isinstance(args[1], Tensor)  # its axes in another order are no product
         return None if alone else Form("product", *_einsum(args))
