@@ -1,5 +1,6 @@
 """Brute force on one architecture."""
 
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from hookgraph_tests.tiny import build, example_of
 
 _MASKED = 1e9
 """Beyond this a score is masked."""
+_SECONDS = 5.0
+"""How long a plain pass for each node may take together, about."""
 _WHOLE = 2
 """Of how many locations every node is patched."""
 
@@ -101,7 +104,9 @@ def findings(trial: Trial, shift: int) -> Iterator[Finding]:
     """
     graph = trial.graph
     with doubled():
+        began = time.monotonic()
         first, second = (_seen(graph, x) for x in (trial.clean, trial.corrupt))
+        seconds = (time.monotonic() - began) / 2
         if not torch.equal(graph.run(trial.clean).logits, graph.run(trial.clean).logits):
             yield Finding("all", "not applicable", "two passes over the same inputs differ")
             return
@@ -109,9 +114,10 @@ def findings(trial: Trial, shift: int) -> Iterator[Finding]:
         by_kind = [[x for x in found if x in places] for found in kinds(graph).values()]
         by_kind = [found for found in by_kind if found]
         nodes = [x for i, found in enumerate(by_kind) for x in nodes_of(found, first, shift + i)]
-        nodes = list(dict.fromkeys(nodes))
+        every = max(1, round(len(nodes) * seconds / _SECONDS))  # of a slow model fewer
+        nodes = list(dict.fromkeys(nodes))[::every]
         moving = [x for x in nodes if not torch.equal(first[x], second[x])]
-        one_each = [found[(shift + i) % len(found)] for i, found in enumerate(by_kind)]
+        one_each = [found[(shift + i) % len(found)] for i, found in enumerate(by_kind)][::every]
         one_each = [x for x in one_each if not torch.equal(first[x], second[x])]
         sloping = [x for x in one_each if _slopes(graph, x, second[x] - first[x])]
         some = [one_each[(shift + 7 * i) % len(one_each)] for i in range(min(_WHOLE, len(one_each)))]
