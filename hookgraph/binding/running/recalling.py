@@ -108,7 +108,13 @@ class Lent:
     def lasting(self) -> Cache:
         """A cache for pass after pass."""
         own = copy.deepcopy(self.cache)
-        own.reorder_cache(self.examples)  # pyright: ignore[reportArgumentType] (the device does not matter)
+        kind = type(own)
+        # One that holds more than layers says in one way or the other how it is ordered (MiniMax).
+        selects = kind.batch_select_indices is not Cache.batch_select_indices
+        choose = own.reorder_cache
+        if selects and kind.reorder_cache is Cache.reorder_cache:
+            choose = own.batch_select_indices
+        choose(self.examples)  # pyright: ignore[reportArgumentType] (the device does not matter)
         return own
 
 

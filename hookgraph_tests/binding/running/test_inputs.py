@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import bind
 from hookgraph.binding.running.inputs import Accepted
+from hookgraph.binding.running.recalling import Lent
 from hookgraph.errors import InputError, LoadError, LocationError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
@@ -318,7 +320,12 @@ def test_a_cache_of_another_kind_is_copied_repeated_and_divided():
 
 @pytest.mark.parametrize(
     ("table", "name", "past"),
-    [("causal", "falcon_h1", 6), ("causal", "lfm2", 6), ("seq2seq", "t5", 3), ("seq2seq", "bart", 3)],
+    [
+        ("causal", "falcon_h1", 6),
+        ("causal", "lfm2", 6),
+        ("seq2seq", "t5", 3),
+        ("seq2seq", "bart", 3),
+    ],
 )
 def test_caches_of_states_and_of_encoders_are_repeated_and_divided(table: str, name: str, past: int):
     """Models with states go on from a cache by one token at a time."""
@@ -334,6 +341,13 @@ def test_caches_of_states_and_of_encoders_are_repeated_and_divided(table: str, n
     torch.testing.assert_close(graph.run(inputs).logits, whole, rtol=1e-5, atol=1e-5)
     check_cached(graph, inputs, {**inputs, key: ids[:, past:] + 3})
     assert cache.get_seq_length() == past
+
+
+def test_a_cache_that_holds_more_than_layers_is_asked_for_an_order_of_its_own():
+    cache = MiniMaxCache()
+    cache.set_linear_cache(0, torch.tensor([[3.0], [4.0]]))
+    assert Lent(cache, torch.tensor([1, 0, 1])).fresh().linear_cache[0].flatten().tolist() == [4.0, 3.0, 4.0]
+    assert len(cache.linear_cache[0]) == 2
 
 
 def test_padding_before_a_cache_moves_the_positions_behind_it():
