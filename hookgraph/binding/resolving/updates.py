@@ -1,5 +1,7 @@
 """Where what a layer adds to its stream is reached: as what a module returns, or times the layer's weight."""
 
+from typing import Final
+
 from hookgraph.binding.data.anchors import Anchor, on_call
 from hookgraph.binding.data.anchors import Role as Part
 from hookgraph.binding.data.findings import Findings
@@ -8,7 +10,13 @@ from hookgraph.binding.resolving.blocks import Block, Update
 from hookgraph.binding.resolving.own_attention import operand_of
 from hookgraph.binding.tracing.operations import RESULT
 from hookgraph.binding.tracing.trace import Trace
+from hookgraph.binding.tracing.values import ALIASES
 from hookgraph.ontology.locations import Location
+
+_WRITTEN: Final = (
+    "what a module returns is written into in place before it is added (as `x[:, 1:] *= ...` does), which is "
+    "not followed"
+)
 
 
 def bind_update(
@@ -22,11 +30,26 @@ def bind_update(
             return False
         found.add(on_call(trace, block.call, anchor))
         return True
+    if _is_written(trace, update):
+        found.absent(_WRITTEN, location)
+        return False
     slot = next(s for s, v in update.call.outputs.items() if v is update.value)
     layout = block.grid.layout_of(update.value)
     anchor = Anchor(location, "output", update.call.path, slot, _view(update), layout=layout)
     found.add(on_call(trace, update.call, anchor))
     return True
+
+
+def _is_written(trace: Trace, update: Update) -> bool:
+    """Whether something is written into what a module returned before it is added."""
+    first = 0 if update.call is None else update.call.last
+    views = [v for v in trace.written if first <= v.changed <= update.step.value.number]
+    for whole in views:
+        while whole is not update.value and whole.op in ALIASES and whole.inputs:
+            whole = whole.inputs[0]
+        if whole is update.value:
+            return True
+    return False
 
 
 def _weighed(trace: Trace, location: Location, block: Block, update: Update, part: Part) -> Anchor | None:

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph import HookGraph, bind
-from hookgraph.errors import BindingError
+from hookgraph.errors import BindingError, UnknownLocationError
 from hookgraph.locations import ATTN_OUT, MLP_OUT, RESID_MID, RESID_POST, RESID_PRE
-from hookgraph_tests.binding.test_hand_written import IDS, WIDTH, Story, Teller, keys_first
+from hookgraph_tests.binding.test_hand_written import IDS, WIDTH, Story, Teller, keys_first, teller
 from hookgraph_tests.families import binding_of
 from hookgraph_tests.tiny import build
 
@@ -86,6 +86,37 @@ def test_layers_of_vision_models_have_their_updates(architecture: str):
     graph = bind(build("base", architecture))
     kind = ATTN_OUT if architecture == "beit" else MLP_OUT
     assert all(graph.report.proves(x, "conserved") for x in graph.every(kind))
+
+
+class Marked(Story):
+    """Writes into a part of what the MLP returns; with `late`, after it was added."""
+
+    late = False
+
+    def __init__(self) -> None:
+        super().__init__(keys_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream after it."""
+        x = x + self.heads(self.first(x))
+        thought = self.think(self.second(x))
+        y = x + thought if self.late else x
+        thought.transpose(0, 1)[1:] *= 2
+        return y if self.late else x + thought
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_written_into_before_it_is_added_is_absent_with_the_reason(late: bool):
+    model = teller(keys_first)
+    model.stories = nn.ModuleList(Marked().double() for _ in range(2))
+    for story in model.stories:
+        story.late = late
+    graph = bind(model, check=False)
+    if late:
+        assert MLP_OUT[1] in graph.locations
+    else:
+        with pytest.raises(UnknownLocationError, match="is written into in place before it is added"):
+            graph.check(MLP_OUT[1])
 
 
 def test_who_multiplies_with_a_parameter_inside_the_layer_is_told():
