@@ -19,12 +19,12 @@ def prepare_pair(graph: HookGraph, clean: Inputs, corrupt: Inputs | None) -> tup
         HookGraphError: the model draws random numbers, so that two passes over the same inputs differ.
         ShapeMismatchError: they have other shapes, another mask, or other positions.
     """
-    if graph.binding.draws:
-        raise HookGraphError(
-            f"the model is in training mode with {graph.binding.draws}: what it draws anew in every pass "
-            "would be measured as an effect; call model.eval() first"
-        )
     first = graph.binding.prepare(clean)
+    if drawn := graph.binding.draws(first):
+        raise HookGraphError(
+            f"this model draws {drawn} in every pass, which would be measured as an effect: call "
+            "model.eval() first; where it draws in evaluation too, give it what it draws, if it takes that"
+        )
     if corrupt is None:
         return first, None
     second = graph.binding.prepare(corrupt)

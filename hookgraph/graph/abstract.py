@@ -129,10 +129,9 @@ class AbstractBinding(ABC):
         """Whether a backward pass of the last pass runs parts of the model again, as with checkpointing."""
         return False
 
-    @property
-    def draws(self) -> str:
-        """What draws random numbers in every pass, such as dropout while a model trains; empty if nothing is
-        known to.
+    def draws(self, inputs: Prepared) -> str:
+        """What is drawn at random in a pass over these inputs, such as dropout while a model trains; empty if
+        nothing is known to be.
         """
         return ""
 

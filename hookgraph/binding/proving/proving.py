@@ -71,6 +71,8 @@ class _Proven:
     )
     text: str = ""
     gaps: tuple[Gap, ...] = ()
+    draws: str = ""
+    """How many random draws there were in a pass, if any."""
 
 
 def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
@@ -296,9 +298,9 @@ def _on_copy(
                 continue
             single = partial(copied, torch.float32) if dtype != torch.float32 else None
             report = conformance.check(candidate, precise, chosen, single)
-            drawn = report.metadata.get("draws")
+            drawn = report.metadata.get("draws", "")
             held = conformance.DRAWN.format(drawn) if drawn else ""
-            return _Proven(report.proofs, {}, f"{text}, in {_name(dtype)}{held}", report.gaps)
+            return _Proven(report.proofs, {}, f"{text}, in {_name(dtype)}{held}", report.gaps, drawn)
         except BindingError:
             raise
         except Exception as error:  # whatever a model raises
@@ -348,11 +350,12 @@ def _concluded(
                 stands.setdefault(location, peers[0])
     left = _closed(findings.without(failed), parts)
     proofs = [p for part in parts for p in part.proofs]
+    drawn = [("draws", part.draws) for part in parts if part.draws]
     report = ConformanceReport(
         tuple(proofs),
         {k: str(a) for k, a in sorted(left.anchors.items(), key=lambda pair: pair[0].order)},
         dict(sorted(left.reasons.items(), key=lambda pair: pair[0].order)),
-        {**binding.metadata, "proven on": "; ".join(part.text for part in parts)},
+        {**binding.metadata, "proven on": "; ".join(part.text for part in parts), **dict(drawn)},
         {k: v for k, v in stands.items() if k in left.anchors},
         tuple(g for part in parts for g in part.gaps),
     )

@@ -16,7 +16,7 @@ from hookgraph.binding.data.anchors import Anchor, Mechanism, Role
 from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.running.attention import Interior, TapsByCall, sharing
 from hookgraph.binding.running.compiled import as_written
-from hookgraph.binding.running.draws import dropout
+from hookgraph.binding.running.draws import drawn_by, dropout
 from hookgraph.binding.running.experts import ExpertsInterior
 from hookgraph.binding.running.identity import fingerprint, identity
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
@@ -312,10 +312,15 @@ class HuggingFaceBinding(AbstractBinding):
             m.training and getattr(m, "gradient_checkpointing", False) for m in self._checkpointed
         )
 
-    @property
-    def draws(self) -> str:
-        """The first dropout that is on, as a module or as a number of the configuration."""
-        return dropout(self._modules, self.model.config) if self.model.training else ""
+    def draws(self, inputs: Prepared) -> str:
+        """What draws in a pass over these inputs, if the model trains or was seen to draw when it was proven:
+        then that takes a pass.
+        """
+        known = self._report.metadata.get("draws")
+        if not (self.model.training or known) or not drawn_by(lambda: self.forward(inputs), self._device):
+            return ""
+        found = dropout(self._modules, self.model.config) if self.model.training else ""
+        return found or "random numbers of its own"
 
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""

@@ -15,6 +15,7 @@ from hookgraph.locations import ATTN_PATTERN, ATTN_Q, ATTN_SCORES, ATTN_Z, EMBED
 from hookgraph.ontology.locations import LocationType
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 from hookgraph.subgraphs.splicing import SpliceGradient
+from hookgraph_tests import tiny
 from hookgraph_tests.families import bound, build, tokens
 from hookgraph_tests.subgraphs.planted import planted
 
@@ -286,12 +287,37 @@ def test_a_model_that_draws_dropout_is_refused_until_it_evaluates():
     model.transformer.drop.p = 0.1  # pyright: ignore
     graph = hg.bind(model, check=False)
     model.train()
-    message = r"training mode with dropout \(transformer.drop, 0.1\): .* call model.eval\(\) first"
+    message = r"draws dropout \(transformer.drop, 0.1\) in every pass, .*: call model.eval\(\) first"
     with pytest.raises(HookGraphError, match=message):
         patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]])
     assert model.training
     model.eval()
     assert patching_effect(graph, CLEAN, CLEAN, MEASURE, [ATTN_Z[1]]).total_effect is not None
+
+
+def test_noise_that_is_no_dropout_is_refused_too():
+    model = tiny.build("causal", "mixtral")
+    graph = hg.bind(model, check=False)
+    for block in model.model.layers:
+        block.mlp.jitter_noise = 0.2
+    model.train()
+    state = torch.get_rng_state()
+    with pytest.raises(HookGraphError, match="draws random numbers of its own in every pass"):
+        patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rates_of_dropout_that_no_pass_reads_do_not_matter():
+    model = build("gpt2", torch.float64)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert model.config.summary_first_dropout > 0
+    graph = hg.bind(model, check=False)
+    expected = patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]]).effects[ATTN_Z[1]]
+    model.train()
+    found = patching_effect(graph, CLEAN, CORRUPT, MEASURE, [ATTN_Z[1]]).effects[ATTN_Z[1]]
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_model_that_trains_without_dropout_is_measured():

@@ -1,12 +1,17 @@
 """Models that draw random numbers in evaluation are proven with these held still."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.modeling_outputs import CausalLMOutput
 
+from hookgraph.algorithms.effects.patching import patching_effect
+from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import bind
 from hookgraph.binding.proving.draws import HeldDraws
+from hookgraph.errors import HookGraphError
+from hookgraph.ontology.transformer import RESID_POST
 from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 
 TOKENS = torch.arange(12).view(2, 6) + 8
@@ -38,6 +43,8 @@ def test_a_model_that_draws_noise_is_proven_and_the_report_says_so():
     assert "with its 1 random draws a pass held still" in graph.report.metadata["proven on"]
     one, other = (graph.run({"input_ids": TOKENS}).logits for _ in range(2))
     assert not torch.equal(one, other), "only the proof holds them"
+    with pytest.raises(HookGraphError, match="draws random numbers of its own in every pass"):
+        patching_effect(graph, TOKENS, TOKENS, logit_diff(1, 2), [RESID_POST[0]])
 
 
 def drawn(rows: int) -> list[Tensor]:
