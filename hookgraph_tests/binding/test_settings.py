@@ -17,9 +17,13 @@ from hookgraph.binding import bind
 from hookgraph.errors import BindingError, InputError, MetricError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.run import Run
+from hookgraph.hooks.handles import installed
 from hookgraph.ontology.transformer import (
     ATTN_K,
+    ATTN_OUT,
     ATTN_PATTERN,
+    ATTN_Q_IN,
+    ATTN_RESULT,
     ATTN_Z,
     MLP_OUT,
     MLP_POST,
@@ -28,6 +32,7 @@ from hookgraph.ontology.transformer import (
     RESID_POST,
     RESID_PRE,
 )
+from hookgraph.ontology.weights import W_O, b_O
 from hookgraph_tests.families import FAMILIES, bound, build, model_of, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -258,6 +263,31 @@ def test_a_model_with_adapters_is_bound_wrapped_or_not():
             steered = wrapped(input_ids=IDS).logits
         assert torch.equal(steered, graph.hook(RESID_POST[1], torch.zeros_like).run(IDS).logits)
     assert not torch.equal(expected, plain.run(IDS).logits)
+
+
+def test_edits_reach_a_projection_and_the_adapter_beside_it():
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    plain = bind(build("llama"))
+    model: Any = peft.get_peft_model(copy.deepcopy(model_of(plain)), config).get_base_model().double()
+    graph = bind(model)
+    assert {x for x in plain.locations if x not in graph.locations} == set()
+    layer = model.model.layers[1]
+    projections = {ATTN_Z[1]: layer.self_attn.o_proj, MLP_POST[1]: layer.mlp.down_proj}
+    projections[ATTN_Q_IN[1]] = layer.self_attn.q_proj
+    for place, module in projections.items():
+        with installed(
+            lambda module=module: module.register_forward_pre_hook(lambda m, args: (0.5 * args[0],))
+        ):
+            expected = model(input_ids=IDS, use_cache=False).logits
+        found = graph.hook(place, lambda x: 0.5 * x).run(IDS).logits
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    merged = model.model.layers[1].self_attn.o_proj
+    delta = merged.get_delta_weight("default") + merged.base_layer.weight
+    weight = graph.weight(W_O, layer=1)
+    torch.testing.assert_close(weight.flatten(0, 1).mT, delta, rtol=1e-9, atol=1e-9)
+    run = graph.run(IDS, save=[ATTN_RESULT[1], ATTN_OUT[1]])
+    together = run[ATTN_RESULT[1]].sum(2) + graph.weight(b_O, layer=1)
+    torch.testing.assert_close(together, run[ATTN_OUT[1]], rtol=1e-9, atol=1e-9)
 
 
 def test_learnt_prompts_are_refused():

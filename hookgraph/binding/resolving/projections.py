@@ -13,6 +13,9 @@ from hookgraph.binding.data.views import Axes, Columns, View, view_along
 from hookgraph.binding.tracing.trace import Call, Trace
 from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 
+_SCALING = frozenset({"mul", "div"})
+_ADDING = frozenset({"add", "sub"})
+
 _WEIGHTING = frozenset({"mul", "div", "native_layer_norm", "native_dropout"})
 """Operations that leave each feature where it is."""
 
@@ -170,12 +173,31 @@ def _columns_of(heads: Float[Tensor, "batch ..."], given: Value) -> Columns | No
 
 
 def is_projection(trace: Trace, call: Call) -> bool:
-    """Whether a module call is one matrix product of what it is given with a parameter, made by itself."""
+    """Whether a module call is one matrix product of what it is given with a parameter, made by itself; or
+    several, each linear in what it is given, as where an adapter stands beside a projection.
+    """
     given = [v for v in call.inputs.values() if v.tensor.is_floating_point()]
-    if set(call.outputs) != {None} or len(given) != 1 or any(True for _ in call.module.children()):
+    if set(call.outputs) != {None} or len(given) != 1:
         return False
     products = [v for v in trace.values[call.first : call.last] if v.op in PRODUCTS]
-    return len(products) == 1 and is_matrix_product(products[0])
+    if not any(True for _ in call.module.children()):
+        return len(products) == 1 and is_matrix_product(products[0])
+    return len(products) > 1 and _is_affine(trace, call, given[0])
+
+
+def _is_affine(trace: Trace, call: Call, given: Value) -> bool:
+    """Whether what a module returns is an affine function of what it is given, seen in its operations."""
+    made = {given}
+    for value in trace.values[call.first : call.last]:
+        sources = [v in made for v in value.inputs]
+        if not any(sources):
+            continue
+        weighs = value.op in _SCALING and sources[0] and not any(sources[1:])
+        multiplies = is_matrix_product(value) and sum(sources) == 1
+        if not (weighs or multiplies or value.op in _ADDING or value.op in ALIASES):
+            return False
+        made.add(value)
+    return call.outputs[None] in made
 
 
 def is_matrix_product(value: Value) -> bool:
