@@ -15,7 +15,7 @@ from hookgraph.graph import storage
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import shares_memory
 from hookgraph.hooks.masking import masked_score
-from hookgraph.hooks.positions import Place, Span, read_at
+from hookgraph.hooks.positions import Place, Span, read_at, read_by_row
 from hookgraph.hooks.taps import Observer
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import MAIN_STACK, Location
@@ -143,6 +143,8 @@ class StepRecorder:
         self._asked = tuple(dict.fromkeys(asked))
         self._place = place
         self._steps: list[_Step] = []
+        self._waiting: dict[Location, tuple[Tensor, Tensor]] = {}
+        """Single positions that rows reach in different passes: values so far, and whether a row has one."""
         for location in self._asked:
             if location.pass_type is PassType.BACKWARD:
                 raise MetricError(f"{location} is the gradient of a metric: a generation has none, use run")
@@ -162,9 +164,27 @@ class StepRecorder:
             raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
         step.seen.add(whole)
         for part in self._wholes[whole]:
-            found = read_at(part, value, self._place)
+            found = self._read(part, value)
             if found is not None:
                 step.saved[part] = found.clone() if part.index else found.detach()
+
+    def _read(self, part: Location, value: Tensor) -> Tensor | None:
+        """What the pass holds of a part; of a single position once every row has reached it."""
+        single = isinstance(dict(part.index).get(Dimension.POS), int)
+        if not single or dict(part.index).get(Dimension.BATCH) is not None:
+            return read_at(part, value, self._place)
+        found = read_by_row(part, value, self._place)
+        if found is None:
+            return None
+        new, held = found
+        if part in self._waiting:
+            before, had = self._waiting.pop(part)
+            kept = had.view(-1, *[1] * (new.ndim - 1))
+            new, held = torch.where(kept, before, new), held | had
+        if bool(held.all()):
+            return new
+        self._waiting[part] = new.clone(), held
+        return None
 
     def _step(self) -> "_Step":
         """The notes of the present pass."""

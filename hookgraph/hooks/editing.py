@@ -33,12 +33,16 @@ class SetTo:
 
 
 def apply_hook(
-    location: Location, hook: Hook, value: Shaped[Tensor, "..."], given: Location | None = None
+    location: Location,
+    hook: Hook,
+    value: Shaped[Tensor, "..."],
+    given: Location | None = None,
+    name: Location | None = None,
 ) -> Shaped[Tensor, "..."]:
     """`value` after `hook` was given the part that `location` names; `value` itself if unchanged.
 
     With `given`, `value` is no more than that part of the activation. A hook that changes its tensor in
-    place, and returns it or None, has edited it too.
+    place, and returns it or None, has edited it too. `name` is what the user calls the part.
 
     Raises:
         ShapeMismatchError: the hook returned no tensor, or one of another shape, dtype or device.
@@ -54,11 +58,12 @@ def apply_hook(
         new = part.view_as(part)
     if not isinstance(new, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] (users' code)
         raise ShapeMismatchError(
-            f"the hook at {location} returned {type(new).__name__}; return a tensor, or None to leave it"
+            f"the hook at {name or location} returned {type(new).__name__}; return a tensor, or None to "
+            "leave it"
         )
     if new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
         raise ShapeMismatchError(
-            f"the hook at {location} was given {_describe(part)} and returned {_describe(new)}; "
+            f"the hook at {name or location} was given {_describe(part)} and returned {_describe(new)}; "
             "an edit keeps shape, dtype and device"
         )
     return write(here, value, new)

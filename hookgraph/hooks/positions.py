@@ -78,14 +78,28 @@ def read_at(location: Location, value: Shaped[Tensor, "..."], place: Place) -> S
     Raises:
         LocationError: as for `read`; or some rows only hold it.
     """
+    found = read_by_row(location, value, place)
+    if found is None:
+        return None
+    part, held = found
+    if not bool(held.all()):
+        raise LocationError(f"{location}: in this pass some rows hold these positions, others do not")
+    return part
+
+
+def read_by_row(
+    location: Location, value: Shaped[Tensor, "..."], place: Place
+) -> tuple[Shaped[Tensor, "..."], Bool[Tensor, " batch"]] | None:
+    """The part of `value` that `location` names in this pass, and which rows hold all of it; in the others
+    stands something else. None if the pass holds nothing of it.
+    """
     part = _part(location, value, place)
     if part is None:
         return None
-    if any(not bool(rows.held.all()) for _, rows in part.rows):
-        raise LocationError(f"{location}: in this pass some rows hold these positions, others do not")
+    held = torch.ones(len(value), dtype=torch.bool, device=value.device)
     for axis, rows in part.rows:
-        value = rows.take(value, axis)
-    return read(part.location, value)
+        value, held = rows.take(value, axis), held & rows.held.all(1)
+    return read(part.location, value), held
 
 
 @final
@@ -191,6 +205,8 @@ class _Part:
     """A location in the columns of one pass, after `rows` were taken along their axes."""
 
     location: Location
+    name: Location
+    """What the user calls it."""
     rows: tuple[tuple[int, _Rows], ...] = ()
 
     def apply(self, hook: Hook, value: Tensor) -> Tensor:
@@ -198,7 +214,7 @@ class _Part:
         stages = [value]
         for axis, rows in self.rows:
             stages.append(rows.take(stages[-1], axis))
-        new = apply_hook(self.location, hook, stages[-1])
+        new = apply_hook(self.location, hook, stages[-1], name=self.name)
         if new is stages[-1]:
             return value
         for (axis, rows), before in zip(reversed(self.rows), reversed(stages[:-1]), strict=True):
@@ -239,7 +255,7 @@ def _part(location: Location, value: Tensor, place: Place) -> _Part | None:
             return None
         rows.append((axis, by_row))
         chosen[dim] = 0 if isinstance(chosen[dim], int) else slice(None)
-    return _Part(location.whole.at(**{d.value: i for d, i in chosen.items()}), tuple(rows))
+    return _Part(location.whole.at(**{d.value: i for d, i in chosen.items()}), location, tuple(rows))
 
 
 def _includes(steps: Index, step: int) -> bool:

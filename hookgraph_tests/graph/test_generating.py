@@ -116,6 +116,33 @@ def test_padded_rows_save_their_own_positions(family: str):
     torch.testing.assert_close(together[here][1:], alone[here], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pos", [2, 4, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_position_that_rows_reach_in_different_passes_is_saved_of_each(family: str, pos: int):
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    here = RESID_POST[1].at(pos=pos)
+    batch = {"input_ids": IDS * mask, "attention_mask": mask}
+    together = bound(family).generate(batch, save=[here], **OPTIONS)
+    for row, cut in enumerate((0, 2)):
+        alone = bound(family).generate(IDS[row : row + 1, cut:], save=[here], **OPTIONS)
+        torch.testing.assert_close(together[here][row], alone[here][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_that_a_row_does_not_reach_is_not_saved():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    here = RESID_POST[1].at(pos=7)
+    batch = {"input_ids": IDS * mask, "attention_mask": mask}
+    found = bound("llama").generate(batch, save=[here], **OPTIONS)
+    with pytest.raises(UnknownLocationError, match="nothing was saved at"):
+        found[here]
+
+
+def test_an_error_while_decoding_names_the_position_as_it_was_given():
+    graph = bound("llama").hook(RESID_POST[1].at(pos=6), lambda x: x[:, :3])
+    with pytest.raises(ShapeMismatchError, match=r"the hook at resid.post\[1\]@pos=6 was given"):
+        graph.generate(IDS, **OPTIONS)
+
+
 def test_a_generation_is_saved_and_loaded(tmp_path: Path):
     asked = [RESID_POST[1], RESID_POST[0].at(step=[0, 2], pos=-1)]
     generation = generated("llama", asked)

@@ -113,7 +113,8 @@ def prepare(
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         mask = None
     if mask is not None and "position_ids" in accepted.names and "position_ids" not in arguments:
-        numbers = (mask.long().cumsum(-1) - 1).clamp(min=0) + accepted.first_position
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        numbers = (columns - (mask != 0).int().argmax(1, keepdim=True)).clamp(min=0) + accepted.first_position
         arguments["position_ids"] = numbers if ids is None else numbers[:, -ids.shape[1] :]  # behind a cache
     if "use_cache" in accepted.names:  # some ignore the cache that they are given, unless they may add to it
         arguments.setdefault("use_cache", any(isinstance(v, OfExamples) for v in arguments.values()))

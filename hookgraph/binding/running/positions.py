@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from hookgraph.errors import LocationError
@@ -101,6 +102,8 @@ def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, po
     if mask is None:
         return Span(past, length)
     numbers = arguments.get(positions)
+    if numbers is None and isinstance(mask, Tensor) and mask.ndim == 4 and _sees_first(mask):
+        return Span(past, length)
     if not isinstance(numbers, Tensor) or numbers.ndim != 2:
         raise LocationError(
             f"positions cannot be told from {names['mask']} with more than two axes: give {positions}, or a "
@@ -108,6 +111,12 @@ def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, po
         )
     last = [int(x) for x in numbers[:, -1]]
     return Span(past, length, tuple(past + length - 1 - x for x in last))
+
+
+def _sees_first(mask: Tensor) -> bool:
+    """Whether the last position of each row attends to the first one, which is no padding then."""
+    first = mask[:, :, -1, 0]
+    return bool((first if first.dtype == torch.bool else first == 0).all())
 
 
 def cached_length(cache: Any) -> int:

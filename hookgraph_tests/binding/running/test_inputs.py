@@ -101,6 +101,17 @@ def test_left_padding_leaves_every_real_position_as_without(family: str):
             close(run[place][i, 6 - len(row) :], alone[place][0])
 
 
+def test_a_masked_token_between_others_keeps_its_position_whatever_the_other_rows():
+    graph = bound("llama", torch.float64)
+    rows: list[Tensor] = []
+    for first in (1, 0):
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[0, 2] = 0
+        mask[1, 0] = first
+        rows.append(graph.run({"input_ids": IDS, "attention_mask": mask}).logits[0])
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-9, atol=1e-9)
+
+
 def test_position_ids_that_are_given_are_kept():
     graph = bound("gpt2")
     mask = torch.ones_like(IDS)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookgraph.binding import bind
 from hookgraph.binding.running.positions import spans_of
 from hookgraph.errors import LocationError
 from hookgraph.hooks.positions import Span
 from hookgraph.ontology.transformer import ATTN_PATTERN, RESID_POST
 from hookgraph_tests.families import FAMILIES, bound, model_of, tokens
+from hookgraph_tests.tiny import build
 
 IDS = tokens(2, 6)
 NEW = 6
@@ -142,12 +144,39 @@ def test_generation_under_hooks_that_change_nothing_is_what_it_was(family: str, 
 
 def test_a_mask_of_four_axes_needs_position_ids():
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[1, :, :, :2] = False
     ids = torch.zeros(2, 6, dtype=torch.long)
     numbers = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
     found = spans_of({"input_ids": ids, "attention_mask": mask, "position_ids": numbers})
     assert found["decoder"] == Span(0, 6, (0, 2))
     with pytest.raises(LocationError, match="positions cannot be told from attention_mask"):
         spans_of({"input_ids": ids, "attention_mask": mask})
+
+
+def test_a_mask_of_four_axes_tells_positions_where_every_row_begins_at_once():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    seen = torch.ones(3, 8).tril()[None, None].expand(2, 1, -1, -1).bool()
+    for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, -1e9)):
+        found = spans_of({"input_ids": ids[:, :1], "decoder_input_ids": ids, "decoder_attention_mask": mask})
+        assert found["decoder"] == Span(0, 3)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_decoders_with_a_static_cache_have_positions(name: str):
+    model = build("seq2seq", name)
+    assert model.generation_config is not None
+    model.generation_config.update(eos_token_id=None, decoder_start_token_id=0)
+    graph, ids = bind(model), torch.arange(10, 24).view(2, 7)
+    here, later = RESID_POST[1], RESID_POST[1].at(pos=2)
+    edited = graph.hook(RESID_POST[0].at(pos=slice(2, None)), lambda x: 2 * x)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    dynamic, static = (
+        edited.generate(ids, save=[here, later], **options, **more)
+        for more in ({}, {"cache_implementation": "static"})
+    )
+    assert torch.equal(dynamic.tokens, static.tokens)
+    for place in (here, later):
+        torch.testing.assert_close(static[place], dynamic[place], rtol=1e-4, atol=1e-5)
 
 
 def test_stacks_beside_the_decoder_read_its_tokens_where_nothing_else_is_given():
