@@ -96,9 +96,14 @@ def lens_logits(
     """All logits that a lens makes of what a run saved at locations of the stream.
 
     Raises:
+        HookGraphError: inputs are given in place of their run.
         LocationError: a location is no whole residual.
         UnknownLocationError: the run has not saved a location, or the lens no translator for it.
     """
+    if not isinstance(run, Run):  # pyright: ignore[reportUnnecessaryIsInstance] (users)
+        raise HookGraphError(
+            f"lens_logits reads what a run saved, not a {type(run).__name__}: graph.run(inputs, save=at)"
+        )
     return {x: _through(graph, run, check_residual(graph, x), lens or LogitLens(), LOGITS) for x in at}
 
 

@@ -121,7 +121,8 @@ def _pieces(
             raise HookGraphError(
                 f"{update} is neither its projection nor a norm of it without a bias: it cannot be divided"
             )
-        share = ((frozen.direction * out).sum(-1) - products.sum(-1)) / raw.square().sum(-1)
+        energy = raw.square().sum(-1)
+        share = ((frozen.direction * out).sum(-1) - products.sum(-1)) / energy.where(energy > 0, 1)
         products = products + flat * (raw @ weight.to(flat).T) * share[..., None]
     summed = products.sum(1).unflatten(1, value.shape[2:])
     return summed.sum(-1) if value.ndim == 4 else summed

@@ -25,6 +25,7 @@ from hookgraph.locations import (
 )
 from hookgraph.ontology.weights import W_U, W_out
 from hookgraph_tests.families import FAMILIES, bound, model_of, tokens
+from hookgraph_tests.tiny import build
 from hookgraph_tests.toy import Coordinates, orthonormal, toy_graph, toy_of, toy_tokens
 
 CORRECT, WRONG, POS = [3, 4], 5, [-1, 3]
@@ -174,3 +175,18 @@ def test_a_hook_on_the_stream_is_told_by_the_residual():
     graph = bound("gpt2", torch.float64).hook(RESID_POST[0], lambda x: 2 * x)
     found = direct_logit_attribution(graph, tokens(), CORRECT, WRONG, pos=POS)
     assert (found.residual.abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("name", ["granite", "olmo2"])
+def test_heads_of_padded_rows_add_up_behind_a_norm_or_a_multiplier(name: str):
+    model = build("causal", name).double()
+    graph, ids = bind(model), torch.arange(10, 24).view(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    found = direct_logit_attribution(
+        graph, {"input_ids": ids * mask, "attention_mask": mask}, 5, 8, by="head"
+    )
+    alone = direct_logit_attribution(graph, ids[1:, 3:], 5, 8, by="head")
+    place = next(x for x in found.parts if x.type == ATTN_Z)
+    torch.testing.assert_close(found.parts[place][1], alone.parts[place][0], rtol=1e-5, atol=1e-7)
+    assert float(found.residual.abs().max()) < 1e-5
