@@ -109,10 +109,12 @@ class Attribution(Mapping[Location, Tensor]):
         return self._with(other, operator.add)
 
     def __sub__(self, other: "Attribution | Number") -> "Attribution":
+        if self.is_mask and isinstance(other, Attribution) and other.is_mask:
+            raise HookGraphError("masks have no difference: those nodes of one without the other are a & ~b")
         return self._with(other, operator.sub)
 
     def __rsub__(self, other: Number) -> "Attribution":
-        return -self + other
+        return self._with(other, lambda value, number: number - value)
 
     def __mul__(self, other: "Attribution | Number") -> "Attribution":
         return self._with(other, operator.mul)
@@ -124,9 +126,11 @@ class Attribution(Mapping[Location, Tensor]):
         return self._with(other, operator.truediv)
 
     def __rtruediv__(self, other: Number) -> "Attribution":
-        return self.map(lambda value: other / value)
+        return self._with(other, lambda value, number: number / value)
 
     def __neg__(self) -> "Attribution":
+        if self.is_mask:
+            raise HookGraphError("a mask has no negative: the other nodes are ~mask")
         return self.map(torch.neg)
 
     def __abs__(self) -> "Attribution":
@@ -176,6 +180,7 @@ class Attribution(Mapping[Location, Tensor]):
         return self._with(other, operator.or_)
 
     def __invert__(self) -> "Attribution":
+        _check_masks("~", self)
         return self.map(torch.logical_not)
 
     @property
@@ -201,7 +206,8 @@ class Attribution(Mapping[Location, Tensor]):
 
     def _with(self, other: "Attribution | Number", combine: Callable[..., Any]) -> "Attribution":
         if not isinstance(other, Attribution):
-            return self.map(lambda value: combine(value, other))
+            number = _number(other)
+            return self.map(lambda value: combine(value, number))
         lacking = [str(x) for x in (*self, *other) if x not in self or x not in other]
         if lacking:
             raise HookGraphError(
@@ -332,6 +338,25 @@ Values: TypeAlias = Mapping[Location, Shaped[Tensor, "..."]]
 
 def _told(reduced: Mapping[Dimension, str]) -> str:
     return ", ".join(f"{how} over {dim}" for dim, how in reduced.items()) or "nothing reduced"
+
+
+def _number(value: object) -> Number:
+    """What all numbers of an attribution may be combined with.
+
+    Raises:
+        HookGraphError: it is not one number.
+    """
+    if isinstance(value, int | float):
+        return value
+    shape = tuple(getattr(value, "shape", (None,)))
+    item = getattr(value, "item", None)
+    if shape or item is None:
+        told = f"{type(value).__name__} of shape {shape}" if item else type(value).__name__
+        raise HookGraphError(
+            f"an attribution is combined with another of the same locations, or with one number, not with "
+            f"{told}: nothing is broadcast; `.map` changes the numbers of each location"
+        )
+    return item()
 
 
 def _check_masks(what: str, *masks: object) -> None:

@@ -1,7 +1,7 @@
 """What is attributed, prepared: places, the sites that they form, and their clean and corrupt values."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
@@ -13,7 +13,7 @@ from torch import Tensor
 from hookgraph.algorithms.copies import finite_metric, looked_at
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.errors import HookGraphError, LocationError, nearest
-from hookgraph.graph.abstract import Inputs, Prepared
+from hookgraph.graph.abstract import AbstractSubgraph, Inputs, Prepared
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
 from hookgraph.graph.run import Run
@@ -32,11 +32,13 @@ def chosen_places(graph: HookGraph, at: Sequence[Location]) -> list[Location]:
     """The places to attribute, each once.
 
     Raises:
-        HookGraphError: there is none, or one is a gradient, a part of the batch, or a slice of which one end
-            is counted from the end of the axis and the other is not.
+        HookGraphError: they are no list, there is none, or one is a gradient, a part of the batch, or a slice
+            of which one end is counted from the end of the axis and the other is not.
         UnknownLocationError: the graph has no such location.
     """
     one: object = at  # users pass a single one, or its name
+    if not isinstance(one, Iterable | Location):
+        raise HookGraphError(f"`at` names the locations to patch, and {one!r} is no list of them")
     given: Sequence[Any] = [one] if isinstance(one, Location | str) else at
     places: list[Location] = list(dict.fromkeys(given))
     if not places:
@@ -218,10 +220,17 @@ class Contrast:
         for place in self.places:
             kind = (place.site, place.subgraph, place.type.name)
             # Parts of latents beside all of them are moved apart: nothing is moved twice.
-            together = (place.site, place.subgraph, seen[kind])
+            together = (*self._dictionary(place), seen[kind]) if place.type in (LATENTS, ERROR) else place
             seen[kind] += 1
-            found.setdefault(together if place.type in (LATENTS, ERROR) else place, []).append(place)
+            found.setdefault(together, []).append(place)
         return list(found.values())
+
+    def _dictionary(self, place: Location) -> tuple[object, ...]:
+        """What a latent or an error belongs to: a dictionary, of which the error may stand elsewhere; of one
+        with several sets of latents those at one site.
+        """
+        owner = next(x for x in self.graph.subgraphs if place.whole in x.locations)
+        return (owner.name, *owner.sites) if _is_single(owner) else (place.subgraph, place.site)
 
     def entry(self, site: Sequence[Location]) -> Location | None:
         """The boundary before a site."""
@@ -249,6 +258,10 @@ def _carrier_of(graph: HookGraph, place: Location) -> Location | None:
     if hooked or any(s.acts for s in here):
         return None
     return site if any(s.name == place.subgraph and s.is_linear(place) for s in here) else None
+
+
+def _is_single(subgraph: AbstractSubgraph) -> bool:
+    return sum(x.type == LATENTS for x in subgraph.locations) == 1
 
 
 def _looked_at(graph: HookGraph, places: Sequence[Location]) -> HookGraph:

@@ -1,5 +1,6 @@
 """The algebra of attributions: by location, with named axes; nothing is dropped, nothing broadcast."""
 
+import operator
 from pathlib import Path
 
 import pandas
@@ -85,8 +86,21 @@ def test_masks_are_shown_and_ranked():
     assert mask.top(1)[0].location in mask.nonzero()
 
 
+def test_nothing_is_broadcast():
+    a = drawn()
+    for other in (torch.ones(1), torch.ones(2, 1), "a", None, [1.0]):
+        with unchecked(), pytest.raises(HookGraphError, match=r"or with one number, not .* nothing is broad"):
+            operator.add(a, other)
+    with pytest.raises(HookGraphError, match="masks have no difference"):
+        operator.sub(a > 0, a < 0)
+    with pytest.raises(HookGraphError, match="a mask has no negative"):
+        operator.neg(a > 0)
+
+
 def test_numbers_are_no_mask():
     a = drawn()
+    with pytest.raises(HookGraphError, match="~ takes a mask"):
+        operator.invert(a)
     for use in (lambda: a & a, lambda: (a > 0) | a, lambda: a.where(a)):
         with pytest.raises(HookGraphError, match="takes a mask, such as"):
             use()

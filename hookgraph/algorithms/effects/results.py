@@ -91,6 +91,13 @@ class PatchingEffect:
         """What was done to an axis of the effects that is gone: `sum` or `mean`."""
         return self.effects.reduced
 
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but the model, which `check` needs."""
+        return {
+            **self.__dict__,
+            "_remeasure": "it was copied elsewhere, and does not hold the model",
+        }
+
     def __getitem__(self, location: Location) -> Float[Tensor, "..."]:
         """The effects at a location, as in `.effects[location]`.
 

@@ -16,7 +16,7 @@ from hookgraph.binding.data.anchors import Anchor, Mechanism, Role
 from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.running.attention import Interior, TapsByCall, sharing
 from hookgraph.binding.running.compiled import as_written
-from hookgraph.binding.running.draws import drawn_by, dropout
+from hookgraph.binding.running.draws import drawn_by
 from hookgraph.binding.running.experts import ExpertsInterior
 from hookgraph.binding.running.identity import fingerprint, identity
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
@@ -313,14 +313,9 @@ class HuggingFaceBinding(AbstractBinding):
         )
 
     def draws(self, inputs: Prepared) -> str:
-        """What draws in a pass over these inputs, if the model trains or was seen to draw when it was proven:
-        then that takes a pass.
-        """
-        known = self._report.metadata.get("draws")
-        if not (self.model.training or known) or not drawn_by(lambda: self.forward(inputs), self._device):
-            return ""
-        found = dropout(self._modules, self.model.config) if self.model.training else ""
-        return found or "random numbers of its own"
+        """What is drawn, if the model trains or was seen to draw when it was proven: then it takes a pass."""
+        drawing = self.model.training or bool(self._report.metadata.get("draws"))
+        return drawn_by(self.model, lambda: self.forward(inputs), self._device) if drawing else ""
 
     def place(self, inputs: Prepared) -> Place | None:
         """Where one pass over these inputs lies in its sequences, if there is padding or a past."""

@@ -12,8 +12,8 @@ from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.algorithms.sites import Contrast
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import ATTN_Z, MLP_OUT, RESID_POST
-from hookgraph.subgraphs import Autoencoder, AutoencoderGraph, ModuleGraph
+from hookgraph.ontology.transformer import ATTN_Z, MLP_IN, MLP_OUT, RESID_POST
+from hookgraph.subgraphs import Autoencoder, AutoencoderGraph, ModuleGraph, TranscoderGraph
 from hookgraph.subgraphs.dictionary import Normalisation
 from hookgraph.subgraphs.splicing import ErrorTerm, SpliceGradient
 from hookgraph_tests.families import bound, tokens
@@ -109,6 +109,21 @@ def test_what_decodes_in_a_way_of_its_own_is_walked_inside():
     assert patched is not None
     assert clean is not None
     assert torch.allclose(change, patched - clean, rtol=1e-5, atol=1e-8)
+
+
+def test_latents_and_error_of_a_transcoder_move_together():
+    """They stand at two locations; together they are all that the MLP writes."""
+    transcoder = TranscoderGraph(planted(32, 96), MLP_IN[1], SITE)
+    graph = gpt2()
+    places = [transcoder.latents, transcoder.error]
+    found = patching_effect(graph.inject(transcoder), CLEAN, CORRUPT, MEASURE, places, "ig", steps=30)
+    corrupt = graph.run(CORRUPT, save=SITE)[SITE]
+    moved = graph.hook(SITE, lambda _: corrupt).run(CLEAN, metric=MEASURE).metric
+    clean = graph.run(CLEAN, metric=MEASURE).metric
+    assert moved is not None
+    assert clean is not None
+    total = sum(found[x].sum((1, 2)) for x in places)
+    assert torch.allclose(total, moved - clean, rtol=1e-4, atol=1e-7)  # pyright: ignore
 
 
 class Squaring:

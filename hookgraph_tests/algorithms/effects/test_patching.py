@@ -1,5 +1,6 @@
 """Every method of `patching_effect` against a closed form, brute force, and one another."""
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -438,9 +439,22 @@ def test_a_result_is_indexed_like_a_run():
         found[MLP_OUT[1]]
 
 
+def test_a_result_is_handed_to_another_process_without_the_model():
+    found = patching_effect(toy(), CLEAN, CORRUPT, metric, [MLP_OUT[0]])
+    other = pickle.loads(pickle.dumps(found))
+    assert torch.equal(other[MLP_OUT[0]], found[MLP_OUT[0]])
+    with pytest.raises(HookGraphError, match="it was copied elsewhere"):
+        other.sum("d_model").check()
+
+
 # --- what is refused -------------------------------------------------------------------------------
 
 REFUSED: Mapping[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "no places": (
+        lambda: patching_effect(toy(), CLEAN, None, metric, None),  # pyright: ignore[reportArgumentType]
+        HookGraphError,
+        "`at` names the locations to patch, and None is no list",
+    ),
     "method": (
         lambda: patching_effect(toy(), CLEAN, None, metric, [MLP_OUT[0]], "atp"),  # pyright: ignore[reportArgumentType]
         HookGraphError,
