@@ -16,6 +16,11 @@ def is_changed(module: nn.Module) -> bool:
     return _is_seen(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
 
 
+def replaces_output(module: nn.Module) -> bool:
+    """Whether somebody else may put another value in place of what a module returns."""
+    return not all(map(is_known, module._forward_hooks.values()))
+
+
 def is_known(hook: object) -> bool:
     """Whether a hook is of transformers, which leaves hooks that collect outputs, or of hookgraph."""
     while isinstance(hook, partial):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hookgraph.binding.data.findings import Boundary, Findings, Layer
 from hookgraph.binding.data.layouts import restored
 from hookgraph.binding.running.mechanisms import element, replaced, with_element
-from hookgraph.binding.running.others import are_all_seen, is_known
+from hookgraph.binding.running.others import are_all_seen, is_known, replaces_output
 from hookgraph.errors import LocationError
 from hookgraph.graph.abstract import Start
 from hookgraph.hooks.handles import Handle, installed
@@ -46,7 +46,7 @@ def skipping(modules: Mapping[str, nn.Module], findings: Findings, start: Start 
         stack.enter_context(_silenced(silent))
         for i, layer in enumerate(skipped):
             module, value = modules[layer.module], start.value if layer is skipped[-1] else None
-            if value is not None and i in needed and _is_changed(module):
+            if value is not None and i in needed and replaces_output(module):
                 # The value has been through the hooks that see it once more.
                 put = partial(_put, layer, value)
                 stack.enter_context(installed(partial(module.register_forward_hook, put)))
@@ -71,7 +71,7 @@ def why_closed(
     layer, anchor = findings.layers[stack][block - 1], findings.anchors.get(after)
     ways = ("output", "returned sum")
     returned = anchor is not None and anchor.module == layer.module and anchor.mechanism in ways
-    if not returned or not _is_changed(modules[layer.module]):
+    if not returned or not replaces_output(modules[layer.module]):
         return ""
     return f"{after} lies before forward hooks that others have put on {layer.module}, which need its inputs"
 
@@ -115,11 +115,6 @@ def _silenced(modules: Iterable[nn.Module]) -> Generator[None]:
         for hooks, key, hook in silent:
             if key in hooks:
                 hooks[key] = hook
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether others may change what a module returns."""
-    return not all(map(is_known, module._forward_hooks.values()))
 
 
 def _nothing(*args: Any) -> None:
