@@ -25,6 +25,9 @@ precision throughout, larger ones for those that go through single precision ins
 _FINE: Final = (1e-7, 1e-6)
 """What is tried beside them in double precision, where a model bends within the smallest of these."""
 
+_COARSE: Final = (4e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+"""What is tried in lower precision, along another direction, where the rounding of a pass hides a slope."""
+
 DEAD: Final = "the logits do not depend on it"
 CHOSEN_ANEW: Final = "where a choice changes"
 _CUT: Final = (
@@ -129,9 +132,9 @@ def _check_group(passes: _Passes, values: Mapping[Location, Tensor]) -> Slopes:
     passes = passes._replace(together=list(values))
     precision, measured = _measure(passes, values)
     wrong = {x: values[x] for x, found in measured.items() if found.error > precision.tolerance}
-    if wrong and not precision.reason:
-        finer = _measure(passes, wrong, steps=_FINE)[1]
-        measured |= {x: found for x, found in finer.items() if found.error <= precision.tolerance}
+    if wrong:
+        again = _measure(passes, wrong, steps=_COARSE if precision.reason else _FINE)[1]
+        measured |= {x: found for x, found in again.items() if found.error <= precision.tolerance}
         wrong = {x: value for x, value in wrong.items() if measured[x].error > precision.tolerance}
     cut = _cut_off(passes, wrong)
     proofs, gaps = list[Proof](), list[Gap]()
