@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hookgraph.algorithms.copies import finite_per_copy, per_copy, run_copies, tile
 from hookgraph.algorithms.effects.examples import Examples, by_examples
+from hookgraph.algorithms.effects.footprint import rows_at_once
 from hookgraph.algorithms.effects.tails import by_start, late, length_of, positions_of, same, shifted, tail
 from hookgraph.algorithms.interventions.replacements import check_one_contrast, means_instead
 from hookgraph.algorithms.interventions.statistics import AblationStatistics
@@ -47,6 +48,7 @@ def exact_effects(
     statistics: AblationStatistics | None = None,
     columns: Collection[Location] = (),
     batch_size: int = 256,
+    max_memory: int | None = None,
     progress: bool | None = None,
 ) -> Float[Tensor, "... batch"]:
     """m(clean with the node set to its corrupt value) - m(clean), for each node and example.
@@ -61,6 +63,7 @@ def exact_effects(
         columns: those of the nodes whose positions count columns of the batch, padding included; those of
             the others count the tokens of each row, as everywhere.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        max_memory: how many bytes the tensors of a pass may take; the memory of one is measured first.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
@@ -71,7 +74,7 @@ def exact_effects(
     wholes = list(dict.fromkeys(node.whole for node in nodes))
     check_one_contrast(corrupt, statistics)
 
-    def measure(part: Examples) -> Gains:
+    def measure(part: Examples, nodes: Sequence[Location], batch_size: int) -> Gains:
         found = None if statistics is not None else _late_effects(part, nodes, batch_size, progress)
         if found is not None:
             return found
@@ -83,7 +86,9 @@ def exact_effects(
         return effects_of(contrast, nodes, batch_size, progress, columns)
 
     examples = Examples.of(graph, clean, corrupt, metric)
-    return torch.cat(by_examples(examples, batch_size, measure), -1)
+    first = sorted(nodes, key=lambda node: node.order)[:1]
+    rows = rows_at_once(batch_size, max_memory, examples, lambda part: measure(part, first, 1))
+    return torch.cat(by_examples(examples, rows, lambda part: measure(part, nodes, rows)), -1)
 
 
 def _late_effects(

@@ -13,7 +13,18 @@ from hookgraph.algorithms.effects.examples import Examples
 from hookgraph.errors import HookGraphError
 
 
-def rows_that_fit(examples: Examples, work: Callable[[Examples], None], max_memory: int) -> int:
+def rows_at_once(
+    batch_size: int, max_memory: int | None, examples: Examples, work: Callable[[Examples], object]
+) -> int:
+    """How many rows are run at once: `batch_size`, or fewer where these would take more than `max_memory`.
+
+    Raises:
+        HookGraphError: one example takes more than `max_memory`.
+    """
+    return batch_size if max_memory is None else min(batch_size, rows_that_fit(examples, work, max_memory))
+
+
+def rows_that_fit(examples: Examples, work: Callable[[Examples], object], max_memory: int) -> int:
     """How many examples may be run at once.
 
     `work` is done for one of them and measured; for all, where they cannot be divided.

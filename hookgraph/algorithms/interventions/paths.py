@@ -12,6 +12,7 @@ from torch import Tensor
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric, finite_per_copy, per_copy, run_copies
 from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
+from hookgraph.algorithms.effects.footprint import rows_at_once
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.interventions.packing import Index, Note, SetCopies, SetEntries
 from hookgraph.algorithms.interventions.sweeps import TOGETHER
@@ -43,6 +44,7 @@ def path_patching(
     *,
     over: Sequence[str] = (),
     batch_size: int = 256,
+    max_memory: int | None = None,
     progress: bool | None = None,
 ) -> PatchingEffect:
     """What each sender's change does to the metric by way of the receivers, and of nothing else between.
@@ -65,6 +67,7 @@ def path_patching(
         receivers: locations or parts of locations, such as one head's `attn.q_in`, `mlp.in` or the logits.
         over: axes along which senders are told apart, such as `["head"]`.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        max_memory: how many bytes the tensors of a pass may take; the memory of one is measured first.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
@@ -86,10 +89,17 @@ def path_patching(
     _check_apart(graph, ends)
     axes = axes_of(starts, over)
 
-    def measure(part: Examples) -> PatchingEffect:
+    def prepared(part: Examples) -> tuple[_Paths, dict[Location, list[Sender]]]:
         paths = _Paths.of(graph, part.clean, part.corrupt, part.metric, starts, ends)
-        nodes = {x: _nodes(x, axes, paths.clean[x]) for x in starts}
-        effects = paths.effects([n for found in nodes.values() for n in found], batch_size, progress)
+        return paths, {x: _nodes(x, axes, paths.clean[x]) for x in starts}
+
+    def largest(part: Examples) -> object:
+        paths, nodes = prepared(part)
+        return paths.effects(nodes[min(starts, key=lambda x: x.order)][:1], 1, progress=False)
+
+    def measure(part: Examples) -> PatchingEffect:
+        paths, nodes = prepared(part)
+        effects = paths.effects([n for found in nodes.values() for n in found], rows, progress)
         values: dict[Location, Tensor] = {}
         for place, found in nodes.items():
             sizes = [n for d, n in zip(place.dims, paths.clean[place].shape, strict=True) if d in axes]
@@ -105,7 +115,9 @@ def path_patching(
             _remeasure="it is exact already, and a path is no node that is patched alone",
         )
 
-    return joined(by_examples(Examples.of(graph, clean, corrupt, metric), batch_size, measure))
+    examples = Examples.of(graph, clean, corrupt, metric)
+    rows = rows_at_once(batch_size, max_memory, examples, largest)
+    return joined(by_examples(examples, rows, measure))
 
 
 def _check_apart(graph: HookGraph, receivers: Sequence[Location]) -> None:

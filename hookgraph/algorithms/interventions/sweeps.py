@@ -1,6 +1,7 @@
 """`activation_patching`: patch every layer, position, head, neuron or latent in turn, and measure."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Literal, TypeAlias, get_args
 
@@ -13,6 +14,7 @@ from hookgraph.algorithms.copies import finite_metric
 from hookgraph.algorithms.effects.enumeration import counted, moving
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.examples import Examples, by_examples, joined
+from hookgraph.algorithms.effects.footprint import rows_at_once
 from hookgraph.algorithms.effects.results import Convention, PatchingEffect
 from hookgraph.algorithms.pairs import prepare_pair
 from hookgraph.algorithms.parts import part_of
@@ -21,6 +23,7 @@ from hookgraph.errors import HookGraphError, nearest
 from hookgraph.graph.abstract import Inputs
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.measuring import Metric
+from hookgraph.graph.run import Run
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location
 
@@ -40,6 +43,7 @@ def activation_patching(
     over: Sequence[str] = ("pos",),
     direction: Direction = "noising",
     batch_size: int = 256,
+    max_memory: int | None = None,
     progress: bool | None = None,
 ) -> PatchingEffect:
     """What patching each node alone changes, exactly: for a map of layers and positions, or of heads.
@@ -63,6 +67,7 @@ def activation_patching(
         over: the axes along which nodes are told apart.
         direction: see above; recorded as the result's `convention.sign`.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        max_memory: how many bytes the tensors of a pass may take; the memory of one is measured first.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Returns:
@@ -88,20 +93,32 @@ def activation_patching(
         raise HookGraphError("denoising runs the corrupt inputs: give them, or use direction='noising'")
     start, other = (corrupt, clean) if denoising and corrupt is not None else (clean, corrupt)
 
+    def seen(part: Examples) -> tuple[Run, Run | None]:
+        first, second = prepare_pair(graph, part.clean, part.corrupt)
+        reach = partial(graph.run, save=places, metric=part.metric, logits=False)
+        return reach(first), None if second is None else reach(second)
+
+    def all_of(place: Location, run: Run) -> list[Location]:
+        return nodes_over(place, axes, dict(zip(place.dims, run[place].shape, strict=True)))
+
+    def largest(part: Examples) -> object:
+        run, end = seen(part)
+        first = min(places, key=lambda place: place.order)
+        found = all_of(first, run)
+        kept = {"columns": counted(found, places), "batch_size": 1, "progress": False}
+        nodes = [found[0], found[-1]]
+        return run, end, exact_effects(graph, part.clean, part.corrupt, part.metric, nodes, **kept)
+
     def measure(part: Examples) -> PatchingEffect:
-        metric = part.metric
-        start, other = prepare_pair(graph, part.clean, part.corrupt)
-        run = graph.run(start, save=places, metric=metric, logits=False)
-        end = None if other is None else graph.run(other, save=places, metric=metric, logits=False)
+        run, end = seen(part)
         moving = {x: _moving(x, axes, run[x], None if end is None else end[x]) for x in places}
         nodes: dict[Location, list[Location]] = {}
         for x in places:
-            found = nodes_over(x, axes, dict(zip(x.dims, run[x].shape, strict=True)))
             moves = moving[x].flatten().tolist()
-            nodes[x] = [node for node, moved in zip(found, moves, strict=True) if moved]
+            nodes[x] = [node for node, moved in zip(all_of(x, run), moves, strict=True) if moved]
         every = [node for found in nodes.values() for node in found]
-        kept = {"columns": counted(every, places), "batch_size": batch_size, "progress": progress}
-        effects = exact_effects(graph, start, other, metric, every, **kept)
+        kept = {"columns": counted(every, places), "batch_size": rows, "progress": progress}
+        effects = exact_effects(graph, part.clean, part.corrupt, part.metric, every, **kept)
         sign = "clean - corrupt" if denoising else "corrupt - clean"
         stands_in = "zero" if corrupt is None else "clean" if denoising else "corrupt"
         return PatchingEffect(
@@ -114,7 +131,9 @@ def activation_patching(
             _remeasure="it is exact already: every node was patched alone",
         )
 
-    return joined(by_examples(Examples.of(graph, start, other, metric), batch_size, measure))
+    examples = Examples.of(graph, start, other, metric)
+    rows = rows_at_once(batch_size, max_memory, examples, largest)
+    return joined(by_examples(examples, rows, measure))
 
 
 def _moving(

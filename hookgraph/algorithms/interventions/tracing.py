@@ -14,6 +14,7 @@ from hookgraph.algorithms.arguments import positive_number, whole_number
 from hookgraph.algorithms.attribution import Attribution
 from hookgraph.algorithms.copies import finite_metric, per_copy, run_copies
 from hookgraph.algorithms.effects.examples import Examples, by_examples
+from hookgraph.algorithms.effects.footprint import rows_at_once
 from hookgraph.algorithms.interventions.packing import SetEntries
 from hookgraph.algorithms.interventions.traces import CausalTrace, Noise
 from hookgraph.algorithms.memory import in_pieces
@@ -49,6 +50,7 @@ def causal_tracing(
     window: int = 1,
     seed: int = 0,
     batch_size: int = 256,
+    max_memory: int | None = None,
     progress: bool | None = None,
 ) -> CausalTrace:
     """Where a fact is recalled: noise hides the subject, and each place is restored in turn.
@@ -76,6 +78,7 @@ def causal_tracing(
         window: how many layers are restored together.
         seed: of the draws.
         batch_size: how many rows are run at once, at most. Where memory does not suffice, fewer are.
+        max_memory: how many bytes the tensors of a pass may take; the memory of one is measured first.
         progress: whether to show a progress bar; by default on a terminal, if it takes long.
 
     Raises:
@@ -104,13 +107,21 @@ def causal_tracing(
         found_std = float(embedded[real].double().std())
     chosen = _columns(subject, *embedded.shape[:2])
     drawn = _draws(embedded, chosen, noise * found_std, samples, seed)
+    first = min(places, key=lambda place: place.order)
+
+    def largest(part: Examples) -> object:
+        tracing = _Tracing.of(part, embedding, {first: windows[first]})
+        with Progress("causal tracing", None, shown=False) as hidden:
+            return tracing.all_draws(drawn[:1, list(part.rows)], 1, hidden)
+
+    rows = rows_at_once(batch_size, max_memory, examples, largest)
     with Progress("causal tracing", samples * len(examples) * len(places), shown=progress) as bar:
 
         def trace(part: Examples) -> _Traced:
             tracing = _Tracing.of(part, embedding, windows)
-            return tracing.all_draws(drawn[:, list(part.rows)], batch_size, bar)
+            return tracing.all_draws(drawn[:, list(part.rows)], rows, bar)
 
-        parts = by_examples(examples, batch_size, trace)
+        parts = by_examples(examples, rows, trace)
     effects = {x: torch.cat([part.effects[x] for part in parts], dim=2) for x in places}
     reduced = {Dimension.D_MODEL: "restored together"}
     return CausalTrace(

@@ -1,19 +1,23 @@
 """What holds under short memory, in half precision, and where the top nodes are measured again."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from hookgraph.algorithms import activation_patching, causal_tracing, path_patching
 from hookgraph.algorithms.effects.exact import exact_effects
 from hookgraph.algorithms.effects.footprint import Footprint
 from hookgraph.algorithms.effects.patching import Method, patching_effect
 from hookgraph.algorithms.metrics import logit_diff
 from hookgraph.binding import HuggingFaceBinding
+from hookgraph.errors import HookGraphError
 from hookgraph.graph.abstract import Prepared
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.locations import ATTN_Q, ATTN_Z, MLP_OUT
+from hookgraph.locations import ATTN_Q, ATTN_Z, LOGITS, MLP_OUT
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 from hookgraph_tests.families import bound, tokens
 from hookgraph_tests.subgraphs.planted import planted
@@ -107,6 +111,47 @@ def test_the_top_nodes_are_measured_with_no_more_rows_than_the_effects(monkeypat
     whole = patching_effect(graph, CLEAN, CORRUPT, MEASURE, at)
     few(monkeypatch, most=2)
     assert [n.exact for n in whole.check(3)] == pytest.approx([n.exact for n in expected], rel=1e-9)
+
+
+PLACES = [ATTN_Z[1], MLP_OUT[2]]
+BOUNDED: dict[str, Callable[..., object]] = {
+    "exact_effects": partial(exact_effects, nodes=[x.at(pos=p) for x in PLACES for p in range(6)]),
+    "activation_patching": partial(activation_patching, at=PLACES),
+    "path_patching": partial(path_patching, senders=PLACES, receivers=[LOGITS], over=["pos"]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_no_pass_takes_more_memory_than_allowed(name: str, monkeypatch: pytest.MonkeyPatch):
+    graph, measure, work = bound("gpt2", torch.float64), logit_diff(3, 5), BOUNDED[name]
+    with Footprint() as one:
+        work(graph, CLEAN[:1], CORRUPT[:1], measure, batch_size=1)
+    expected = work(graph, CLEAN, CORRUPT, measure)
+    rows = few(monkeypatch)
+    allowed = int(2.95 * one.peak)
+    with Footprint() as used:
+        found = work(graph, CLEAN, CORRUPT, measure, max_memory=allowed)
+    assert 1 < max(rows) < 10
+    assert used.peak < 1.1 * allowed
+    with pytest.raises(HookGraphError, match=r"a pass over one example takes .* and max_memory is"):
+        work(graph, CLEAN, CORRUPT, measure, max_memory=1000)
+    for a, b in zip(tensors(found), tensors(expected), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def tensors(found: object) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found.effects.values())  # pyright: ignore
+
+
+def test_causal_tracing_takes_no_more_memory_than_allowed(monkeypatch: pytest.MonkeyPatch):
+    trace = partial(causal_tracing, bound("gpt2", torch.float64), CLEAN, logit_diff(3, 5), [1], [MLP_OUT[1]])
+    expected = trace(samples=4)
+    with Footprint() as two:
+        trace(samples=1, batch_size=2)
+    rows = few(monkeypatch)
+    found = trace(samples=4, max_memory=2 * two.peak)
+    assert max(rows) <= 6
+    assert torch.allclose(found.effects[MLP_OUT[1]], expected.effects[MLP_OUT[1]], rtol=1e-9, atol=1e-12)
 
 
 def test_where_one_row_fits_late_positions_are_patched_in_the_whole_pass(monkeypatch: pytest.MonkeyPatch):
