@@ -229,7 +229,7 @@ class Contrast:
         """What a latent or an error belongs to: a dictionary, of which the error may stand elsewhere; of one
         with several sets of latents those at one site.
         """
-        owner = next(x for x in self.graph.subgraphs if place.whole in x.locations)
+        owner = subgraph_of(self.graph, place)
         return (owner.name, *owner.sites) if _is_single(owner) else (place.subgraph, place.site)
 
     def entry(self, site: Sequence[Location]) -> Location | None:
@@ -257,7 +257,12 @@ def _carrier_of(graph: HookGraph, place: Location) -> Location | None:
     hooked = any(x.activation.root == site for x, _ in graph.registrations)
     if hooked or any(s.acts for s in here):
         return None
-    return site if any(s.name == place.subgraph and s.is_linear(place) for s in here) else None
+    return site if subgraph_of(graph, place).is_linear(place) else None
+
+
+def subgraph_of(graph: HookGraph, place: Location) -> AbstractSubgraph:
+    """The subgraph that brings a location into being."""
+    return next(s for s in graph.subgraphs if place.whole in s.locations)
 
 
 def _is_single(subgraph: AbstractSubgraph) -> bool:

@@ -51,11 +51,6 @@ def carrier(place: Location) -> Location:
     return place if place.site is None else place.site
 
 
-def subgraph_of(graph: HookGraph, place: Location) -> AbstractSubgraph:
-    """The subgraph that brings a location into being."""
-    return next(s for s in graph.subgraphs if place in s.locations)
-
-
 @final
 @dataclass(frozen=True, eq=False)
 class Nodes:

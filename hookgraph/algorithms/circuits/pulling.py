@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hookgraph.algorithms.circuits.blocks import Block
-from hookgraph.algorithms.circuits.nodes import Nodes, grouped, lanes, subgraph_of
+from hookgraph.algorithms.circuits.nodes import Nodes, grouped, lanes
+from hookgraph.algorithms.sites import subgraph_of
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.dimensions import Dimension
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hookgraph.algorithms.sites import Contrast
+from hookgraph.algorithms.sites import Contrast, subgraph_of
 from hookgraph.graph.abstract import AbstractSubgraph
 from hookgraph.ontology.locations import Location
 
@@ -45,7 +45,7 @@ def line(contrast: Contrast, site: Sequence[Location]) -> Line:
     carrier = contrast.carrier(site)
     if carrier is None:
         return Line({p: contrast.clean[p] for p in site}, {p: contrast.corrupt[p] for p in site}, dict)
-    subgraph = next(s for s in contrast.graph.subgraphs if s.name == site[0].subgraph and carrier in s.sites)
+    subgraph = subgraph_of(contrast.graph, site[0])
     x = contrast.base[carrier]
     rows = x.flatten(0, 1).flatten(1)
     with torch.no_grad():
