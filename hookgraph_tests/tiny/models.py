@@ -105,3 +105,10 @@ def _roughen(model: nn.Module, generator: torch.Generator) -> None:
         fan = parameter.shape[-1] if parameter.ndim < 4 else math.prod(parameter.shape[1:])
         if not float(parameter.std()) >= fan**-0.5:  # nor if it is not a number
             parameter.copy_(noise * fan**-0.5)
+    for table in model.buffers():  # codebooks, and experts by token: of zeros all choices would be alike
+        if table.ndim < 2 or table.shape[0] == 1 or table.any():
+            continue
+        if table.is_floating_point():
+            table.copy_(torch.randn(table.shape, generator=generator))
+        elif table.dtype == torch.long:
+            table.copy_(torch.arange(table.numel()).view(table.shape) % 2)

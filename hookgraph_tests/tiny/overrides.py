@@ -192,6 +192,8 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     **{name: {"rope_parameters": _SECTIONS} for name in _SECTIONED},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
     "glm4v_moe_text": {"rope_parameters": _SECTIONS, "head_dim": 16},
+    # In their last layers one position would be left of a smaller picture
+    **{name: {"image_size": 2 * PICTURE} for name in ("glpn", "mobilevit", "pvt_v2", "segformer")},
     # Parts that have to fit each other
     "audio-spectrogram-transformer": {"max_length": 64},
     "mgp-str": {"image_size": [32, 64]},
@@ -350,6 +352,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "cvt": {"embed_dim": [32, 48, 96], "num_heads": [1, 3, 6], "depth": [1, 2, 4]},
     "pvt": {
+        "image_size": 2 * PICTURE,
         "hidden_sizes": [16, 16, 32, 32],
         "num_attention_heads": [1, 2, 2, 4],
         "depths": [1, 1, 1, 1],

@@ -94,9 +94,10 @@ def prove(binding: HuggingFaceBinding, family: Family | None = None) -> Outcome:
     rest = list(findings.anchors)
     if twin is not None:
         model, found, example, agreed = twin
-        parts.append(_on_twin(model, found, example, agreed))
+        part = _without_silent(_on_twin(model, found, example, agreed))
         findings = _told_by_twin(binding.findings, found, agreed)
-        rest = agreed.alone(binding.findings)
+        parts += [part] if part.peers else []
+        rest = [x for x in findings.anchors if x not in part.peers]
     if rest:
         findings = see_cache(binding.model, findings, binding.example)
         whole = HuggingFaceBinding(binding.model, findings, example=binding.example)
@@ -195,6 +196,17 @@ def _on_twin(
     return replace(part, peers=peers)
 
 
+def _without_silent(part: _Proven) -> _Proven:
+    """Without the locations that have no effect in a twin: in its model, on another example, they may."""
+    silent = {p.location for p in part.proofs if p.note == DEAD}
+    peers = {x: tuple(t for t in alike if t not in silent) for x, alike in part.peers.items()}
+    return replace(
+        part,
+        proofs=tuple(p for p in part.proofs if p.location not in silent),
+        peers={x: alike for x, alike in peers.items() if alike},
+    )
+
+
 def _order(location: Location) -> tuple[object, ...]:
     return location.order
 
@@ -236,7 +248,9 @@ def _on_layers(binding: HuggingFaceBinding, rest: Sequence[Location]) -> _Proven
         return _about(chosen, report, peers, f"{len(kept)} layers of the model itself")
     modules = dict(excerpt.named_modules())
     weights = {k: w for k, w in findings.weights.items() if w.module in modules}
-    candidate = HuggingFaceBinding(excerpt, replace(findings, anchors=inside, weights=weights))
+    experts = {k: e for k, e in findings.experts.items() if e.experts in modules}
+    there = replace(findings, anchors=inside, weights=weights, experts=experts)
+    candidate = HuggingFaceBinding(excerpt, there)
     report = conformance.check(candidate, in_precision(example, torch.float32))
     return _about(chosen, report, peers, f"{len(kept)} layers of the model, copied, in float32")
 

@@ -28,7 +28,7 @@ _FINE: Final = (1e-7, 1e-6)
 _COARSE: Final = (4e-3, 1e-2, 2e-2, 4e-2, 8e-2)
 """What is tried in lower precision, along another direction, where the rounding of a pass hides a slope."""
 
-DEAD: Final = "the logits do not depend on it"
+DEAD: Final = "on this example the logits do not depend on it"
 CHOSEN_ANEW: Final = "where a choice changes"
 _CUT: Final = (
     "an edit changes the logits, but the model computes them without gradients from here on, as under "
@@ -65,6 +65,8 @@ class _Measured:
     found: Float[Tensor, "..."]
     slope: float
     error: float
+    flat: bool
+    """Whether neither is more than the rounding of a pass: they agree, and nothing was measured."""
     chosen_anew: bool
     """Whether something else was chosen at one of the steps."""
 
@@ -80,11 +82,13 @@ class _Passes(NamedTuple):
     """What is differentiated: a metric of passes of a graph over one example, along random directions.
 
     The gradients of `together` are asked for in each: one has to be the same alone and beside the others.
+    A pass rounds in proportion to the `size` of what the metric adds up, of which little may be left.
     """
 
     graph: HookGraph
     example: Mapping[str, Any]
     metric: Metric
+    size: float
     generator: torch.Generator
     together: Sequence[Location] = ()
 
@@ -103,10 +107,13 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
     shape = tuple(clean.logits.shape[1:])
     weights = torch.randn(shape, generator=generator).to(clean.logits)
 
-    def metric(logits: Tensor) -> Tensor:
-        return (unmasked(per_example(logits, shape)) * weights).flatten(1).sum(1)
+    def terms(logits: Tensor) -> Tensor:
+        return (unmasked(per_example(logits, shape)) * weights).flatten(1)
 
-    passes = _Passes(graph, example, metric, generator)
+    def metric(logits: Tensor) -> Tensor:
+        return terms(logits).sum(1)
+
+    passes = _Passes(graph, example, metric, float(terms(clean.logits).double().norm()), generator)
     proofs, gaps = list[Proof](), list[Gap]()
     for inside in (False, True):
         group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
@@ -116,7 +123,7 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
             dead = _without_gradient(graph, example, list(group), metric)
             if not dead:
                 raise
-            cut = _effective(graph, example, [x for x, why in dead.items() if not why], metric)
+            cut = _effective(passes, [x for x, why in dead.items() if not why])
             notes = {x: why or (_CUT if x in cut else DEAD) for x, why in dead.items()}
             proofs += [Proof(x, "edit = gradient", False, 1.0, 0.0, note) for x, note in notes.items()]
             alive = {x: value for x, value in group.items() if x not in dead}
@@ -137,10 +144,14 @@ def _check_group(passes: _Passes, values: Mapping[Location, Tensor]) -> Slopes:
         measured |= {x: found for x, found in again.items() if found.error <= precision.tolerance}
         wrong = {x: value for x, value in wrong.items() if measured[x].error > precision.tolerance}
     cut = _cut_off(passes, wrong)
+    flat = [x for x, found in measured.items() if found.flat]
+    dead = set(flat) - _effective(passes, flat)
     proofs, gaps = list[Proof](), list[Gap]()
     for location, found in measured.items():
         if location in cut:
             gaps.append(Gap(location, "edit = gradient", _CUT_OFF))
+        elif location in dead:
+            proofs.append(Proof(location, "edit = gradient", False, 1.0, 0.0, DEAD))
         else:
             proofs.append(_proof(passes, location, found, precision))
     return Slopes(proofs, gaps)
@@ -153,7 +164,7 @@ def _proof(passes: _Passes, location: Location, found: _Measured, precision: _Pr
         if found.error <= precision.tolerance or not found.chosen_anew:
             break
         note = "at another point, as a choice changes within the step at this one"
-        moved = passes.graph.hook(location, _mover(location, passes.generator))
+        moved = passes.graph.hook(location, _mover(location, passes.generator, 0.05))
         value = moved.run(passes.example, save=[location])
         precision, again = _measure(passes._replace(graph=moved), value)
         found = again[location]
@@ -177,14 +188,14 @@ def _cut_off(passes: _Passes, values: Mapping[Location, Tensor]) -> set[Location
     return set(values)
 
 
-def _mover(location: Location, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """A hook that moves a value a little, always to the same place."""
+def _mover(location: Location, generator: torch.Generator, part: float) -> Callable[[Tensor], Tensor]:
+    """A hook that moves a value by about some part of it, always to the same place."""
     seed = int(torch.randint(1 << 30, (1,), generator=generator))
 
     def move(value: Tensor) -> Tensor:
         own = torch.Generator().manual_seed(seed)
         noise = torch.randn((1, *value.shape[1:]), generator=own, dtype=torch.float64).to(value)
-        return torch.where(live(location, value), value * (1 + 0.05 * noise), value)
+        return torch.where(live(location, value), value * (1 + part * noise), value)
 
     return move
 
@@ -197,7 +208,7 @@ def _measure(
     whole: bool = False,
 ) -> tuple[_Precision, dict[Location, _Measured]]:
     """The slopes at all locations, in one pass backwards, `whole` or not, and one over all edits."""
-    graph, example, metric, generator, together = passes
+    graph, example, metric, size, generator, together = passes
     with Watch(whole=whole) as plain:
         gradients = graph.run(example, save=[x.grad for x in together], metric=metric)
     per_location = 2 * len(steps)
@@ -217,29 +228,43 @@ def _measure(
     # The logits may have several rows per example, as one per codebook.
     outcome = outcome.view(len(values), len(steps), 2, -1).sum(-1).cpu()
     precision = _precision(next(iter(values.values())).dtype, plain.narrowed)
+    rounding = precision.rounding * max(size, float(outcome.abs().max()))
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
-        found, error = _compared(
-            outcome[number],
-            torch.tensor(steps, dtype=torch.float64) * sizes[location],
-            slopes[location],
-            precision,
+        distances = torch.tensor(steps, dtype=torch.float64) * sizes[location]
+        measured[location] = _compared(
+            outcome[number], distances, slopes[location], rounding, precision.tolerance, bool(anew[number])
         )
-        measured[location] = _Measured(found, slopes[location], error, bool(anew[number]))
     return precision, measured
 
 
 def _compared(
-    outcome: Float[Tensor, "step 2"], steps: Float[Tensor, " step"], slope: float, precision: _Precision
-) -> tuple[Float[Tensor, "..."], float]:
-    """The slopes that were found, and by how much the best one is off."""
+    outcome: Float[Tensor, "step 2"],
+    steps: Float[Tensor, " step"],
+    slope: float,
+    rounding: float,
+    tolerance: float,
+    chosen_anew: bool,
+) -> _Measured:
+    """The slopes that were found, and by how much the best one is off.
+
+    Args:
+        outcome: the metric behind each edit, there and back.
+        steps: how far the value was moved.
+        slope: by autograd.
+        rounding: by how much a pass rounds the metric.
+        tolerance: of the slope, relative to it.
+        chosen_anew: see `_Measured`.
+    """
     found = (outcome[:, 0] - outcome[:, 1]) / (2 * steps)
     # Each two neighbours as well, extrapolated to a step of zero.
     ratios = (steps[1:] / steps[:-1]) ** 2
     found = torch.cat([found, (ratios * found[:-1] - found[1:]) / (ratios - 1)])
     # Slopes below this are lost in rounding.
-    floor = precision.rounding * float(outcome.abs().max()) / float(steps[-1]) / precision.tolerance
-    return found, float((found - slope).abs().min()) / max(abs(slope), floor, 1e-12)
+    lost = rounding / float(steps[-1])
+    error = float((found - slope).abs().min()) / max(abs(slope), lost / tolerance, 1e-12)
+    flat = max(abs(slope), float(found[: len(steps)][-1].abs())) <= lost
+    return _Measured(found, slope, error, flat, chosen_anew)
 
 
 def _precision(dtype: torch.dtype, narrowed: int) -> _Precision:
@@ -266,14 +291,22 @@ def _without_gradient(
     return {}
 
 
-def _effective(
-    graph: HookGraph, example: Mapping[str, Any], locations: Sequence[Location], metric: Metric
-) -> list[Location]:
-    """The locations at which an edit changes the metric."""
+def _effective(passes: _Passes, locations: Sequence[Location]) -> set[Location]:
+    """The locations at which an edit changes the metric: a small one, or one that leads to other choices."""
+    if not locations:
+        return set()
+    graph, example, metric = passes.graph, passes.example, passes.metric
     generator = torch.Generator().manual_seed(3)
-    plain = metric(graph.run(example).logits)
-    moved = (graph.hook(x, _mover(x, generator)).run(example) for x in locations)
-    return [x for x, run in zip(locations, moved, strict=True) if not metric(run.logits).equal(plain)]
+    with Watch() as watch:
+        logits = graph.run(example).logits
+    plain = metric(logits).double()
+    lost = _precision(logits.dtype, watch.narrowed).rounding * max(passes.size, float(plain.abs().max()))
+
+    def changed(location: Location, part: float) -> bool:
+        moved = graph.hook(location, _mover(location, generator, part))
+        return not float((metric(moved.run(example).logits).double() - plain).abs().max()) <= lost
+
+    return {x for x in locations if any(changed(x, part) for part in (0.05, 0.5, 5.0))}
 
 
 def _direction(location: Location, gradient: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:

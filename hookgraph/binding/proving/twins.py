@@ -9,7 +9,7 @@ import copy
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from transformers.utils import logging
 from hookgraph.binding.data.findings import Findings, Layer
 from hookgraph.binding.proving.shrinking import shrinkings
 from hookgraph.binding.running.mechanisms import element
+
+_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def make_twin(
@@ -122,8 +124,13 @@ def _use_plain_experts(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _roughen(model: nn.Module) -> None:
-    """Move every parameter a little, and enlarge matrices whose rows are close to zero."""
+    """Move every parameter a little, and enlarge matrices whose rows are close to zero.
+
+    A kernel of a convolution sums over its window too: with more than its share a few of them in a row let
+    the activations grow until the next norm drowns what else comes in.
+    """
     generator = torch.Generator().manual_seed(0)
+    kernels = {id(x.weight) for x in model.modules() if isinstance(x, _CONVOLUTIONS)}
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             continue
@@ -131,6 +138,7 @@ def _roughen(model: nn.Module) -> None:
         if parameter.ndim < 2:
             parameter.add_(0.1 * noise)
             continue
-        size = parameter.shape[-1] ** -0.5
+        summed = parameter.shape[1:] if id(parameter) in kernels else parameter.shape[-1:]
+        size = summed.numel() ** -0.5
         if float(parameter.std()) < 0.5 * size:
             parameter.copy_(noise * size)

@@ -105,9 +105,14 @@ def _tokens(model: PreTrainedModel) -> list[Arguments]:
 
 
 def _token_ids(model: PreTrainedModel) -> Tensor:
+    """Any tokens, and the one that ends a text: some models read their result there."""
     known = vocabulary_size(model, embedding_of(model))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, _TOKENS), generator=generator)
+    ids = torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, _TOKENS), generator=generator)
+    end, padding = (_config(model, f"{x}_token_id", default=-1) for x in ("eos", "pad"))
+    if 0 <= end < known and end != padding:
+        ids[:, -1] = end
+    return ids
 
 
 def _pictures(model: PreTrainedModel) -> list[Arguments]:
@@ -199,7 +204,7 @@ def _size(model: PreTrainedModel) -> tuple[int, int]:
             return value, value
         if isinstance(value, (list, tuple)) and len(value) == 2:
             return int(value[0]), int(value[1])
-    return 32, 32
+    return 64, 64  # of which backbones that halve it five times leave four positions
 
 
 def _stated(model: PreTrainedModel, *names: str) -> Iterator[Any]:

@@ -33,6 +33,7 @@ from hookgraph.ontology.transformer import (
     FINAL_LN_SCALE,
     RESID_MID,
     RESID_POST,
+    ROUTER_LOGITS,
 )
 from hookgraph_tests.families import FAMILIES, Size, bound, build, tokens
 from hookgraph_tests.tiny import build as build_tiny
@@ -156,6 +157,22 @@ def test_what_is_reached_otherwise_in_the_twin_is_proven_on_the_model(monkeypatc
     text = graph.report.metadata["proven on"]
     assert "a tiny twin" in text
     assert "1 layers of the model, copied" in text
+
+
+def test_what_has_no_effect_in_the_twin_is_proven_on_the_model():
+    model = build_tiny("causal", "deepseek_v4")
+    table = model.get_buffer("model.layers.0.mlp.gate.tid2eid")  # of experts, by token; zeros in a twin
+    table.copy_(torch.stack([torch.arange(len(table)), torch.arange(len(table)) + 1], 1) % 4)
+    graph = bind(model)
+    assert graph.report.ok
+    assert ROUTER_LOGITS[0] in graph.locations
+    assert ROUTER_LOGITS[0] not in graph.report.peers
+    text = graph.report.metadata["proven on"]
+    assert "a tiny twin" in text
+    assert "1 layers of the model, copied" in text
+    table.zero_()
+    with pytest.raises(UnknownLocationError, match="the logits do not depend on it"):
+        bind(model, cached=False).run(IDS, save=[ROUTER_LOGITS[0]])
 
 
 def test_numbers_that_are_fitted_come_from_the_twin(monkeypatch: pytest.MonkeyPatch):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hookgraph.binding import bind
 from hookgraph.binding.proving import slopes
-from hookgraph.binding.proving.slopes import check_gradients
-from hookgraph.ontology.transformer import MLP_OUT, RESID_MID, RESID_PRE
+from hookgraph.binding.proving.slopes import DEAD, check_gradients
+from hookgraph.ontology.transformer import MLP_OUT, MLP_POST, RESID_MID, RESID_PRE, ROUTER_LOGITS
 from hookgraph_tests.families import bound, tokens
 from hookgraph_tests.tiny import build
 
@@ -45,3 +45,25 @@ def test_a_gradient_that_is_another_beside_earlier_ones_is_wrong():
     graph = bind(build("causal", "dbrx"))  # the norm before its experts reads the stream first
     assert RESID_MID[1] not in graph.locations
     assert "edit = gradient fails" in graph.binding.why_absent(RESID_MID[1])
+
+
+def test_a_slope_of_zero_where_nothing_depends_on_the_location_proves_nothing():
+    graph = bound("gpt2", torch.float64).hook(MLP_OUT[1], lambda out: 0 * out)
+    example = {"input_ids": tokens()[:1]}
+    clean = graph.run(example, save=[MLP_POST[1], RESID_PRE[1]])
+    dead, alive = check_gradients(graph, example, clean).proofs
+    assert (dead.location, dead.holds, dead.note) == (MLP_POST[1], False, DEAD)
+    assert (alive.location, alive.holds) == (RESID_PRE[1], True)
+
+
+def test_a_slope_of_zero_is_one_where_only_larger_edits_lead_elsewhere():
+    graph = bind(build("causal", "phimoe"))  # one expert, of weight one, until another is chosen
+    assert ROUTER_LOGITS[1] in graph.locations
+
+
+def test_a_slope_that_rounding_hides_proves_nothing_either():
+    """What is added to the output moves it by less than the last digit of a double."""
+    graph = bound("gpt2", torch.float64).hook(MLP_OUT[1], lambda out: 1e-18 * out)
+    example = {"input_ids": tokens()[:1]}
+    (proof,) = check_gradients(graph, example, graph.run(example, save=[MLP_POST[1]])).proofs
+    assert (proof.holds, proof.note) == (False, DEAD)
