@@ -9,6 +9,7 @@ from hookgraph.binding.resolving.interiors import bind_scale
 from hookgraph.binding.resolving.norms import find_norm
 from hookgraph.binding.resolving.projections import is_projection
 from hookgraph.binding.resolving.stacks import values_behind
+from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.tracing.trace import Call, Trace
 from hookgraph.binding.tracing.values import Value, alias_root
 from hookgraph.ontology.transformer import TransformerStack
@@ -57,16 +58,22 @@ def _unscaled(value: Value) -> Value:
 
 
 def bind_last_norm(trace: Trace, found: Findings, stack: TransformerStack, last: Block) -> None:
-    """Where no head follows a stack: the norm that reads its last layer, if there is one."""
-    for call in trace.calls:
-        norm = find_norm(call, last.grid.layout) if call.first >= last.call.last else None
-        if norm is not None and alias_root(norm.input, [last.leaving]) is last.leaving:
-            layout = last.grid.layout_of(norm.output)
-            anchor = Anchor(stack.FINAL_LN_OUT, "output", call.path, norm.returned, layout=layout)
-            found.add(on_call(trace, call, anchor))
-            bind_scale(trace, found, stack.FINAL_LN_SCALE, norm.output, trace.root, last.grid)
-            return
-    found.absent("no norm reads the last layer", stack.FINAL_LN_OUT, stack.FINAL_LN_SCALE)
+    """Where no head follows a stack: the norm that reads its last layer, if there is one.
+
+    Of several the one that what the model is measured by is computed from: others may read the layer too.
+    """
+    calls = [c for c in trace.calls if c.first >= last.call.last]
+    norms = [n for c in calls if (n := find_norm(c, last.grid.layout)) is not None]
+    norms = [n for n in norms if alias_root(n.input, [last.leaving]) is last.leaving]
+    read = values_behind(trace.value_of(read_output(trace.output)))
+    norm = next((n for n in norms if n.output in read), next(iter(norms), None))
+    if norm is None:
+        found.absent("no norm reads the last layer", stack.FINAL_LN_OUT, stack.FINAL_LN_SCALE)
+        return
+    layout = last.grid.layout_of(norm.output)
+    anchor = Anchor(stack.FINAL_LN_OUT, "output", norm.call.path, norm.returned, layout=layout)
+    found.add(on_call(trace, norm.call, anchor))
+    bind_scale(trace, found, stack.FINAL_LN_SCALE, norm.output, trace.root, last.grid)
 
 
 def _projections_behind(trace: Trace, value: Value) -> Iterator[Call]:

@@ -108,7 +108,8 @@ def _token_ids(model: PreTrainedModel) -> Tensor:
     """Any tokens, and the one that ends a text: some models read their result there."""
     known = vocabulary_size(model, embedding_of(model))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, _TOKENS), generator=generator)
+    length = _TOKENS * _config(model, "downsampling_rate", default=1)
+    ids = torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, length), generator=generator)
     end, padding = (_config(model, f"{x}_token_id", default=-1) for x in ("eos", "pad"))
     if 0 <= end < known and end != padding:
         ids[:, -1] = end

@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hookgraph.binding import bind
 from hookgraph.binding.resolving.examples import example_inputs
 from hookgraph.binding.running.outputs import per_example, read_output
 from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.transformer import ATTN_OUT, ATTN_PATTERN, EMBED, ENCODER, RESID_POST, VISION
+from hookgraph.ontology.transformer import (
+    ATTN_OUT,
+    ATTN_PATTERN,
+    EMBED,
+    ENCODER,
+    FINAL_LN_OUT,
+    FINAL_LN_SCALE,
+    RESID_POST,
+    VISION,
+)
+from hookgraph_tests.binding.made_up import LoomConfig, LoomForCausalLM
 from hookgraph_tests.families import binding_of
 from hookgraph_tests.tiny import build
 
@@ -38,6 +48,23 @@ def test_a_stack_that_is_attended_to_is_the_encoder():
     assert VISION.RESID_POST[0] not in graph.locations
 
 
+class Hemmed(LoomForCausalLM):
+    """Without its head; the last norm is called twice, first for what nobody is measured by."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        cloth = self.spool(input_ids)
+        for row in self.cloth:
+            cloth = row(cloth)
+        return {"intermediate": self.hem(cloth), "last_hidden_state": self.hem(cloth)}
+
+
+def test_of_two_norms_behind_the_last_layer_the_one_that_is_read_is_the_final_one():
+    graph = bind(Hemmed(LoomConfig()).double().eval(), cached=False)
+    assert {FINAL_LN_OUT, FINAL_LN_SCALE} <= set(graph.locations)
+    run = graph.run(binding_of(graph).example, save=[FINAL_LN_OUT])
+    assert torch.equal(run[FINAL_LN_OUT], run.logits)
+
+
 @pytest.mark.parametrize("architecture", ["vit", "wav2vec2", "bert"])
 def test_a_model_without_a_head_is_measured_by_its_last_hidden_state(architecture: str):
     model = build("base", architecture)
@@ -53,6 +80,12 @@ def test_examples_are_tried_until_one_can_be_run():
     assert set(example_inputs(build("causal", "llama"))) >= {"input_ids", "attention_mask"}
     assert "pixel_values" not in example_inputs(build("image-text", "llava"))  # text alone will do
     assert {"input_ids", "pixel_values"} <= set(example_inputs(build("base", "clip")))
+
+
+def test_text_that_a_model_shortens_is_made_longer():
+    graph = bind(build("base", "canine"), cached=False)  # four characters make one position
+    assert binding_of(graph).example["input_ids"].shape == (2, 28)
+    assert graph.every(ENCODER.ATTN_Q)  # on which nothing depends where there is one position
 
 
 def test_an_output_is_the_logits_then_the_last_hidden_state_then_the_first_activation():
