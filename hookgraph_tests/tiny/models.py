@@ -1,6 +1,5 @@
 """Which architectures there are, and a tiny random instance of each."""
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hookgraph.binding.proving.twins import kernels_of
 from hookgraph_tests.tiny.configs import tiny_config
 
 TABLES: Final = {
@@ -95,6 +95,7 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 @torch.no_grad()
 def _roughen(model: nn.Module, generator: torch.Generator) -> None:
+    kernels = kernels_of(model)
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             continue
@@ -102,7 +103,7 @@ def _roughen(model: nn.Module, generator: torch.Generator) -> None:
         if parameter.ndim < 2:
             parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0) + 0.1 * noise)
             continue
-        fan = parameter.shape[-1] if parameter.ndim < 4 else math.prod(parameter.shape[1:])
+        fan = kernels.get(id(parameter), parameter.shape[-1])
         if not float(parameter.std()) >= fan**-0.5:  # nor if it is not a number
             parameter.copy_(noise * fan**-0.5)
     for table in model.buffers():  # codebooks, and experts by token: of zeros all choices would be alike

@@ -31,8 +31,8 @@ _COARSE: Final = (4e-3, 1e-2, 2e-2, 4e-2, 8e-2)
 DEAD: Final = "on this example the logits do not depend on it"
 CHOSEN_ANEW: Final = "where a choice changes"
 _CUT: Final = (
-    "an edit changes the logits, but the model computes them without gradients from here on, as under "
-    "torch.no_grad() or in reentrant checkpointing"
+    "an edit changes the logits, but the model computes them without gradients from here on, as through "
+    "integers, under torch.no_grad() or in reentrant checkpointing"
 )
 
 _CUT_OFF: Final = "the model cuts off a part of the gradient by detach(); with that part they agree"

@@ -6,6 +6,7 @@ zero, norms have no gain and no bias, and a wrong location could pass unnoticed.
 """
 
 import copy
+import math
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -21,6 +22,7 @@ from hookgraph.binding.proving.shrinking import shrinkings
 from hookgraph.binding.running.mechanisms import element
 
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def make_twin(
@@ -108,10 +110,19 @@ def _shell(module: nn.Module, layer: Layer) -> nn.Module:
 
 
 def _made_precise(twin: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    nn.Module.to(twin.eval(), dtype)
+    cast(twin.eval(), dtype)
     _use_plain_experts(twin)
     _roughen(twin)
     return twin
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a model to some precision, with what its modules keep undeclared, as a table once computed."""
+    nn.Module.to(model, dtype)
+    for module in model.modules():
+        for name, kept in vars(module).items():
+            if isinstance(kept, Tensor) and kept.is_floating_point():
+                vars(module)[name] = kept.to(dtype)
 
 
 def _use_plain_experts(model: PreTrainedModel) -> None:
@@ -130,7 +141,7 @@ def _roughen(model: nn.Module) -> None:
     the activations grow until the next norm drowns what else comes in.
     """
     generator = torch.Generator().manual_seed(0)
-    kernels = {id(x.weight) for x in model.modules() if isinstance(x, _CONVOLUTIONS)}
+    kernels = kernels_of(model)
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             continue
@@ -138,7 +149,18 @@ def _roughen(model: nn.Module) -> None:
         if parameter.ndim < 2:
             parameter.add_(0.1 * noise)
             continue
-        summed = parameter.shape[1:] if id(parameter) in kernels else parameter.shape[-1:]
-        size = summed.numel() ** -0.5
+        size = kernels.get(id(parameter), parameter.shape[-1]) ** -0.5
         if float(parameter.std()) < 0.5 * size:
             parameter.copy_(noise * size)
+
+
+def kernels_of(model: nn.Module) -> dict[int, int]:
+    """Over how many numbers each kernel of a convolution sums, by the identity of its weight."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            found[id(module.weight)] = math.prod(module.weight.shape[1:])
+        elif isinstance(module, _TRANSPOSED):
+            strides = math.prod(module.stride)
+            found[id(module.weight)] = max(1, module.weight[:, 0].numel() // (module.groups * strides))
+    return found

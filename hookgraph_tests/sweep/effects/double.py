@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hookgraph.binding.proving.twins import cast
+
 
 @contextmanager
 def doubled() -> Generator[None]:
@@ -28,7 +30,7 @@ def in_double(value: Any) -> Any:
 
 def make_double(model: nn.Module) -> None:
     """Double precision, without the fused kernels for mixtures of experts, which know none."""
-    nn.Module.double(model)
+    cast(model, torch.float64)
     for module in model.modules():
         config = getattr(module, "config", None)
         if "_experts_implementation_internal" in getattr(config, "__dict__", {}):
