@@ -163,6 +163,13 @@ def _captioned(config: PreTrainedConfig) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": _picture()}
 
 
+def _phrases(config: PreTrainedConfig) -> dict[str, Any]:
+    """A picture, and text whose tokens attend to each other as far as the next end of a phrase."""
+    captioned = _captioned(config)
+    captioned["input_ids"][:, 4] = 102
+    return captioned
+
+
 def _channels_to_decode(config: PreTrainedConfig) -> dict[str, Any]:
     """Text, and sound tokens in several channels."""
     ids = _tokens()
@@ -295,6 +302,7 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "granite_speech5_encoder": _stacked_frames,
     "informer": _forecast,
     "time_series_transformer": _forecast,
+    "grounding-dino": _phrases,
     "idefics": _several_pictures,
     "instructblip": _instructed,
     "instructblipvideo": _instructed_film,
@@ -306,6 +314,7 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "maskformer": _large_picture,
     "minicpm_ocr_vision": _rectified,
     "minicpmv4_7_vision": _rectified,
+    "mm-grounding-dino": _phrases,
     "muse_spark_audio": _waves,
     "nemotron3_5_transcribe_audio": _even_frames,
     "patchtsmixer": _series,

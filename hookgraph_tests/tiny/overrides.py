@@ -53,6 +53,7 @@ _HYBRID_DETECTOR: Final = {
 }
 _SWIN: Final = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
 _GROUNDED: Final = {"backbone_config": {**_SWIN, "out_indices": [2, 3, 4]}, "d_model": 64}
+_SLIM: Final = {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 8, *[32] * 5], "expand_ratio": 2.0}
 _MASKED: Final = {
     "backbone_config": {**_SWIN, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
     "feature_size": WIDTH,
@@ -193,7 +194,10 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
     "glm4v_moe_text": {"rope_parameters": _SECTIONS, "head_dim": 16},
     # In their last layers one position would be left of a smaller picture
-    **{name: {"image_size": 2 * PICTURE} for name in ("glpn", "mobilevit", "pvt_v2", "segformer")},
+    **{name: {"image_size": 2 * PICTURE} for name in ("glpn", "pvt_v2", "segformer")},
+    "pp_formulanet_vision": {"image_size": 3 * PICTURE, "output_channels": WIDTH},
+    "mobilevit": {"image_size": 3 * PICTURE, **_SLIM},
+    "videoprism_vision_model": {"image_size": 36},  # of patches of 18
     # Parts that have to fit each other
     "audio-spectrogram-transformer": {"max_length": 64},
     "mgp-str": {"image_size": [32, 64]},
@@ -250,8 +254,10 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "granite_speech5_encoder": {"context_size": 8},
     "bros": {"hidden_size": 2 * WIDTH},
+    "mimi": {"num_filters": 4, "num_quantizers": 4, "codebook_size": 16},
+    "pocket_tts_audio_tokenizer": {"num_filters": 4},
     "levit": {
-        "image_size": 64,
+        "image_size": 128,
         "patch_size": 16,
         "hidden_sizes": [32, 48, 64],
         "num_attention_heads": [2, 2, 2],

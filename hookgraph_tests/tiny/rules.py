@@ -69,6 +69,7 @@ RULES: Final = (
          r"|prediction_head_size", WIDTH),
     Rule(r"hidden_size_per_layer_input|subsampling_conv_channels|latent_query_num|num_query_tokens", 8),
     Rule(r"projector_(hidden_size|input_dim|output_dim)|vision_output_dim", WIDTH),
+    Rule(r"post_conv_(in|mid|out)_channels", WIDTH),
     Rule(r"conv_dim", 16, lists=True),
     Rule(r"(q|kv|o)_lora_rank", RANK),
     Rule(r"((shared|moe|dense|expert|prefix_dense)_.*)?(intermediate_size.*|ffn_hidden_size)"
