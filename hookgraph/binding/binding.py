@@ -16,8 +16,10 @@ from hookgraph.binding.resolving.discovery import discover
 from hookgraph.binding.resolving.examples import candidates, one_row, unrunnable
 from hookgraph.binding.running.compiled import as_written
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
+from hookgraph.binding.running.kernels import check_kernels, configurations
+from hookgraph.binding.running.others import is_changed, is_held
 from hookgraph.binding.tracing.trace import Trace, evaluating
-from hookgraph.errors import BindingError, InputError
+from hookgraph.errors import AlreadyAttachedError, BindingError, InputError
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.hook_graph import HookGraph
 
@@ -48,6 +50,7 @@ def bind(
             variable HOOKGRAPH_CACHE names the folder of such proofs, or is `off`.
 
     Raises:
+        AlreadyAttachedError: a graph holds the model, or held it when it was copied.
         BindingError: the model cannot be run on the example, or has no residual stream; or the record is
             wrong, with the invariant that fails, the location, and by how much.
     """
@@ -68,6 +71,8 @@ def bind(
             f"the example is {type(example).__name__}: give keyword arguments of the model, such as "
             "{'input_ids': ids}"
         )
+    check_kernels(model, configurations(model))
+    _check_free(model)
     examples = list(candidates(model)) if example is None else [dict(example)]
     with as_written(model.modules()):
         return HookGraph(_bound(model, tokenizer, examples, family, check=check, keeping=check and cached))
@@ -101,7 +106,14 @@ def _bound(
     key = cache.key_of(model, inputs, family) if keeping else None
     if key:
         cache.store(key, cache.Entry(outcome.findings, outcome.report))
-    return binding.proven(outcome.findings, outcome.report)
+    told = {**outcome.report.metadata, **_hooked_by_others(model)}
+    return binding.proven(outcome.findings, replace(outcome.report, metadata=told))
+
+
+def _hooked_by_others(model: PreTrainedModel) -> dict[str, str]:
+    """On which modules there are hooks of others, for the report: what they change is proven with them."""
+    paths = [path or "the model" for path, module in model.named_modules() if is_changed(module)]
+    return {"hooks of others": ", ".join(paths)} if paths else {}
 
 
 def check(graph: HookGraph) -> ConformanceReport:
@@ -142,6 +154,21 @@ def _resolved(model: PreTrainedModel, trace: Trace) -> Findings:
             f"the layers of {type(model).__name__} cannot be resolved, which is a fault of hookgraph; please "
             f"report it with the model's name: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_free(model: PreTrainedModel) -> None:
+    """Check that no graph holds a model.
+
+    Raises:
+        AlreadyAttachedError: one does, or did when the model was copied.
+    """
+    held = next((path for path, module in model.named_modules() if is_held(module)), None)
+    if held is not None:
+        raise AlreadyAttachedError(
+            f"{held or 'this model'} holds hooks of hookgraph: a graph is attached to this "
+            f"{type(model).__name__}, or was when it was copied, and a copy keeps its hooks. Leave the other "
+            "`with` first, and copy a model outside of attached()"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from hookgraph.binding.data.family import Family
 from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.data.records import decode, encode
+from hookgraph.binding.running.others import is_changed
 from hookgraph.graph.conformance import ConformanceReport
 
 _LIMIT: Final = 500
@@ -56,20 +57,21 @@ def folder() -> Path | None:
 
 
 def key_of(model: PreTrainedModel, example: Mapping[str, Any], family: Family | None = None) -> str | None:
-    """A digest of all that a binding follows from; None if nothing is kept, or if some of
-    the model's code cannot be read.
+    """A digest of all that a binding follows from; None if nothing is kept, if some of the model's code
+    cannot be read, or if others have put hooks on its modules.
 
-    That is the class with its code, the configuration, the modules with the shapes of their weights, the
-    layout of the example, the family record, and the versions of torch, transformers and hookgraph.
+    That is the class with its code, the configuration, the modules with their settings and the shapes of
+    their weights, the layout of the example, the family record, and the versions of torch, transformers and
+    hookgraph.
     """
-    code = None if folder() is None else _code_of(model)
+    code = None if folder() is None or any(map(is_changed, model.modules())) else _code_of(model)
     if code is None:
         return None
     parts: dict[str, object] = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "code": code,
         "config": _settings(model.config),
-        "modules": [(path, type(m).__qualname__, type(m).__module__) for path, m in model.named_modules()],
+        "modules": [(path, *_made_of(module)) for path, module in model.named_modules()],
         "weights": [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
         "buffers": [(name, tuple(b.shape), str(b.dtype)) for name, b in model.named_buffers()],
         "example": sorted((k, _layout(v)) for k, v in example.items()),
@@ -130,6 +132,22 @@ def _fits(findings: Findings, model: nn.Module) -> bool:
 def _exists(function: str) -> bool:
     module, _, name = function.partition(":")
     return callable(getattr(importlib.import_module(module), name, None))
+
+
+def _made_of(module: nn.Module) -> tuple[object, ...]:
+    """The class of a module, and what its attributes say, as of adapters: which are active, or merged."""
+    said = {k: v for k, v in vars(module).items() if k not in _OF_A_PASS and _is_plain(v)}
+    return type(module).__qualname__, type(module).__module__, said
+
+
+_OF_A_PASS: Final = ("training", "_is_full_backward_hook", "_is_hf_initialized", "name_or_path")
+"""Attributes that say nothing of what a module computes in evaluation."""
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(x, (bool, int, float, str)) for x in value)
+    return isinstance(value, (bool, int, float, str))
 
 
 def _settings(config: Any) -> object:

@@ -12,6 +12,7 @@ from torch import nn
 
 from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.data.views import Columns, Span, View
+from hookgraph.binding.running.others import is_changed
 from hookgraph.ontology.locations import Location
 
 Place: TypeAlias = tuple[str, int | None]
@@ -26,7 +27,7 @@ def place_of(location: Location) -> Place:
 
 
 def kinds(model: nn.Module, findings: Findings) -> dict[Place, Kind]:
-    """What each layer of a model is made of."""
+    """What each layer of a model is made of; and outside of them, which modules have hooks of others."""
     known: dict[str, Kind] = {}
     result: dict[Place, Kind] = {}
     for stack, layers in findings.layers.items():
@@ -34,9 +35,17 @@ def kinds(model: nn.Module, findings: Findings) -> dict[Place, Kind]:
             if layer.module not in known:
                 parts = model.get_submodule(layer.module).named_modules()
                 # Single projections and norms are told by what they do: they may be quantised.
-                known[layer.module] = tuple((p, type(m) if p == "" else bool(m._modules)) for p, m in parts)
+                known[layer.module] = tuple(_part(path, part) for path, part in parts)
             result[stack, number] = known[layer.module]
+        inside = {m for layer in layers for m in model.get_submodule(layer.module).modules()}
+        outside = ((path, m) for path, m in model.named_modules() if m not in inside)
+        result[stack, None] = tuple(path for path, m in outside if is_changed(m))
     return result
+
+
+def _part(path: str, module: nn.Module) -> object:
+    """What counts of one module in a layer; hooks of others may change what it returns."""
+    return path, bool(module._modules) if path else type(module), is_changed(module)
 
 
 def shape_of(findings: Findings, location: Location) -> Kind:

@@ -27,6 +27,7 @@ from hookgraph.binding.running.mechanisms import (
     needs_state,
     notice_recomputing,
 )
+from hookgraph.binding.running.modules import Modules
 from hookgraph.binding.running.narrowing import NARROWED, is_one_each, last_mlp, modules_behind, narrowing
 from hookgraph.binding.running.others import is_hooked
 from hookgraph.binding.running.outputs import read_output
@@ -71,13 +72,13 @@ class HuggingFaceBinding(AbstractBinding):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
-        modules = dict(model.named_modules())
+        modules = Modules(model)
         self.findings = replace(findings, closed={**miscounted(modules, findings), **findings.closed})
         self.tokenizer = tokenizer
         self.example = dict(example or {})
         self._report = ConformanceReport()
         self._modules = modules
-        self._checkpointed = [m for m in self._modules.values() if hasattr(m, "gradient_checkpointing")]
+        self._checkpointed = [m for m in modules.every() if hasattr(m, "gradient_checkpointing")]
         self._embedding = embedding_of(model)
         self._identity = identity(model)
         self._accepted = Accepted.by(model)
@@ -191,9 +192,10 @@ class HuggingFaceBinding(AbstractBinding):
                 )
             _attached.add(self.model)
         try:
+            self._modules.check_kernels()
             self._unseen = self._is_unseen(taps)  # before there are hooks of our own
             with (
-                as_written(self._modules.values()),
+                as_written(self._modules.every()),
                 skipping(self._modules, self.findings, start),
                 installed(*self._installers(taps, start)),
             ):
@@ -382,7 +384,7 @@ class HuggingFaceBinding(AbstractBinding):
         """
         return next(
             p
-            for m in self._modules.values()
+            for m in self._modules.every()
             for p in m._parameters.values()
             if p is not None and p.is_floating_point()
         )

@@ -1,13 +1,18 @@
 """The attention functions that a model can be given: its own eager one, and the fused one of torch."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, Final
 
 from transformers import PreTrainedModel
 
+from hookgraph.errors import BindingError
+
 _NAME: Final = "_attn_implementation_internal"
 _OTHER: Final = {"sdpa": "eager", "eager": "sdpa"}
+
+
+_UNSEEN: Final = "flex_attention"
 
 
 class InapplicableError(Exception):
@@ -21,8 +26,7 @@ def other_kernel(model: PreTrainedModel) -> Generator[None]:
     Raises:
         InapplicableError: the model has one attention function only.
     """
-    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
-    configs |= {id(c): c for config in list(configs.values()) for c in _inside(config)}
+    configs = {id(config): config for config in configurations(model)}
     before = {key: vars(config).get(_NAME) for key, config in configs.items()}
     known = {name for name in before.values() if name in _OTHER}
     if not known:
@@ -38,6 +42,27 @@ def other_kernel(model: PreTrainedModel) -> Generator[None]:
         for key, config in configs.items():
             if _NAME in vars(config):
                 vars(config)[_NAME] = before[key]
+
+
+def configurations(model: PreTrainedModel) -> list[Any]:
+    """The configurations that modules of a model read, each once."""
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    configs |= {id(c): c for config in list(configs.values()) for c in _inside(config)}
+    return list(configs.values())
+
+
+def check_kernels(model: PreTrainedModel, configs: Iterable[Any]) -> None:
+    """Check that none of these configurations asks for an attention function that cannot be looked into.
+
+    Raises:
+        BindingError: one does, with what to do.
+    """
+    if any(vars(config).get(_NAME) == _UNSEEN for config in configs):
+        raise BindingError(
+            f"{type(model).__name__} computes attention by {_UNSEEN}, which compiles it: neither a trace nor "
+            'hooks see into that. Call model.set_attn_implementation("sdpa"), or load the model with '
+            'attn_implementation="sdpa"'
+        )
 
 
 def _inside(config: Any) -> list[Any]:

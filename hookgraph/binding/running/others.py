@@ -23,15 +23,26 @@ def replaces_output(module: nn.Module) -> bool:
 
 def is_known(hook: object) -> bool:
     """Whether a hook is of transformers, which leaves hooks that collect outputs, or of hookgraph."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "hookgraph."))
+    return _is_of(hook, "transformers.", "hookgraph.")
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether a graph is attached to a module, or was when the module was copied."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    own = any(name.startswith("_hookgraph") for name in vars(module))
+    return own or any(_is_of(hook, "hookgraph.") for hook in (*hooks, vars(module).get("forward")))
 
 
 def are_all_seen() -> bool:
     """Whether somebody else looks into all modules of this process."""
     hooks = (*process._global_forward_hooks.values(), *process._global_forward_pre_hooks.values())
     return not all(map(is_known, hooks))
+
+
+def _is_of(hook: object, *packages: str) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(packages)
 
 
 def _is_seen(module: nn.Module) -> bool:
