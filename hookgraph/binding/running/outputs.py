@@ -11,11 +11,12 @@ from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.errors import BindingError
 
 _PREFERRED = ("logits", "last_hidden_state")
+_BEGINNING = "encoder_last_hidden_state"
 
 
 def read_output(output: Any) -> Float[Tensor, "batch ..."]:
     """The logits; without a head, the last hidden state, of several parts the last one's; without either, the
-    first tensor of activations.
+    first tensor of activations. What an encoder returns is what others begin with, and comes after these.
 
     Raises:
         BindingError: the model returns no tensor.
@@ -32,7 +33,8 @@ def read_output(output: Any) -> Float[Tensor, "batch ..."]:
 def _names(output: Mapping[str, Any]) -> Iterator[str]:
     """Under which names to look for what a model is measured by, the best first."""
     yield from _PREFERRED
-    yield from (name for name in reversed(tuple(output)) if name.endswith(_PREFERRED[-1]))
+    ends = (name for name in reversed(tuple(output)) if name.endswith(_PREFERRED[-1]))
+    yield from (name for name in ends if name != _BEGINNING)
 
 
 def per_example(output: Float[Tensor, "..."], shape: tuple[int, ...]) -> Float[Tensor, "batch ..."]:
