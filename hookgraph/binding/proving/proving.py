@@ -250,7 +250,7 @@ def _on_layers(binding: HuggingFaceBinding, rest: Sequence[Location]) -> _Proven
     weights = {k: w for k, w in findings.weights.items() if w.module in modules}
     experts = {k: e for k, e in findings.experts.items() if e.experts in modules}
     there = replace(findings, anchors=inside, weights=weights, experts=experts)
-    candidate = HuggingFaceBinding(excerpt, there)
+    candidate = HuggingFaceBinding(excerpt, there, example=example)
     report = conformance.check(candidate, in_precision(example, torch.float32))
     return _about(chosen, report, peers, f"{len(kept)} layers of the model, copied, in float32")
 
@@ -302,7 +302,7 @@ def _on_copy(
 
     def copied(dtype: torch.dtype) -> Subject:
         twin, precise = make_twin(model, row, dtype)
-        return Subject(HuggingFaceBinding(twin, findings), precise)
+        return Subject(HuggingFaceBinding(twin, findings, example=precise), precise)
 
     failure: Exception | None = None
     for dtype in (torch.float64, torch.float32):

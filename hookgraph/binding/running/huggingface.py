@@ -81,7 +81,7 @@ class HuggingFaceBinding(AbstractBinding):
         self._checkpointed = [m for m in modules.every() if hasattr(m, "gradient_checkpointing")]
         self._embedding = embedding_of(model)
         self._identity = identity(model)
-        self._accepted = Accepted.by(model)
+        self._accepted = Accepted.by(model, self.example)
         self._locations = tuple(sorted(findings.anchors, key=lambda x: x.order))
         self._place = {x: i for i, x in enumerate(self._locations)}
         self._state = PassState()

@@ -35,22 +35,26 @@ class Accepted:
         more: whether it takes others as well, to hand them on.
         first_position: the number of the first position.
         known: whether it is a model of transformers itself, where labels make a loss and nothing else.
+        ids: how many axes token ids have: a third one where several are read at each position.
     """
 
     names: frozenset[str]
     more: bool
     first_position: int = 0
     known: bool = False
+    ids: int = 2
 
     @staticmethod
-    def by(model: PreTrainedModel) -> "Accepted":
-        """What a model's `forward` says."""
+    def by(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> "Accepted":
+        """What a model's `forward` says, and what it was run on."""
         parameters = inspect.signature(model.forward).parameters.values()
         open_ended = [p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         names = frozenset(p.name for p in parameters) - frozenset(open_ended)
         more = any(p.kind is p.VAR_KEYWORD for p in parameters)
         known = type(model).__module__.startswith("transformers.")
-        return Accepted(names, more, _first_position(model), known)
+        shown = (example or {}).get("input_ids")
+        axes = max(2, shown.ndim) if isinstance(shown, Tensor) else 2
+        return Accepted(names, more, _first_position(model), known, axes)
 
     def check(self, arguments: Iterable[str]) -> None:
         """Refuse what the model does not know, or, if it hands others on, what is nearly a name it knows.
@@ -107,7 +111,7 @@ def prepare(
         arguments.pop("labels", None)  # they make a loss, of all logits, which nothing here reads
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor):
-        _check_ids(ids, vocabulary)
+        _check_ids(ids, vocabulary, accepted.ids)
     _give_each_its_positions(arguments)
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
@@ -191,11 +195,12 @@ def _arguments(tokenizer: PreTrainedTokenizerBase | None, inputs: Inputs) -> Map
     )
 
 
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
+def _check_ids(ids: Tensor, vocabulary: int, axes: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise InputError(f"token ids are integers, not {str(ids.dtype).removeprefix('torch.')}")
-    if ids.ndim != 2:
-        raise InputError(f"token ids have shape (batch, pos), not {tuple(ids.shape)}")
+    if ids.ndim != axes:
+        shape = ("batch", "pos", *["ids of each position"] * (axes - 2))
+        raise InputError(f"token ids have shape ({', '.join(shape)}), not {tuple(ids.shape)}")
     if ids.numel() == 0:
         raise InputError(f"there are no tokens: token ids have shape {tuple(ids.shape)}")
     if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
