@@ -5,6 +5,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hookgraph.binding import bind
@@ -107,3 +108,20 @@ def test_where_a_model_detaches_an_edit_is_right_but_no_gradient_is_proven():
     reasons = {g.location: g.reason for g in graph.report.gaps if g.invariant == "edit = gradient"}
     assert "cuts off a part of the gradient by detach" in reasons[RESID_POST[0]]
     assert graph.report.proves(LOGITS, "edit = gradient"), "nothing is cut off behind them"
+
+
+class Warehouse(PreTrainedModel):
+    """Looms that others run."""
+
+    config_class = LoomConfig
+
+    def __init__(self, config: LoomConfig) -> None:
+        super().__init__(config)
+        self.first, self.second = LoomForCausalLM(config), LoomForCausalLM(config)
+        self.post_init()
+
+
+def test_of_a_model_that_has_no_pass_of_its_own_the_models_inside_are_named():
+    reason = "Warehouse has no forward pass: bind the models inside it by themselves: first, second"
+    with pytest.raises(BindingError, match=reason):
+        bind(Warehouse(LoomConfig(rows=1)), cached=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import transformers
 from transformers import LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hookgraph.binding.resolving.examples import example_inputs
 from hookgraph.binding.tracing.trace import Trace
@@ -14,6 +15,8 @@ from hookgraph_tests.sweep import page, processes
 from hookgraph_tests.sweep.outcomes import Outcome, general, is_convolutional, outcome_of
 from hookgraph_tests.tiny import TABLES, architectures, build, swept
 from hookgraph_tests.tiny.configs import tiny_config
+from hookgraph_tests.tiny.inputs import EXAMPLES
+from hookgraph_tests.tiny.overrides import OVERRIDES
 from hookgraph_tests.tiny.rules import rule_for
 from hookgraph_tests.unchecked import unchecked
 
@@ -136,3 +139,14 @@ def test_fields_shrink_by_their_name():
     assert rule_for("image_size", [224, 448]) == [32, 32]
     config = tiny_config(LlamaConfig)
     assert config.hidden_size == config.num_attention_heads * config.head_dim
+
+
+def test_what_is_written_for_an_architecture_is_written_for_one_that_there_is():
+    assert set(OVERRIDES) <= set(CONFIG_MAPPING)
+    assert {name for name in EXAMPLES if not hasattr(transformers, name)} <= set(CONFIG_MAPPING)
+
+
+def test_a_made_up_sound_stays_within_bounds():
+    model = build("base", "pe_audio_encoder")
+    heard = model.get_submodule("embedder")(**example_inputs(model))[0]
+    assert float(heard.detach().abs().max()) < 1e3

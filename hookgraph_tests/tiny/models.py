@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -93,6 +93,18 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [part for part in found if isinstance(part, PreTrainedConfig)]
 
 
+def _is_gain(parameter: Tensor) -> bool:
+    """Whether it is one number for each feature, the same for all, and lies along them: nothing it is divided
+    by may come close to 0.
+    """
+    first = float(parameter.flatten()[0]) if parameter.numel() else 0.0
+    return (
+        max(parameter.shape, default=0) == parameter.numel()
+        and first != 0
+        and bool((parameter == first).all())
+    )
+
+
 @torch.no_grad()
 def _roughen(model: nn.Module, generator: torch.Generator) -> None:
     kernels = kernels_of(model)
@@ -100,7 +112,7 @@ def _roughen(model: nn.Module, generator: torch.Generator) -> None:
         if not parameter.is_floating_point():
             continue
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or _is_gain(parameter):
             parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0) + 0.1 * noise)
             continue
         fan = kernels.get(id(parameter), parameter.shape[-1])

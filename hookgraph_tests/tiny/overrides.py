@@ -7,6 +7,7 @@ with a `model_type` where any class would do.
 from collections.abc import Mapping
 from typing import Any, Final
 
+from hookgraph_tests.tiny.detectors import DETECTORS
 from hookgraph_tests.tiny.rules import EXPERTS, HEAD_WIDTH, HEADS, NEURONS, PICTURE, VOCABULARY, WIDTH
 from hookgraph_tests.tiny.towers import TOWERS
 
@@ -26,39 +27,16 @@ _SHARING: Final = {
 _HYBRID: Final = ["linear_attention", "hybrid"] * 2
 
 _WINDOWED: Final = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
-_RESNET: Final = {
-    "model_type": "resnet",
-    "embedding_size": 8,
-    "hidden_sizes": [8, 16, 16, 16],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-}
-_DETECTED: Final = {"backbone_config": {**_RESNET, "out_features": ["stage4"]}}
-_HGNET: Final = {
-    "stem_channels": [3, 4, 4],
-    "stage_in_channels": [4, 8, 16, 16],
-    "stage_mid_channels": [4, 4, 4, 4],
-    "stage_out_channels": [8, 16, 16, 16],
-    "stage_num_blocks": [1, 1, 1, 1],
-    "stage_numb_of_layers": [1, 1, 1, 1],
-    "hidden_sizes": [8, 16, 16, 16],
-    "embedding_size": 4,
-    "depths": [1, 1, 1, 1],
-}
-_HYBRID_DETECTOR: Final = {
-    "encoder_in_channels": [16, 16, 16],
-    "encoder_hidden_dim": WIDTH,
-    "decoder_in_channels": [WIDTH, WIDTH, WIDTH],
-    "num_denoising": 0,
-}
-_SWIN: Final = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
-_GROUNDED: Final = {"backbone_config": {**_SWIN, "out_indices": [2, 3, 4]}, "d_model": 64}
+_ALL_HEADS: Final = (
+    "dots3_note_text",
+    "esmc",
+    "moonshine_streaming",
+    "nemotron3_5_transcribe_asr_audio",
+    "nemotron3_diarization_audio",
+)
+"""Each of their heads has keys and values of its own, whatever the number of these may be."""
 _SLIM: Final = {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 8, *[32] * 5], "expand_ratio": 2.0}
-_MASKED: Final = {
-    "backbone_config": {**_SWIN, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-    "feature_size": WIDTH,
-    "mask_feature_size": WIDTH,
-}
+_SHORT: Final = {"speaking_speed": 0.01, "model_config": {"speaking_speed": 0.01}}
 _SECTIONED: Final = (
     "cosmos3_edge_text",
     "glm4v_text",
@@ -72,6 +50,7 @@ _SECTIONED: Final = (
 )
 
 OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
+    **DETECTORS,
     **TOWERS,
     # Layers of several kinds
     "bailing_hybrid": {"layer_group_size": 2, "layer_types": _MIXED},
@@ -122,8 +101,6 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "mode": "train",
     },
     # Attention
-    "dots3_note_text": {"num_key_value_heads": HEADS},
-    "esmc": {"num_key_value_heads": HEADS},
     "neomme": {"head_dim": 16},
     "reformer": {
         "axial_pos_embds": False,
@@ -252,7 +229,12 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "1/2",
     },
-    "granite_speech5_encoder": {"context_size": 8},
+    "granite_speech5_encoder": {
+        "context_size": 8,
+        "num_key_value_heads": HEADS,
+        "num_hidden_layers": 4,
+        "subsample_layers": [0],
+    },
     "bros": {"hidden_size": 2 * WIDTH},
     "mimi": {"num_filters": 4, "num_quantizers": 4, "codebook_size": 16},
     "pocket_tts_audio_tokenizer": {"num_filters": 4},
@@ -266,7 +248,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     "exaone4_5_vision": {"window_size": PICTURE},
     "qwen2_5_vl_vision": {"window_size": PICTURE},
     "informer": {"prediction_length": 4, "input_size": 1},
-    "autoformer": {"prediction_length": 4, "input_size": 1},
+    "autoformer": {"prediction_length": 4, "context_length": 8, "input_size": 1, "label_length": 2},
     "time_series_transformer": {"prediction_length": 4, "input_size": 1},
     "inkling2_text": {
         "n_layers_per_attn_res_block": 2,
@@ -274,6 +256,18 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
+    **{name: {"num_key_value_heads": HEADS} for name in _ALL_HEADS},
+    "mimi_decoder": {"num_filters": 4, "upsampling_ratios": [2, 2]},
+    "muse_glimmer_assistant": {"sliding_window": 64, "target_layer_ids": [0, 1]},
+    "pi0": {
+        "vlm_config": {
+            "text_config": {"model_type": "gemma"},
+            "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "image_token_id": 100,
+        },
+        "chunk_size": 4,
+    },
+    "kyutai_speech_to_text": {"num_codebooks": 2, "codebook_vocab_size": 16, "audio_pad_token_id": 160},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {
         "num_hidden_layers": 4,
@@ -281,6 +275,8 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "hidden_sizes": [16, 16, 32, 32],
         "depths": [1, 1, 1, 1],
     },
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "nemotron_h_omni": {"audio_config": None, "vision_hidden_size": WIDTH, "projector_hidden_size": NEURONS},
     "blip-2": {"image_token_index": 100},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
@@ -311,30 +307,6 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "lilt": {"hidden_size": 48},
-    "x_clip": {"projection_dim": WIDTH},
-    # Detectors, on a backbone
-    **dict.fromkeys(("conditional_detr", "dab-detr", "detr"), _DETECTED),
-    "deformable_detr": {
-        "backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]},
-        "d_model": 64,
-    },
-    **{
-        name: {**_HYBRID_DETECTOR, "backbone_config": {k: v for k, v in _RESNET.items() if k != "model_type"}}
-        for name in ("rt_detr", "rt_detr_v2")
-    },
-    **{
-        name: {**_HYBRID_DETECTOR, "backbone_config": _HGNET}
-        for name in ("d_fine", "deimv2", "pp_doclayout_v4")
-    },
-    "pp_doclayout_v3": {**_HYBRID_DETECTOR, "backbone_config": _HGNET, "x4_feat_dim": 8},
-    **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), _GROUNDED),
-    "mask2former": _MASKED,
-    "oneformer": {**_MASKED, "conv_dim": WIDTH},
-    "rf_detr": {"backbone_config": {"num_hidden_layers": 2, "out_indices": [1, 2], "num_windows": 4}},
-    "sam": {
-        "vision_config": {"output_channels": WIDTH, "num_pos_feats": WIDTH // 2, "global_attn_indexes": [1]},
-        "mask_decoder_config": {"iou_head_hidden_dim": WIDTH},
-    },
     # Parts that are large by default
     "florence_vision": {
         "embed_dim": [16, 16, 32, 32],
@@ -356,6 +328,13 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
             "vibevoice_acoustic_tokenizer_decoder",
         )
     },
+    "seggpt": {
+        "image_size": [2 * PICTURE, PICTURE],
+        "pretrain_image_size": PICTURE,
+        "intermediate_hidden_state_indices": [0, 1],
+        "num_hidden_layers": 3,
+        "merge_index": 0,
+    },
     "cvt": {"embed_dim": [32, 48, 96], "num_heads": [1, 3, 6], "depth": [1, 2, 4]},
     "pvt": {
         "image_size": 2 * PICTURE,
@@ -366,6 +345,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "qwen3_asr_encoder": {"downsample_hidden_size": 8},
     # Tokens sound shortly, and each time the same.
+    **dict.fromkeys(("fastspeech2_conformer", "fastspeech2_conformer_with_hifigan"), _SHORT),
     "vits": {
         "hidden_size": 32,
         "flow_size": 32,

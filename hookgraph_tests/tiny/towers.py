@@ -6,7 +6,7 @@ By `model_type`, as in `overrides`.
 from collections.abc import Mapping
 from typing import Any, Final
 
-from hookgraph_tests.tiny.rules import WIDTH
+from hookgraph_tests.tiny.rules import HEADS, WIDTH
 
 _HIERARCHY: Final = {
     "hidden_size": 8,
@@ -29,6 +29,14 @@ _SWIN: Final = {
     "image_size": 64,
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
+_CODEC: Final = {
+    "encoder_hidden_size": 4,
+    "downsampling_ratios": [2, 2, 2, 2, 2],
+    "num_key_value_heads": HEADS,
+    "quantization_dim": 2 * WIDTH,
+    "semantic_model_config": {"num_hidden_layers": 2},
+}
+_ROTATED: Final = {"hidden_size": 2 * WIDTH, "num_attention_heads": 2}
 _TOWERS: Final = {"vision_config": {"fpn_hidden_size": WIDTH}}
 
 TOWERS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -63,6 +71,36 @@ TOWERS: Final[Mapping[str, Mapping[str, Any]]] = {
         "group_detr": 1,
         "projector_scale_factors": [1.0],
     },
+    "clvp": {
+        "text_config": _ROTATED,
+        "speech_config": _ROTATED,
+        "decoder_config": {"decoder_fixing_codes": [83, 45, 45, 24]},
+    },
+    "depth_pro": {
+        "patch_size": 16,
+        "intermediate_hook_ids": [1, 0],
+        "intermediate_feature_dims": [16, 16],
+        "scaled_images_feature_dims": [16, 16, 16],
+        "fusion_hidden_size": 16,
+        **{f"{part}_model_config": {"image_size": 16, "patch_size": 4} for part in ("image", "patch", "fov")},
+    },
+    "efficientloftr": {
+        "stage_num_blocks": [1, 1, 1, 1],
+        "out_features": [8, 8, 16, WIDTH],
+        "num_attention_layers": 2,
+        "num_attention_heads": 8,
+    },
+    "lightglue": {
+        "descriptor_dim": WIDTH,
+        "keypoint_detector_config": {
+            "encoder_hidden_sizes": [8, 8, 8, 16],
+            "decoder_hidden_size": 16,
+            "descriptor_decoder_dim": WIDTH,
+            "keypoint_threshold": 0.0,
+            "max_keypoints": 12,
+        },
+    },
+    **dict.fromkeys(("neucodec", "xcodec2"), _CODEC),
     "maskformer": {"backbone_config": _SWIN, "fpn_feature_size": WIDTH, "mask_feature_size": WIDTH},
     "sam2_hiera_det_model": _HIERARCHY,
     "sam2_vision_model": {
@@ -70,6 +108,28 @@ TOWERS: Final[Mapping[str, Mapping[str, Any]]] = {
         "backbone_channel_list": [32, 24, 16, 8],
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
         "fpn_hidden_size": WIDTH,
+    },
+    "sam_hq": {
+        "vision_config": {"output_channels": WIDTH, "num_pos_feats": WIDTH // 2, "global_attn_indexes": [1]},
+        "mask_decoder_config": {"iou_head_hidden_dim": WIDTH, "vit_dim": WIDTH},
+    },
+    "tvp": {
+        "backbone_config": {
+            "hidden_sizes": [8, 16, 16, WIDTH],
+            "depths": [1, 1, 1, 1],
+            "embedding_size": 8,
+            "out_features": ["stage4"],
+        },
+        "visual_prompt_size": 4,
+        "max_img_size": 64,
+        "num_frames": 2,
+    },
+    "sam3_tracker": {
+        "vision_config": {
+            "fpn_hidden_size": WIDTH,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+        "mask_decoder_config": {"iou_head_hidden_dim": WIDTH},
     },
     "sam3": _TOWERS,
     "sam3_lite_text": _TOWERS,

@@ -55,6 +55,12 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
 def unrunnable(model: PreTrainedModel, error: Exception | None) -> BindingError:
     """What to raise for a model that runs on none of its examples; `error` is what the first one led to."""
     name = type(model).__name__
+    if type(model).forward is PreTrainedModel.forward:
+        inside = [n for n, part in model.named_children() if isinstance(part, PreTrainedModel)]
+        bound = (
+            f"the models inside it by themselves: {', '.join(inside)}" if inside else "a model that has one"
+        )
+        return BindingError(f"{name} has no forward pass: bind {bound}")
     if error is None:
         return BindingError(
             f"{name} takes none of {', '.join(_MAKERS)}: give bind(model, example=...) keyword arguments on "

@@ -24,6 +24,9 @@ def why_unbound(trace: Trace) -> str:
     feeding = {path: calls for path, calls in lists.items() if len(calls) > 1 and _keeps_shape(calls)}
     chains = {path: calls for path, calls in feeding.items() if is_chain(calls)}
     calls = _longest(chains) or _longest(feeding)
+    reshaping = None if calls else _reshaping(lists)
+    if reshaping is not None:
+        return reshaping
     if not calls:
         names = [path or "its own" for path in lists]
         held = ", ".join([*names[:_NAMED], *["..."][: len(names) - _NAMED]]) or "none"
@@ -56,6 +59,23 @@ def written_into(trace: Trace, call: Call, entering: Value) -> str:
 def _longest(lists: Lists) -> list[Call]:
     """The outermost of the lists with the most calls."""
     return max(lists.values(), key=lambda calls: (-len(calls[0].parents), len(calls)), default=[])
+
+
+def _reshaping(lists: Lists) -> str | None:
+    """Which module of a list returns another shape than it is given, where others keep it."""
+    for calls in sorted(lists.values(), key=len, reverse=True):
+        kept = [_keeps_shape([call]) for call in calls]
+        if 2 * sum(kept) >= len(kept):
+            call = calls[kept.index(False)]
+            given, returned = (
+                next((tuple(v.tensor.shape) for v in values.values() if v.is_activation), None)
+                for values in (call.inputs, call.outputs)
+            )
+            return (
+                f"{call.path} returns an activation of shape {returned}, and is given one of shape {given}, "
+                "where others of its list keep positions and width, as a stream does"
+            )
+    return None
 
 
 def _keeps_shape(calls: list[Call]) -> bool:

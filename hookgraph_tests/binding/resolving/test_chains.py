@@ -294,6 +294,17 @@ class HeapedLoom(KnottedLoom):
         return CausalLMOutput(logits=self.label(self.hem(sum(row(cloth) for row in self.cloth))))
 
 
+def halved(row: KnottedRow, cloth: Tensor) -> Tensor:
+    """Of a long cloth, every other position."""
+    return plain(row, cloth)[:, :: 2 if cloth.shape[1] > 4 else 1]
+
+
+def test_a_layer_that_returns_fewer_positions_is_named():
+    reason = "cloth.0 returns an activation of shape (2, 4, 8), and is given one of shape (2, 7, 8)"
+    with pytest.raises(BindingError, match=re.escape(reason)):
+        knotted(halved)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
