@@ -16,7 +16,6 @@ from hookgraph.binding.tracing.trace import Trace
 from hookgraph.errors import BindingError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.locations import STACKS
-from hookgraph.ontology.transformer import RESID_POST, STREAMS_POST
 from hookgraph_tests.tiny import architectures, build, example_of
 
 Status: TypeAlias = Literal["bound", "not bound", "no stream", "not run", "not built"]
@@ -109,8 +108,6 @@ def _bound(table: str, architecture: str, graph: HookGraph) -> Outcome:
     binding = graph.binding
     if not isinstance(binding, HuggingFaceBinding):
         raise TypeError(type(binding))
-    if STREAMS_POST not in {x.type for x in graph.locations}:
-        graph.every(RESID_POST)  # without a stream a model is not bound; this says why
     gaps: dict[str, Counter[str]] = {}
     for location, reason in graph.report.absent.items():
         gaps.setdefault(location.type.qualified_name, Counter())[general(reason)] += 1
