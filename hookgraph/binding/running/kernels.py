@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, Final
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hookgraph.errors import BindingError
 
@@ -46,7 +46,8 @@ def other_kernel(model: PreTrainedModel) -> Generator[None]:
 
 def configurations(model: PreTrainedModel) -> list[Any]:
     """The configurations that modules of a model read, each once."""
-    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    held = (vars(module).get("config") for module in model.modules())
+    configs = {id(c): c for c in held if isinstance(c, PreTrainedConfig)}
     configs |= {id(c): c for config in list(configs.values()) for c in _inside(config)}
     return list(configs.values())
 
@@ -68,4 +69,4 @@ def check_kernels(model: PreTrainedModel, configs: Iterable[Any]) -> None:
 def _inside(config: Any) -> list[Any]:
     """The configurations inside one, as of the towers of a model."""
     found = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
-    return [inner for one in found if one is not None for inner in (one, *_inside(one))]
+    return [inner for one in found if isinstance(one, PreTrainedConfig) for inner in (one, *_inside(one))]
