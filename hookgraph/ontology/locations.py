@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, SupportsIndex, cast, final, overload
 
-from hookgraph.errors import LocationError, nearest
+from hookgraph.errors import LocationError, SubgraphError, nearest
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.indices import Index, hash_of, paired, parse_index, print_index, print_slice
 from hookgraph.ontology.passes import PassType
@@ -251,8 +251,17 @@ class Location:
             yield part
 
     def within(self, site: "Location", subgraph: str) -> "Location":
-        """This location as one of the subgraph `subgraph` that is injected at `site`."""
-        return dataclasses.replace(self, site=site.whole, subgraph=subgraph)
+        """This location as one of the subgraph `subgraph` that is injected at `site`.
+
+        Raises:
+            SubgraphError: the site is a part or a gradient.
+        """
+        if site != site.whole:
+            raise SubgraphError(
+                f"a site is a whole location, not {site}: inject at {site.whole}, and take the part, or the "
+                f"gradient, of the subgraph's own locations, such as {self}@pos=1"
+            )
+        return dataclasses.replace(self, site=site, subgraph=subgraph)
 
     @property
     def order(self) -> tuple[int, ...]:

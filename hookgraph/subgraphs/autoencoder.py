@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hookgraph.errors import ShapeMismatchError, SubgraphError
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
+from hookgraph.graph.arguments import a_location
 from hookgraph.ontology.autoencoder import ERROR, LATENTS, LATENTS_PRE, RECONSTRUCTION
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
@@ -41,7 +42,8 @@ class AutoencoderGraph(AbstractSubgraph):
         error: `kept`, `detached` or `dropped`, see `ErrorTerm`.
 
     Raises:
-        SubgraphError: no site, one without positions, no dictionary, or an unknown option.
+        SubgraphError: no site, one without positions, a part or a gradient, no dictionary, or an unknown
+            option.
     """
 
     def __init__(
@@ -176,9 +178,10 @@ def site_of(autoencoder: object, at: Location | None) -> Location:
 
     Raises:
         SubgraphError: no site is given or known, or it has no positions, or several streams.
+        LocationError: what is given is no location.
     """
     known = autoencoder.origin.reads if isinstance(autoencoder, Autoencoder) else None
-    site = known if at is None else at
+    site = known if at is None else a_location(at)
     if site is None:
         raise SubgraphError(
             "this dictionary does not say where it belongs: give its site, as in at=MLP_OUT[8]"

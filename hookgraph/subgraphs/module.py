@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hookgraph.errors import ShapeMismatchError, SubgraphError, nearest
 from hookgraph.graph.abstract import AbstractSubgraph, Frame
+from hookgraph.graph.arguments import a_location
 from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
 
@@ -42,6 +43,7 @@ class ModuleGraph(AbstractSubgraph):
         read: Location | None = None,
         name: str = "module",
     ) -> None:
+        at, read = a_location(at), None if read is None else a_location(read)
         if output not in get_args(OutputUse):
             raise SubgraphError(f"output={output!r} is unknown: {nearest(output, get_args(OutputUse))}")
         if read is not None and not read.precedes(at):

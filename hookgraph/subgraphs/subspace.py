@@ -37,7 +37,7 @@ class SubspaceGraph(AbstractSubgraph):
         name: its name, a part of its location's name.
 
     Raises:
-        SubgraphError: the columns are not orthonormal.
+        SubgraphError: the columns are not orthonormal, or the site is a part or a gradient.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ def align(
 
     Source: Geiger et al., arXiv:2303.02536.
     """
+    coordinates = COORDINATES().within(at, name)
     width = graph.run(source, save=[at])[at]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -141,7 +142,7 @@ def align(
         rotation = orthogonal(rotation, orthogonal_map="householder")
     learned = SubspaceGraph(rotation, at, name)
     injected = graph.inject(learned)
-    here = part(learned.coordinates)
+    here = part(coordinates)
     optimizer = torch.optim.Adam(rotation.parameters(), lr=learning_rate)
     for _ in trange(steps, desc="alignment search", disable=not progress):
         swapped = injected.run(source, save=[here], grad=True)[here]

@@ -16,6 +16,7 @@ from hookgraph.ontology.transformer import ATTN_PATTERN, ATTN_Z, LOGITS, MLP_OUT
 from hookgraph.subgraphs.activations import JumpReLU, TopK
 from hookgraph.subgraphs.autoencoder import AutoencoderGraph
 from hookgraph.subgraphs.dictionary import Autoencoder, Origin
+from hookgraph.subgraphs.module import ModuleGraph
 from hookgraph.subgraphs.splicing import ErrorTerm, SpliceGradient
 from hookgraph_tests.families import FAMILIES, bound, tokens
 from hookgraph_tests.subgraphs.planted import activations, planted
@@ -351,6 +352,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: AutoencoderGraph(PLANTED, ATTN_PATTERN[0]),
         r"reads one vector per position, and attn.pattern\[0\] has the axes batch head pos key_pos",
     ),
+    "part": (
+        lambda: AutoencoderGraph(PLANTED, SITE.at(pos=1)),
+        r"a site is a whole location, not mlp.out\[1\]@pos=1: inject at mlp.out\[1\], and take the part",
+    ),
+    "site's gradient": (lambda: AutoencoderGraph(PLANTED, SITE.grad), r"not mlp.out\[1\].grad: inject at"),
     "gradient": (
         lambda: AutoencoderGraph(PLANTED, SITE, splice_gradient="identiti"),  # pyright: ignore
         "splice_gradient='identiti' is unknown: did you mean identity",
@@ -366,6 +372,12 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
 def test_what_cannot_be_a_subgraph_says_why(make: Callable[[], object], message: str):
     with unchecked(), pytest.raises(SubgraphError, match=message):
         make()
+
+
+def test_what_is_no_location_is_no_site():
+    for made in (AutoencoderGraph, ModuleGraph):
+        with unchecked(), pytest.raises(LocationError, match=r"write Location.parse\('mlp.out\[1\]'"):
+            made(PLANTED, "mlp.out[1]")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_dictionary_of_another_width_is_an_error():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hookgraph.errors import ShapeMismatchError, SubgraphError
+from hookgraph.ontology.locations import Location
 from hookgraph.ontology.transformer import LOGITS, RESID_POST
 from hookgraph.subgraphs.subspace import SubspaceGraph, align
 from hookgraph_tests.families import bound, tokens
@@ -72,6 +73,14 @@ def test_a_learned_subspace_leaves_the_model_as_it_was():
     before = {p: p.grad for p in graph.binding.model.parameters()}
     align(graph, tokens(), tokens(seed=1), metric, SITE, steps=2, progress=False)
     assert all(p.grad is before[p] and p.requires_grad for p in graph.binding.model.parameters())
+
+
+@pytest.mark.parametrize("site", [SITE.at(pos=1), SITE.grad], ids=str)
+def test_a_part_is_no_site(site: Location):
+    made = (lambda: SubspaceGraph(Q, site), lambda: align(PLAIN, IDS, IDS, metric, site, progress=False))
+    for make in made:
+        with pytest.raises(SubgraphError, match=r"inject at resid.post\[1\], .* such as coordinates@pos=1"):
+            make()
 
 
 def test_a_basis_that_does_not_fit_is_an_error():

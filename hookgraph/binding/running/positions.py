@@ -92,7 +92,9 @@ def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, po
     length, past = given.shape[1], cached_length(cache)
     mask = arguments.get(names["mask"])
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        past = past or max(0, mask.shape[1] - length)
+        if not past and not _is_fixed(cache):
+            past = max(0, mask.shape[1] - length)
+        mask = mask[:, : past + length]
         real, first, ends = (mask != 0).int(), (0,), ()
         if not bool(real[:, 0].all()):
             first = tuple(real.argmax(1).tolist())
@@ -121,11 +123,23 @@ def _sees_first(mask: Tensor) -> bool:
 
 def cached_length(cache: Any) -> int:
     """How many columns a cache holds."""
+    return _told(cache) or 0
+
+
+def _told(cache: Any) -> int | None:
+    """How many columns a cache says that it holds."""
     measure = getattr(cache, "get_seq_length", None)
     try:
-        return 0 if measure is None else int(measure())
+        return None if measure is None else int(measure())
     except ValueError:  # it keeps states, and no keys whose number would tell
-        return 0
+        return None
+
+
+def _is_fixed(cache: Any) -> bool:
+    """Whether a cache has one size from the start, as a mask of two axes may have then, and tells how much of
+    it is filled.
+    """
+    return bool(getattr(cache, "is_compileable", False)) and _told(cache) is not None
 
 
 def _has_state(arguments: Mapping[str, Any]) -> bool:

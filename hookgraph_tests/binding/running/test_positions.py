@@ -179,6 +179,23 @@ def test_encoder_decoders_with_a_static_cache_have_positions(name: str):
         torch.testing.assert_close(static[place], dynamic[place], rtol=1e-4, atol=1e-5)
 
 
+def test_a_mask_as_wide_as_a_static_cache_tells_padding_where_there_are_no_position_ids():
+    graph = bind(build("causal", "bloom"))
+    rows, cut = torch.arange(10, 24).view(2, 7), 3
+    mask = torch.ones_like(rows)
+    mask[0, :cut] = 0
+    batch = {"input_ids": rows * mask, "attention_mask": mask}
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    for pos in (1, 5):
+        here = RESID_POST[0].at(pos=pos)
+        edited = graph.hook(here, lambda x: -x)
+        alone = edited.generate(rows[:1, cut:], save=[here], **options)
+        for more in ({}, {"cache_implementation": "static"}):
+            together = edited.generate(batch, save=[here], **options, **more)
+            torch.testing.assert_close(together[here][:1], alone[here], rtol=1e-4, atol=1e-4)
+            assert torch.equal(together.tokens[0, cut:], alone.tokens[0])
+
+
 def test_stacks_beside_the_decoder_read_its_tokens_where_nothing_else_is_given():
     ids, mask = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[0, 1, 1, 1, 1, 1]])
     text = {"input_ids": ids, "attention_mask": mask}
