@@ -240,6 +240,24 @@ def test_a_model_compiled_in_place_runs_as_written_under_hooks_and_compiled_with
     assert compiler.runs == 2 * runs
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["compiled before", "compiled within"])
+def test_what_torch_compile_returned_runs_as_written_while_a_graph_is_attached(before: bool):
+    compiler, model = Compiler(), build("llama")
+    compiled = torch.compile(model, backend=compiler)
+    graph = edited(bind(model, check=False))
+    with torch.no_grad():
+        plain, found = model(IDS).logits, graph.run(IDS).logits
+        if before:
+            assert torch.equal(compiled(IDS).logits, plain)
+        runs = compiler.runs
+        with graph.attached():
+            torch.testing.assert_close(compiled(IDS).logits, found)
+        assert compiler.runs == runs
+        assert torch.equal(compiled(IDS).logits, plain)
+    assert compiler.runs > runs
+    assert not torch.allclose(found, plain)
+
+
 def test_what_torch_compile_returns_is_refused_with_the_remedy():
     model = build("llama")
     with pytest.raises(BindingError, match=r"OptimizedModule .* bind the model that it was given"):

@@ -1,7 +1,8 @@
 """Models run as they are written while they are looked into: not compiled, and no layer in one kernel.
 
-Hooks would be compiled with the model, anew for each graph, and those inside attention not at all. And
-PyTorch computes an encoder layer of its own, or its attention, in one call where no gradient is asked for.
+Hooks would be compiled with the model, anew for each graph, and those inside attention not at all; what was
+compiled before calls none. And PyTorch computes an encoder layer of its own, or its attention, in one call
+where no gradient is asked for.
 """
 
 from collections.abc import Generator, Iterable
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
+import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
@@ -21,8 +23,8 @@ _IN_ONE_CALL: Final = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Mul
 
 @contextmanager
 def as_written(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Within this context what `module.compile()` compiled is left aside, and afterwards used again; and
-    modules of PyTorch call their parts.
+    """Within this context what `module.compile()` compiled is left aside, and afterwards used again; what
+    `torch.compile` returned calls what it was given; and modules of PyTorch call their parts.
     """
     every = list(modules)
     compiled = [(m, m._compiled_call_impl) for m in every if m._compiled_call_impl is not None]
@@ -30,8 +32,15 @@ def as_written(modules: Iterable[nn.Module]) -> Generator[None]:
         module._compiled_call_impl = None
     try:
         # With some mode on, in this thread, they take it that somebody looks at their functions.
-        with installed(
-            *(partial(WhileRunning, m, BaseTorchFunctionMode) for m in every if isinstance(m, _IN_ONE_CALL))
+        with (
+            torch.compiler.set_stance("force_eager"),
+            installed(
+                *(
+                    partial(WhileRunning, m, BaseTorchFunctionMode)
+                    for m in every
+                    if isinstance(m, _IN_ONE_CALL)
+                )
+            ),
         ):
             yield
     finally:
