@@ -40,7 +40,7 @@ def compile_taps(
     placed: list[Registration] = []
     for location, hook in registrations:
         whole, backward = location.whole, location.pass_type is PassType.BACKWARD
-        if held is not None and observers and not backward and not isinstance(hook, SetTo):
+        if held is not None and not backward and not isinstance(hook, SetTo):
             if isinstance(hook, ByPosition):
                 hook = ByPosition(hook_apart(hook.fn, held))
             else:

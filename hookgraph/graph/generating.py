@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hookgraph.errors import HookGraphError, MetricError, ShapeMismatchError, UnknownLocationError, nearest
 from hookgraph.graph import storage
+from hookgraph.graph.reaching import check_reached
 from hookgraph.graph.run import Run
 from hookgraph.hooks.editing import shares_memory
 from hookgraph.hooks.masking import masked_score
@@ -133,12 +134,20 @@ class StepRecorder:
     Args:
         asked: the locations to save, parts among them.
         place: where the present pass lies.
+        hooked: the whole locations that some pass has to reach, with the parts that hooks get.
 
     Raises:
         MetricError: a gradient is asked for.
     """
 
-    def __init__(self, asked: Sequence[Location], place: Place) -> None:
+    def __init__(
+        self,
+        asked: Sequence[Location],
+        place: Place,
+        hooked: Mapping[Location, tuple[Location, ...]] | None = None,
+    ) -> None:
+        self._hooked = hooked or {}
+        self._unreached = set(self._hooked)
         self._wholes: dict[Location, list[Location]] = {}
         self._asked = tuple(dict.fromkeys(asked))
         self._place = place
@@ -152,13 +161,18 @@ class StepRecorder:
 
     def observers(self) -> Mapping[Location, Observer]:
         """What is to see the value at each whole location."""
-        return {whole: Observer(partial(self._see, whole)) for whole in self._wholes}
+        hooked = {w: Observer(partial(self._reach, w), parts) for w, parts in self._hooked.items()}
+        return {**hooked, **{whole: Observer(partial(self._see, whole)) for whole in self._wholes}}
 
     def holds(self, value: Shaped[Tensor, "..."]) -> bool:
         """Whether something that the present pass saved lies in the memory of a tensor."""
         return shares_memory(value, self._step().saved.values())
 
+    def _reach(self, whole: Location, value: Tensor, given: Location | None) -> None:
+        self._unreached.discard(whole)
+
     def _see(self, whole: Location, value: Tensor, given: Location | None) -> None:
+        self._unreached.discard(whole)
         step = self._step()
         if whole in step.seen:
             raise HookGraphError(f"{whole} fired twice in one pass; please report this model")
@@ -195,7 +209,12 @@ class StepRecorder:
         return step
 
     def generation(self, tokens: Int[Tensor, "batch pos"], about: Mapping[str, str]) -> Generation:
-        """Everything kept, with the tokens that came of it."""
+        """Everything kept, with the tokens that came of it.
+
+        Raises:
+            HookGraphError: no pass reached a hook.
+        """
+        check_reached(self._unreached, "any pass of this generation")
         self._step()
         runs = [
             Run({k: step.saved[k] for k in self._asked if k in step.saved}, metadata=about)

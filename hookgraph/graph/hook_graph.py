@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from hookgraph.errors import HookGraphError, InputError, UnknownLocationError, nearest
+from hookgraph.errors import InputError, UnknownLocationError, nearest
 from hookgraph.graph.abstract import AbstractBinding, AbstractSubgraph, Inputs, Prepared, Start
-from hookgraph.graph.arguments import a_location, asked, chooses_steps
+from hookgraph.graph.arguments import a_hook, a_location, a_weight, asked, chooses_steps
 from hookgraph.graph.compiling import Registration, compile_taps
 from hookgraph.graph.conformance import ConformanceReport
 from hookgraph.graph.examples import batch_size
 from hookgraph.graph.generating import Generation, StepRecorder
 from hookgraph.graph.injecting import check_injectable
 from hookgraph.graph.measuring import Metric, measure, positions_read, tokens_read
+from hookgraph.graph.reaching import hooked_places
 from hookgraph.graph.recording import EnoughSeen, Recorder
 from hookgraph.graph.replay import can_start, check_entry, latest_entry, start_at, taps_from
 from hookgraph.graph.run import Run
@@ -90,7 +91,7 @@ class HookGraph:
         Raises:
             UnknownLocationError: the model has no such weight; near names are given.
         """
-        return self.binding.weight(kind, layer, stack)
+        return self.binding.weight(a_weight(kind), layer, stack)
 
     @property
     def report(self) -> ConformanceReport:
@@ -133,13 +134,11 @@ class HookGraph:
 
         Raises:
             UnknownLocationError: this graph has no such location.
-            HookGraphError: `fn` cannot be called.
+            HookGraphError: `fn` cannot be called with one tensor.
         """
-        if not callable(fn):
-            raise HookGraphError(
-                f"a {type(fn).__name__} at {location} cannot be called: a hook is a function of what is there"
-            )
-        return replace(self, registrations=(*self.registrations, (self.check(location), fn)))
+        return replace(
+            self, registrations=(*self.registrations, (self.check(location), a_hook(location, fn)))
+        )
 
     def stop_gradient(self, location: Location) -> "HookGraph":
         """A graph in which `location` passes its value on, but no gradient back."""
@@ -201,6 +200,7 @@ class HookGraph:
             UnknownLocationError: this graph has no such location.
             MetricError: the metric is not one number per example, or has no gradient at a location.
             InputError: the inputs cannot be run.
+            HookGraphError: the pass does not reach a hook, or what is to be saved.
         """
         return self._pass(self.binding.prepare(inputs), asked(save), metric, grad, whole=logits)
 
@@ -229,7 +229,8 @@ class HookGraph:
 
         Raises:
             LocationError: `after` is no boundary between blocks, or something asked for precedes it.
-            ShapeMismatchError: the batch of the value is no multiple of the earlier one.
+            ShapeMismatchError: the value is of another shape or dtype than what the earlier run saved there,
+                or its batch is no multiple of the earlier one.
             SubgraphError: a subgraph has sites before `after` and others behind it.
             InputError: the earlier run holds no inputs.
         """
@@ -244,7 +245,7 @@ class HookGraph:
             graph, entering = self, value
         if not entering.requires_grad:  # a tensor of its own, since gradients may be asked for there
             entering = entering.detach()
-        start, copies = start_at(after, entering, batch_size(run.inputs))
+        start, copies = start_at(after, entering, batch_size(run.inputs), run.saved.get(after))
         save = asked(save)
         for location in save:
             if self.check(location).root.precedes(after):
@@ -307,12 +308,13 @@ class HookGraph:
             UnknownLocationError: this graph has no such location.
             MetricError: a gradient is asked for.
             InputError: the inputs cannot be run, or the model does not generate.
+            HookGraphError: no pass reaches a hook.
         """
         place = Place()
-        recorder = StepRecorder([self.check(x) for x in asked(save)], place)
-        taps = compile_taps(
-            self.registrations, self.subgraphs, recorder.observers(), place=place, held=recorder.holds
-        )
+        hooked = hooked_places(self.registrations)
+        recorder = StepRecorder([self.check(x) for x in asked(save)], place, hooked)
+        observers, held = recorder.observers(), recorder.holds if asked(save) else None
+        taps = compile_taps(self.registrations, self.subgraphs, observers, place=place, held=held)
         with torch.no_grad(), self.binding.attached(taps), self.binding.following(place):
             tokens = self.binding.generate(self.binding.prepare(inputs), options)
         taps.clear()
@@ -351,11 +353,11 @@ class HookGraph:
         for location in save:
             self.check(location)
         place = self._place(inputs, save)
-        recorder = Recorder(save, stop=bool(save) and metric is None, keep_graph=bool(grad), place=place)
+        stop, hooked = bool(save) and metric is None, hooked_places(self.registrations, after)
+        recorder = Recorder(save, stop=stop, keep_graph=bool(grad), place=place, hooked=hooked)
         needs_graph = bool(grad) or bool(recorder.differentiated)
-        taps = compile_taps(
-            self.registrations, self.subgraphs, recorder.observers(), recorder.tracked, place, recorder.holds
-        )
+        observers, held = recorder.observers(), recorder.holds if save else None
+        taps = compile_taps(self.registrations, self.subgraphs, observers, recorder.tracked, place, held)
         reached = taps if after is None else taps_from(after, taps)[0]
         logits: Tensor | None = None
         reads = positions_read(metric)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hookgraph.errors import HookGraphError, LocationError, MetricError
+from hookgraph.graph.reaching import UNREACHED, check_reached
 from hookgraph.hooks.editing import shares_memory
 from hookgraph.hooks.positions import Place, read_at
 from hookgraph.hooks.slicing import read, relative
@@ -37,13 +38,21 @@ class Recorder:
 
     Args:
         asked: the locations to save, parts and gradients among them.
-        stop: raise `EnoughSeen` once all activations have fired.
+        stop: raise `EnoughSeen` once all activations have fired, and hooks before them been reached.
         keep_graph: leave the values in the autograd graph, and the graph intact.
         place: where the pass lies in its sequences, if not at their start without padding.
+        hooked: the whole locations that the pass has to reach, with the parts that hooks get; where it is
+            stopped, those before something saved.
     """
 
     def __init__(
-        self, asked: Sequence[Location], *, stop: bool, keep_graph: bool, place: Place | None = None
+        self,
+        asked: Sequence[Location],
+        *,
+        stop: bool,
+        keep_graph: bool,
+        place: Place | None = None,
+        hooked: Mapping[Location, tuple[Location, ...]] | None = None,
     ) -> None:
         self.asked = tuple(dict.fromkeys(asked))
         self._place = place
@@ -57,6 +66,10 @@ class Recorder:
         self.tracked = frozenset(self._wholes) if keep_graph else self.differentiated
         """The whole locations whose saved value the model goes on with, so that it can be differentiated."""
         self._missing = len(self._wholes)
+        last = max((x.order for x in self._wholes), default=())
+        places = {x: parts for x, parts in (hooked or {}).items() if x not in self._wholes}
+        self._hooked = {x: parts for x, parts in places.items() if not stop or x.order < last}
+        self._unreached = set(self._hooked)
         self._seen: dict[Location, Tensor] = {}
         self._given: dict[Location, Location] = {}
         """Which part of a whole location was seen, where it was not all of it."""
@@ -65,7 +78,9 @@ class Recorder:
 
     def observers(self) -> Mapping[Location, Observer]:
         """What is to see the value at each whole location."""
-        return {w: Observer(partial(self._see, w), tuple(parts)) for w, parts in self._wholes.items()}
+        hooked = {w: Observer(partial(self._reach, w), parts) for w, parts in self._hooked.items()}
+        saved = {w: Observer(partial(self._see, w), tuple(parts)) for w, parts in self._wholes.items()}
+        return {**hooked, **saved}
 
     def holds(self, value: Shaped[Tensor, "..."]) -> bool:
         """Whether something that was saved lies in the memory of a tensor."""
@@ -90,7 +105,15 @@ class Recorder:
             keep = partial(self._gradients.__setitem__, whole)
             value.register_hook(keep)  # pyright: ignore[reportUnknownMemberType]
         self._missing -= 1
-        if self._stop and self._missing == 0:
+        self._stop_if_done()
+
+    def _reach(self, whole: Location, value: Tensor, given: Location | None) -> None:
+        if whole in self._unreached:
+            self._unreached.remove(whole)
+            self._stop_if_done()
+
+    def _stop_if_done(self) -> None:
+        if self._stop and self._missing == 0 and not self._unreached:
             raise EnoughSeen
 
     def _here(self, location: Location) -> Location:
@@ -109,15 +132,13 @@ class Recorder:
         """Everything asked for, in the order of asking.
 
         Raises:
-            HookGraphError: a location did not fire.
+            HookGraphError: a location did not fire, or a hook was not reached.
             MetricError: the metric has no gradient at a location, or the location holds integers.
         """
         missing = [str(whole) for whole in self._wholes if whole not in self._seen]
         if missing:
-            raise HookGraphError(
-                f"did not fire in this pass: {', '.join(missing)}: the model computes nothing there where "
-                "its inputs already hold what it leads to, as encoder_outputs do"
-            )
+            raise HookGraphError(f"did not fire in this pass: {', '.join(missing)}: {UNREACHED}")
+        check_reached(self._unreached, "this pass")
         self._differentiate(metric)
         values: dict[Location, Tensor] = {}
         for location in self.asked:

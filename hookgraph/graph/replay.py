@@ -16,12 +16,24 @@ _BOUNDARIES: Final = {RESID_PRE.name: 0, STREAMS_PRE.name: 0, RESID_POST.name: 1
 """How many of its layer lie before a location between blocks."""
 
 
-def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int) -> tuple[Start, int]:
+def start_at(
+    after: Location,
+    value: Shaped[Tensor, "batch pos ..."],
+    batch: int,
+    before: Shaped[Tensor, "..."] | None = None,
+) -> tuple[Start, int]:
     """Where a replay from `after` enters the model, and how often the batch of inputs is repeated.
+
+    Args:
+        after: where it starts.
+        value: what enters there.
+        batch: of the inputs.
+        before: what was there before, if that is known.
 
     Raises:
         LocationError: the location is not a boundary between blocks.
-        ShapeMismatchError: the value's batch is no multiple of the inputs'.
+        ShapeMismatchError: the value's batch is no multiple of the inputs', or its shape or dtype is not that
+            of what was there before.
     """
     block = block_after(after)
     if block is None:
@@ -34,6 +46,12 @@ def start_at(after: Location, value: Shaped[Tensor, "batch pos ..."], batch: int
         raise ShapeMismatchError(
             f"the value at {after} has batch {value.shape[0]}, the inputs have {batch}: "
             "a replay's batch is a multiple of the inputs', repeated as a whole"
+        )
+    if before is not None and (value.shape[1:], value.dtype) != (before.shape[1:], before.dtype):
+        given, had = (f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (value, before))
+        raise ShapeMismatchError(
+            f"the value for {after} is {given}, and the earlier run had {had} there: positions, width and "
+            "dtype stay as they were"
         )
     return Start(after.type.stack, block, value, after), copies
 

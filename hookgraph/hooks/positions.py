@@ -247,9 +247,8 @@ def _part(location: Location, value: Tensor, place: Place) -> _Part | None:
             continue
         if place.alone and not isinstance(chosen[dim], slice) and not bool(by_row.held.all()):
             row = int((~by_row.held).any(1).nonzero()[0])
-            first = max(0, -shifts[row])
             raise LocationError(
-                f"{location} is out of range: row {row} holds {dim} {first} to {size - 1 - shifts[row]}"
+                f"{location} is out of range: row {row} holds {_held(str(dim), size, shifts[row])}"
             )
         if not bool(by_row.held.any()):
             return None
@@ -290,12 +289,18 @@ def _columns(index: Index, size: int, shift: int, *, alone: bool, location: Loca
     columns = [i + shift if i >= 0 else i for i in asked]
     held = [c for c, i in zip(columns, asked, strict=True) if (0 if i >= 0 else -size) <= c < size]
     if alone and len(held) < len(columns):
-        raise LocationError(
-            f"{location} is out of range: this pass holds positions {max(0, -shift)} to {size - 1 - shift}"
-        )
+        raise LocationError(f"{location} is out of range: this pass holds {_held('positions', size, shift)}")
     if not held:
         return None
     return held[0] if isinstance(index, int) else tuple(held)
+
+
+def _held(name: str, size: int, shift: int) -> str:
+    """Which positions there are, in words."""
+    first, last = max(0, -shift), size - 1 - shift
+    return (
+        f"{name} {first} to {last}" if first <= last else f"no {name}, as its mask says that all is padding"
+    )
 
 
 def _sliced(index: slice, size: int, shift: int) -> slice:

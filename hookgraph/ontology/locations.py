@@ -251,16 +251,10 @@ class Location:
             yield part
 
     def within(self, site: "Location", subgraph: str) -> "Location":
-        """This location as one of the subgraph `subgraph` that is injected at `site`.
-
-        Raises:
-            SubgraphError: the site is a part or a gradient.
-        """
+        """This location as one of the subgraph `subgraph` that is injected at `site`, a whole location."""
         if site != site.whole:
-            raise SubgraphError(
-                f"a site is a whole location, not {site}: inject at {site.whole}, and take the part, or the "
-                f"gradient, of the subgraph's own locations, such as {self}@pos=1"
-            )
+            told = f"inject at {site.whole}, and take the part, or the gradient, of its {self}"
+            raise SubgraphError(f"a site is a whole location, not {site}: {told}")
         return dataclasses.replace(self, site=site, subgraph=subgraph)
 
     @property

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from hookgraph.errors import (
     AlreadyAttachedError,
+    HookGraphError,
     InputError,
     LocationError,
     MetricError,
@@ -288,6 +290,50 @@ def test_what_is_no_location_is_refused(
 ):
     with unchecked(), pytest.raises(LocationError, match=message):
         ask(toy_graph(), given)
+
+
+class Hooking:
+    """What may be a hook."""
+
+    def one(self, value: Tensor) -> None: ...
+
+    def two(self, value: Tensor, other: Tensor) -> None: ...
+
+
+HOOKS: dict[str, tuple[Any, str]] = {
+    "none": (
+        lambda: None,
+        r"the hook at resid.post\[1\] takes 0 arguments: it is called with one, the tensor",
+    ),
+    "two": (lambda value, other: None, r"resid.post\[1\] needs 2 arguments"),
+    "named": (lambda value, *, scale: None, "needs 2 arguments"),
+    "method": (Hooking().two, "needs 2 arguments"),
+}
+
+
+@pytest.mark.parametrize(("hook", "message"), HOOKS.values(), ids=HOOKS)
+def test_a_hook_that_takes_another_number_of_arguments_is_refused(hook: Any, message: str):
+    with unchecked(), pytest.raises(HookGraphError, match=message):
+        toy_graph().hook(RESID_POST[1].at(pos=0).whole, hook)
+
+
+def test_whatever_can_be_called_with_one_tensor_is_a_hook():
+    graph = toy_graph()
+    fits: list[Any] = [
+        Hooking().one,
+        torch.clone,
+        lambda *values: values[0],
+        lambda value, scale=2.0, *, bias=0.0: None,
+        partial(lambda scale, value: None, 2.0),
+    ]
+    for hook in fits:
+        graph = graph.hook(RESID_POST[1], hook)
+    assert torch.equal(plain(graph), plain(toy_graph()))
+
+
+def test_text_is_no_weight():
+    with unchecked(), pytest.raises(UnknownLocationError, match="'W_O' is no weight: give one of"):
+        toy_graph().weight("W_O", 0)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_graph_prints_as_what_it_holds():

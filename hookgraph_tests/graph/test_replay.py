@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -218,3 +220,21 @@ def test_a_hook_applies_once_to_what_its_own_run_saved(layer: int, hooked: Locat
     given = 2 * run[start] - (1 if start == hooked else 0)
     expected = graph.replay(run, start, value=given).logits
     assert torch.allclose(further.replay(run, start).logits, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda x: x[..., :3], r"\(2, 3, 3\) float64"),
+        (lambda x: x[:, :2], r"\(2, 2, 4\) float64"),
+        (lambda x: x.float(), r"\(2, 3, 4\) float32"),
+    ],
+    ids=["width", "positions", "dtype"],
+)
+def test_a_value_that_is_not_like_what_was_there_is_an_error(change: Callable[[Tensor], Tensor], found: str):
+    graph, after = toy_graph(), RESID_POST[1]
+    run = graph.run(IDS, save=[after])
+    with pytest.raises(
+        ShapeMismatchError, match=rf"{found}, and the earlier run had \(2, 3, 4\) float64 there"
+    ):
+        graph.replay(run, after, value=change(run[after]))

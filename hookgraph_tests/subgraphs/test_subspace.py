@@ -79,7 +79,7 @@ def test_a_learned_subspace_leaves_the_model_as_it_was():
 def test_a_part_is_no_site(site: Location):
     made = (lambda: SubspaceGraph(Q, site), lambda: align(PLAIN, IDS, IDS, metric, site, progress=False))
     for make in made:
-        with pytest.raises(SubgraphError, match=r"inject at resid.post\[1\], .* such as coordinates@pos=1"):
+        with pytest.raises(SubgraphError, match=r"inject at resid.post\[1\], .* of its coordinates"):
             make()
 
 

@@ -179,10 +179,13 @@ class Findings:
             return f"later layers read what layer {lost} computed beside the stream"
         return self.closed.get((stack, block), "")
 
-    def missing(self, kind: LocationType) -> str:
-        """What no layer has, if that is why no location of a type exists; empty if another one of it does."""
+    def missing(self, kind: LocationType, unfed: str = "") -> str:
+        """What no layer has, if that is why no location of a type exists; empty if another one of it does.
+
+        `unfed` is said of a stack that was not found: what the model was not given.
+        """
         if kind.layered and not self.layers.get(kind.stack):
-            return f"it has no {kind.stack} of which the layers were found"
+            return f"it has no {kind.stack} of which the layers were found{unfed}"
         family = kind.name.partition(".")[0]
         if family == "streams":
             return f"its {kind.stack} keeps one residual stream: see resid{kind.name.removeprefix(family)}"

@@ -125,7 +125,7 @@ class HuggingFaceBinding(AbstractBinding):
         layers = self.layers(location.type.stack)
         if location.layer is not None and location.layer >= layers > 0:
             return f"its {location.type.stack} has {layers} layers, 0 to {layers - 1}"
-        missing = self.findings.missing(location.type)
+        missing = self.findings.missing(location.type, self._accepted.unfed(self.example))
         near = nearest(str(location), map(str, self._locations))
         return f"{missing}; {near}" if missing else near
 

@@ -21,6 +21,9 @@ from hookgraph.graph.examples import changed, changed_rows, count_examples, rows
 _ROWS: Final = ("input_ids", "inputs_embeds")
 """The arguments that have a row per example, whatever others have."""
 
+_FEATURES: Final = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+"""The arguments by which pictures and sounds are given."""
+
 _SLIP: Final = 0.8
 """How alike two names are of which one is taken for a slip of the other."""
 
@@ -67,6 +70,17 @@ class Accepted:
                 continue
             raise InputError(f"the model takes no argument {name!r}: {nearest(name, self.names)}")
 
+    def unfed(self, example: Iterable[str]) -> str:
+        """What to bind a model with, if the example leaves out pictures or sounds that it takes; or empty."""
+        given = sorted(example)
+        left = [name for name in _FEATURES if name in self.names and name not in given]
+        if not left:
+            return ""
+        return (
+            f": it was bound on {' and '.join(given)} alone, and takes {' and '.join(left)} too: "
+            "bind(model, example=...) with what its processor makes of text together with these"
+        )
+
     def _slip(self, name: str) -> bool:
         """Whether a name is nearly a known one; with a word more or less, it is one of its own."""
         words = name.count("_")
@@ -101,6 +115,8 @@ def prepare(
         InputError: the inputs cannot be run, with the reason.
     """
     arguments: dict[str, Any] = dict(_arguments(tokenizer, inputs))
+    if not arguments:
+        raise InputError("there is nothing to run: the inputs are empty; give token ids, as input_ids")
     accepted.check(arguments)
     # The tokens come first: their rows are the examples, where positions may be given once for all.
     names = sorted(arguments, key=lambda name: name not in _ROWS)

@@ -97,7 +97,8 @@ def _span(arguments: Mapping[str, Any], names: Mapping[str, str], cache: Any, po
         mask = mask[:, : past + length]
         real, first, ends = (mask != 0).int(), (0,), ()
         if not bool(real[:, 0].all()):
-            first = tuple(real.argmax(1).tolist())
+            # A row of padding alone has its first token, if one comes, behind all columns.
+            first = tuple(torch.where(real.any(1), real.argmax(1), mask.shape[1]).tolist())
         if not bool(real[:, -1].all()):
             ends = tuple((mask.shape[1] - past - real.flip(1).argmax(1)).tolist())
         return Span(past, length, first, ends)

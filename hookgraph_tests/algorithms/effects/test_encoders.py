@@ -277,5 +277,7 @@ def test_outputs_of_the_encoder_of_another_length_are_refused():
 
 def test_where_outputs_of_the_encoder_are_given_nothing_fires_in_it():
     given = {"encoder_outputs": encoded(input_ids=tokens()), "decoder_input_ids": tokens(pos=4)}
-    with pytest.raises(HookGraphError, match="inputs already hold what it leads to, as encoder_outputs do"):
+    with pytest.raises(
+        HookGraphError, match="already hold what it leads to, as inputs_embeds and encoder_outputs do"
+    ):
         graph_of("t5").run(given, save=[ENCODER.RESID_POST[0]])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from hookgraph.binding import bind
 from hookgraph.binding.resolving.examples import example_inputs
 from hookgraph.binding.running.outputs import per_example, read_output
-from hookgraph.errors import BindingError
+from hookgraph.errors import BindingError, UnknownLocationError
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.ontology.transformer import (
     ATTN_OUT,
@@ -86,6 +86,16 @@ def test_text_that_a_model_shortens_is_made_longer():
     graph = bind(build("base", "canine"), cached=False)  # four characters make one position
     assert binding_of(graph).example["input_ids"].shape == (2, 28)
     assert graph.every(ENCODER.ATTN_Q)  # on which nothing depends where there is one position
+
+
+def test_a_stack_that_the_example_does_not_reach_is_told_with_what_would_reach_it():
+    graph = bind(build("image-text", "llava"), check=False)
+    remedy = "bound on attention_mask and input_ids alone, and takes pixel_values too: bind"
+    with pytest.raises(UnknownLocationError, match=remedy):
+        graph.check(VISION.RESID_POST[0])
+    for graph in (bind(build("causal", "llama"), check=False), bind(build("base", "vit"), check=False)):
+        with pytest.raises(UnknownLocationError, match="it has no encoder of which the layers were found;"):
+            graph.check(ENCODER.RESID_POST[0])
 
 
 def test_an_output_is_the_logits_then_the_last_hidden_state_then_the_first_activation():

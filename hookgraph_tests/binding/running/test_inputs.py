@@ -169,6 +169,7 @@ WRONG_INPUTS: dict[str, tuple[Any, str]] = {
     "1-D ids": (torch.tensor([3, 4, 5]), r"token ids have shape \(batch, pos\), not \(3,\)"),
     "3-D ids": (torch.ones(1, 2, 3, dtype=torch.long), r"shape \(batch, pos\), not \(1, 2, 3\)"),
     "no examples": (torch.zeros(0, 3, dtype=torch.long), r"there are no tokens: .* shape \(0, 3\)"),
+    "empty": ({}, "there is nothing to run: the inputs are empty; give token ids"),
     "no tokens": (torch.zeros(2, 0, dtype=torch.long), r"there are no tokens: .* shape \(2, 0\)"),
     "beyond": (torch.tensor([[3, VOCABULARY]]), f"range from 3 to {VOCABULARY}, but .* {VOCABULARY} tokens"),
     "negative": (torch.tensor([[-1, 3]]), f"range from -1 to 3, but the vocabulary has {VOCABULARY} tokens"),

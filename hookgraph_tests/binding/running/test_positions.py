@@ -196,6 +196,13 @@ def test_a_mask_as_wide_as_a_static_cache_tells_padding_where_there_are_no_posit
             assert torch.equal(together.tokens[0, cut:], alone.tokens[0])
 
 
+def test_a_row_of_padding_alone_holds_no_position():
+    graph, here = bound("llama"), RESID_POST[1].at(pos=0)
+    for left, who in (((6, 6), "this pass holds no positions"), ((2, 6), "row 1 holds no pos")):
+        with pytest.raises(LocationError, match=f"{who}, as its mask says that all is padding"):
+            graph.run(padded(left), save=[here])
+
+
 def test_stacks_beside_the_decoder_read_its_tokens_where_nothing_else_is_given():
     ids, mask = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[0, 1, 1, 1, 1, 1]])
     text = {"input_ids": ids, "attention_mask": mask}
