@@ -23,6 +23,7 @@ from hookgraph.binding.proving.identities import identities, watching
 from hookgraph.binding.proving.mixtures import mixture_identities, rerouted
 from hookgraph.binding.proving.narrowed import check_narrowed
 from hookgraph.binding.proving.replays import check_replays
+from hookgraph.binding.proving.screening import check_screened
 from hookgraph.binding.proving.shared import check_shared
 from hookgraph.binding.proving.slopes import Slopes, check_gradients
 from hookgraph.binding.proving.state import model_state
@@ -306,6 +307,7 @@ def _check_conserved(
         for location in identity.also:
             error = _errors(identity, clean)[0]
             proofs.append(Proof(location, "conserved", error <= tolerance, error, tolerance, identity.text))
+    proofs += check_screened(binding, graph, example, clean, tolerance)
     return proofs + check_comparison(graph, example, clean, tolerance), gaps
 
 

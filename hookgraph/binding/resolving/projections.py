@@ -1,6 +1,6 @@
 """Where a value of the trace can be reached: as what a module returns or what a projection is given."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import final
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from hookgraph.binding.data.layouts import Grid
 from hookgraph.binding.data.views import Axes, Columns, View, view_along
+from hookgraph.binding.running.weights import may_be_affine
 from hookgraph.binding.tracing.trace import Call, Trace
 from hookgraph.binding.tracing.values import ALIASES, Slot, Value, alias_root
 
-_SCALING = frozenset({"mul", "div"})
-_ADDING = frozenset({"add", "sub"})
+_LINEAR = frozenset({"add", "sub", "neg", "cat", "stack"})
+_ADDING_PRODUCTS = frozenset({"addmm", "baddbmm"})
+"""Matrix products to which their first input is added."""
 
 _WEIGHTING = frozenset({"mul", "div", "native_layer_norm", "native_dropout"})
 """Operations that leave each feature where it is."""
@@ -69,7 +71,7 @@ def as_input(trace: Trace, value: Value, view: Axes | None, within: Call) -> Rea
     for call in trace.inside(within):
         for slot, given in call.inputs.items():
             whole = given in copies and given.tensor.numel() == value.tensor.numel()
-            if whole and is_projection(trace, call):
+            if whole and is_projection(trace, call) and not _is_read_beside(trace, call, given, within):
                 columns = _columns_of(heads, given)
                 return Reached(call, slot, columns) if columns is not None else None
     return None
@@ -103,6 +105,8 @@ def as_weighted_input(trace: Trace, value: Value, view: Axes | None, within: Cal
         for slot, given in call.inputs.items():
             flat = places.get(given)
             if flat is None or flat.ndim != 3 or not is_projection(trace, call):
+                continue
+            if _is_read_beside(trace, call, given, within):
                 continue
             same = flat.shape[-1] == count * width and bool((flat == torch.arange(count * width)).all())
             return Reached(call, slot, Columns(0, count, width, width)) if same else None
@@ -174,30 +178,79 @@ def _columns_of(heads: Float[Tensor, "batch ..."], given: Value) -> Columns | No
 
 def is_projection(trace: Trace, call: Call) -> bool:
     """Whether a module call is one matrix product of what it is given with a parameter, made by itself; or
-    several, each linear in what it is given, as where an adapter stands beside a projection.
+    affine in what it is given all the same: an adapter stands beside a projection, its weight is computed
+    from several, or it is kept in another form.
     """
     given = [v for v in call.inputs.values() if v.tensor.is_floating_point()]
     if set(call.outputs) != {None} or len(given) != 1:
         return False
     products = [v for v in trace.values[call.first : call.last] if v.op in PRODUCTS]
-    if not any(True for _ in call.module.children()):
-        return len(products) == 1 and is_matrix_product(products[0])
-    return len(products) > 1 and _is_affine(trace, call, given[0])
+    if (
+        len(products) == 1
+        and is_matrix_product(products[0])
+        and not any(True for _ in call.module.children())
+    ):
+        return may_be_affine(call.module, given[0].tensor.shape[-1])
+    return bool(products) and _is_affine(trace, call, given[0])
 
 
 def _is_affine(trace: Trace, call: Call, given: Value) -> bool:
-    """Whether what a module returns is an affine function of what it is given, seen in its operations."""
-    made = {given}
+    """Whether what a module returns for a position is an affine function of what it is given there, seen in
+    its operations, with nothing in it that depends on what the model is given.
+    """
+    returned, width = call.outputs[None], given.tensor.shape[-1]
+    if returned.tensor.shape[:-1] != given.tensor.shape[:-1] or not may_be_affine(call.module, width):
+        return False
+    made, multiplied = {given}, False
     for value in trace.values[call.first : call.last]:
-        sources = [v in made for v in value.inputs]
-        if not any(sources):
+        if not any(v in made for v in value.inputs):
             continue
-        weighs = value.op in _SCALING and sources[0] and not any(sources[1:])
-        multiplies = is_matrix_product(value) and sum(sources) == 1
-        if not (weighs or multiplies or value.op in _ADDING or value.op in ALIASES):
+        if not _is_linear(value, made) or not all(v in made or _is_constant(trace, v) for v in value.inputs):
             return False
+        multiplied = multiplied or value.op in PRODUCTS
         made.add(value)
-    return call.outputs[None] in made
+    return multiplied and returned in made
+
+
+def _is_linear(value: Value, made: Set[Value]) -> bool:
+    """Whether an operation is linear in those of its inputs that are `made`."""
+    if value.op in PRODUCTS:
+        added = value.op in _ADDING_PRODUCTS
+        return sum(v in made for v in value.inputs[added : added + 2]) <= 1
+    if value.op == "mul":
+        return sum(v in made for v in value.inputs) == 1
+    if value.op == "div":
+        return not any(v in made for v in value.inputs[1:])
+    return value.op in _LINEAR or value.op in ALIASES
+
+
+def _is_constant(trace: Trace, value: Value) -> bool:
+    """Whether a value follows from the weights alone."""
+    given, waiting, seen = set(trace.root.inputs.values()), [value], set[Value]()
+    while waiting:
+        here = waiting.pop()
+        if here in given:
+            return False
+        if here not in seen:
+            seen.add(here)
+            waiting.extend(here.inputs)
+    return True
+
+
+def _is_read_beside(trace: Trace, call: Call, given: Value, within: Call) -> bool:
+    """Whether anything else inside `within` computes with what a projection is given: an edit there would
+    not reach that.
+    """
+    root = alias_root(given)
+    copies = {root}
+    for later in trace.values[root.number + 1 : within.last]:
+        if not any(v in copies for v in later.inputs):
+            continue
+        if later.op in ALIASES:
+            copies.add(later)
+        elif not call.first <= later.number < call.last:
+            return True
+    return False
 
 
 def is_matrix_product(value: Value) -> bool:
@@ -211,12 +264,19 @@ def floating_input(call: Call) -> tuple[Slot, Value] | None:
 
 
 def last_projection(trace: Trace, source: Call) -> Call | None:
-    """The projection whose output is what `source` returns."""
+    """The projection whose output is what `source` returns, with what is wrapped around it."""
     results = {alias_root(v) for v in source.outputs.values()}
-    for call in reversed([source, *trace.inside(source)]):
-        if is_projection(trace, call) and results & {alias_root(v) for v in call.outputs.values()}:
-            return call
-    return None
+
+    def ends(call: Call) -> bool:
+        return bool(results & {alias_root(v) for v in call.outputs.values()}) and is_projection(trace, call)
+
+    found = next(filter(ends, reversed([source, *trace.inside(source)])), None)
+    around = reversed(found.parents) if found is not None and found is not source else ()
+    for call in around:
+        if call is source or not ends(call):
+            break
+        found = call
+    return found
 
 
 def _is_parameter(value: Value) -> bool:

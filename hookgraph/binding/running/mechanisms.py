@@ -336,7 +336,7 @@ def _head_result(
 ) -> Tensor | None:
     """y = Σ_h r_h + b with r_h = z_h W_O[h]; with r' in place of r, y' = y + Σ_h (r'_h - r_h)."""
     z = heads_of(_shaped(anchor, state, element(args, kwargs, anchor.slot)))
-    result = einsum(z, weight, "batch pos head d, out head d -> batch pos head out")
+    result = einsum(z, weight.to(z.dtype), "batch pos head d, out head d -> batch pos head out")
     value = _apart(result, tap)
     new = tap(value)
     if new is value and not tap.tracks_gradient:
@@ -370,6 +370,6 @@ def _head_input(
     if new is value and not tap.tracks_gradient:
         return None
     weight = view.get(affine_map(module)[0][None])[0]
-    change = einsum(new - copies, weight, "batch pos head into, into head d -> batch pos head d")
+    change = einsum(new - copies, weight.to(x.dtype), "batch pos head into, into head d -> batch pos head d")
     before = _shaped(anchor, state, y)
     return restored(anchor.layout, view.put(before, view.get(before) + change), y)
