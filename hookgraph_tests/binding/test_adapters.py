@@ -139,8 +139,8 @@ def test_adapters_that_are_not_linear_leave_no_single_projection():
 @pytest.mark.parametrize(
     ("location", "mechanism", "heads", "source"),
     [
-        (ATTN_Z, "input", 4, "attn.v"),
-        (ATTN_RESULT, "head result", 4, "attn.v"),
+        (ATTN_Z, "input", 4, "attn.q"),
+        (ATTN_RESULT, "head result", 4, "attn.q"),
         (MLP_POST, "input", 0, "mlp.pre"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Prove that nothing gets past a location: with z as it was, queries, keys and values may be what they like.
+"""Prove that nothing gets past a location: with z as it was, queries may be what they like.
 
 Equations with a projection hold of whatever module was taken for it. If another stands beside it that reads
 the same, as an adapter may, what attention adds changes although z does not.
@@ -52,7 +52,7 @@ def check_screened(
     anchors = binding.findings.anchors
     every = [(stack, layer) for layer in _layers(clean) for stack in TRANSFORMER_STACKS]
     given = [x for stack, layer in every for x in _of_z(stack, layer, clean)]
-    # What attention itself hands on is z all the same if its code weighs it by queries or values afterwards.
+    # What attention itself hands on is z all the same if its code does more to it afterwards.
     given = [x for x in given if anchors[x.location].mechanism == "input"]
     written = [x for stack, layer in every for x in _of_result(stack, layer, clean)]
     return [proof for x in (given, written) if x for proof in _check(graph, example, clean, x, tolerance)]
@@ -93,10 +93,12 @@ def _layers(clean: Values) -> list[int]:
 
 
 def _of_z(stack: TransformerStack, layer: int, clean: Values) -> Iterator[_Screen]:
-    """z of each attention, and the neurons of the MLP."""
+    """z of each attention, and the neurons of the MLP. Values may be added beside z, as memory is; queries
+    only weigh.
+    """
     stream = (stack.RESID_MID[layer], stack.RESID_POST[layer])
     for types in (stack.attention, stack.cross_attention):
-        sources = [kind[layer] for kind in (types.v, types.k, types.q)]
+        sources = [kind[layer] for kind in (types.q, types.k, types.v)]
         yield from _screen(sources, types.z[layer], (types.out[layer], *stream), clean)
     ends = (stack.MLP_OUT[layer], stack.RESID_POST[layer])
     yield from _screen([stack.MLP_PRE[layer]], stack.MLP_POST[layer], ends, clean)
@@ -106,7 +108,7 @@ def _of_result(stack: TransformerStack, layer: int, clean: Values) -> Iterator[_
     """What the heads of each attention write."""
     stream = (stack.RESID_MID[layer], stack.RESID_POST[layer])
     for types in (stack.attention, stack.cross_attention):
-        sources = [kind[layer] for kind in (types.v, types.k, types.q)]
+        sources = [kind[layer] for kind in (types.q, types.k, types.v)]
         yield from _screen(sources, types.result[layer], (types.out[layer], *stream), clean)
 
 
