@@ -28,7 +28,11 @@ _FINE: Final = (1e-7, 1e-6)
 _COARSE: Final = (4e-3, 1e-2, 2e-2, 4e-2, 8e-2)
 """What is tried in lower precision, along another direction, where the rounding of a pass hides a slope."""
 
+_SINGLE: Final = 1.2e-6
+"""The relative error of a pass in single precision: ten roundings."""
+
 DEAD: Final = "on this example the logits do not depend on it"
+_FLAT: Final = "within rounding the logits have no slope along it; larger edits change them"
 CHOSEN_ANEW: Final = "where a choice changes"
 _CUT: Final = (
     "an edit changes the logits, but the model computes them without gradients from here on, as through "
@@ -36,6 +40,11 @@ _CUT: Final = (
 )
 
 _CUT_OFF: Final = "the model cuts off a part of the gradient by detach(); with that part they agree"
+
+_PARTS: Final = (0.05, 0.5, 5.0)
+"""How far an edit moves a value, relative to it, to see whether anything depends on it: where a small one
+changes nothing, a larger one may lead to another choice, as of an expert.
+"""
 
 _POINTS: Final = 3
 """How many other points are tried where a choice, as of experts, changes within the smallest step."""
@@ -159,12 +168,12 @@ def _check_group(passes: _Passes, values: Mapping[Location, Tensor]) -> Slopes:
 
 def _proof(passes: _Passes, location: Location, found: _Measured, precision: _Precision) -> Proof:
     """Whether the slopes agree: at this point, or at another where nothing is chosen anew within a step."""
-    note = precision.reason
+    note = _FLAT if found.flat else precision.reason
     for _ in range(_POINTS):
         if found.error <= precision.tolerance or not found.chosen_anew:
             break
         note = "at another point, as a choice changes within the step at this one"
-        moved = passes.graph.hook(location, _mover(location, passes.generator, 0.05))
+        moved = passes.graph.hook(location, _mover(location, passes.generator, _PARTS[0]))
         value = moved.run(passes.example, save=[location])
         precision, again = _measure(passes._replace(graph=moved), value)
         found = again[location]
@@ -189,13 +198,15 @@ def _cut_off(passes: _Passes, values: Mapping[Location, Tensor]) -> set[Location
 
 
 def _mover(location: Location, generator: torch.Generator, part: float) -> Callable[[Tensor], Tensor]:
-    """A hook that moves a value by about some part of it, always to the same place."""
+    """A hook that moves a value by about some part of its size, always to the same place."""
     seed = int(torch.randint(1 << 30, (1,), generator=generator))
 
     def move(value: Tensor) -> Tensor:
         own = torch.Generator().manual_seed(seed)
         noise = torch.randn((1, *value.shape[1:]), generator=own, dtype=torch.float64).to(value)
-        return torch.where(live(location, value), value * (1 + part * noise), value)
+        size = torch.where(live(location, value), value, 0).detach().double().square().mean().sqrt()
+        moved = value + (part * torch.where(size > 0, size, 1.0) * noise.double()).to(value)
+        return torch.where(live(location, value), moved, value)
 
     return move
 
@@ -217,7 +228,8 @@ def _measure(
         gradient = gradients[location.grad]
         direction = _direction(location, gradient, value, generator)
         slopes[location] = float((gradient.double() * direction.double()).sum())
-        sizes[location] = float(torch.where(live(location, value), value, 0).double().norm().clamp_min(1e-3))
+        norm = torch.where(live(location, value), value, 0).double().norm()
+        sizes[location] = max(float(norm), 1e-3) if norm else 1.0
         moves = [sign * step * sizes[location] for step in steps for sign in (1.0, -1.0)]
         edits = torch.cat([value + move * direction for move in moves])
         hooked = hooked.hook(location, replace_rows(number * per_location, edits))
@@ -232,46 +244,26 @@ def _measure(
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
         distances = torch.tensor(steps, dtype=torch.float64) * sizes[location]
-        measured[location] = _compared(
-            outcome[number], distances, slopes[location], rounding, precision.tolerance, bool(anew[number])
-        )
+        found, slope = _slopes(outcome[number], distances), slopes[location]
+        lost = rounding / float(distances[-1])  # slopes below this are lost in rounding
+        off = float((found - slope).abs().min()) / max(abs(slope), lost / precision.tolerance, 1e-12)
+        flat = max(abs(slope), float(found[len(steps) - 1].abs())) <= lost
+        measured[location] = _Measured(found, slope, off, flat, bool(anew[number]))
     return precision, measured
 
 
-def _compared(
-    outcome: Float[Tensor, "step 2"],
-    steps: Float[Tensor, " step"],
-    slope: float,
-    rounding: float,
-    tolerance: float,
-    chosen_anew: bool,
-) -> _Measured:
-    """The slopes that were found, and by how much the best one is off.
-
-    Args:
-        outcome: the metric behind each edit, there and back.
-        steps: how far the value was moved.
-        slope: by autograd.
-        rounding: by how much a pass rounds the metric.
-        tolerance: of the slope, relative to it.
-        chosen_anew: see `_Measured`.
-    """
+def _slopes(outcome: Float[Tensor, "step 2"], steps: Float[Tensor, " step"]) -> Float[Tensor, "..."]:
+    """The slope by each step, there and back; then each two neighbours, extrapolated to a step of zero."""
     found = (outcome[:, 0] - outcome[:, 1]) / (2 * steps)
-    # Each two neighbours as well, extrapolated to a step of zero.
     ratios = (steps[1:] / steps[:-1]) ** 2
-    found = torch.cat([found, (ratios * found[:-1] - found[1:]) / (ratios - 1)])
-    # Slopes below this are lost in rounding.
-    lost = rounding / float(steps[-1])
-    error = float((found - slope).abs().min()) / max(abs(slope), lost / tolerance, 1e-12)
-    flat = max(abs(slope), float(found[: len(steps)][-1].abs())) <= lost
-    return _Measured(found, slope, error, flat, chosen_anew)
+    return torch.cat([found, (ratios * found[:-1] - found[1:]) / (ratios - 1)])
 
 
 def _precision(dtype: torch.dtype, narrowed: int) -> _Precision:
     if dtype != torch.float64:
-        return _Precision(5e-2, 1.2e-6, f"measured in {str(dtype).removeprefix('torch.')}")
+        return _Precision(5e-2, _SINGLE, f"measured in {str(dtype).removeprefix('torch.')}")
     if narrowed:
-        return _Precision(2e-3, 1.2e-6, f"the model goes through lower precision in {narrowed} operations")
+        return _Precision(2e-3, _SINGLE, f"the model goes through lower precision in {narrowed} operations")
     return _Precision(1e-5, 2e-15)
 
 
@@ -292,21 +284,23 @@ def _without_gradient(
 
 
 def _effective(passes: _Passes, locations: Sequence[Location]) -> set[Location]:
-    """The locations at which an edit changes the metric: a small one, or one that leads to other choices."""
-    if not locations:
-        return set()
+    """The locations at which an edit changes the metric by more than single precision rounds.
+
+    The plain pass is hooked there as well: what is inside a fused kernel makes a model leave it.
+    """
     graph, example, metric = passes.graph, passes.example, passes.metric
     generator = torch.Generator().manual_seed(3)
-    with Watch() as watch:
-        logits = graph.run(example).logits
-    plain = metric(logits).double()
-    lost = _precision(logits.dtype, watch.narrowed).rounding * max(passes.size, float(plain.abs().max()))
 
-    def changed(location: Location, part: float) -> bool:
-        moved = graph.hook(location, _mover(location, generator, part))
-        return not float((metric(moved.run(example).logits).double() - plain).abs().max()) <= lost
+    def outcome(location: Location, hook: Callable[[Tensor], Tensor]) -> Tensor:
+        return metric(graph.hook(location, hook).run(example).logits).double()
 
-    return {x for x in locations if any(changed(x, part) for part in (0.05, 0.5, 5.0))}
+    def changed(location: Location) -> bool:
+        plain = outcome(location, torch.clone)
+        lost = _SINGLE * max(passes.size, float(plain.abs().max()))
+        movers = (_mover(location, generator, part) for part in _PARTS)
+        return any(not float((outcome(location, x) - plain).abs().max()) <= lost for x in movers)
+
+    return {x for x in locations if changed(x)}
 
 
 def _direction(location: Location, gradient: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,18 @@ from torch import Tensor
 from hookgraph.binding import bind
 from hookgraph.binding.proving import slopes
 from hookgraph.binding.proving.slopes import DEAD, check_gradients
-from hookgraph.ontology.transformer import MLP_OUT, MLP_POST, RESID_MID, RESID_PRE, ROUTER_LOGITS
-from hookgraph_tests.families import bound, tokens
+from hookgraph.ontology.transformer import (
+    ATTN_K,
+    ATTN_Q,
+    ATTN_SCORES,
+    ATTN_V,
+    MLP_OUT,
+    MLP_POST,
+    RESID_MID,
+    RESID_PRE,
+    ROUTER_LOGITS,
+)
+from hookgraph_tests.families import FAMILIES, bound, tokens
 from hookgraph_tests.tiny import build
 
 
@@ -67,3 +77,30 @@ def test_a_slope_that_rounding_hides_proves_nothing_either():
     example = {"input_ids": tokens()[:1]}
     (proof,) = check_gradients(graph, example, graph.run(example, save=[MLP_POST[1]])).proofs
     assert (proof.holds, proof.note) == (False, DEAD)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_values_that_are_all_alike_are_dead(family: str):
+    """Also where the pass without edits is computed by a fused kernel, which rounds otherwise."""
+    alike = bound(family, torch.float64).hook(ATTN_V[1], lambda v: v[:, :1].expand_as(v).clone())
+    example = {"input_ids": tokens()[:1]}
+    clean = alike.run(example, save=[ATTN_SCORES[1], ATTN_Q[1], ATTN_K[1]])
+    proofs = check_gradients(alike, example, clean).proofs
+    assert [(p.holds, p.note) for p in proofs] == [(False, DEAD)] * 3
+
+
+def test_a_value_of_zero_is_moved_too():
+    graph = bound("llama", torch.float64).hook(MLP_POST[1], torch.zeros_like)
+    graph = graph.hook(MLP_OUT[1], lambda out: 0.01 * out)
+    example = {"input_ids": tokens()[:1]}
+    (proof,) = check_gradients(graph, example, graph.run(example, save=[MLP_POST[1]])).proofs
+    assert proof.holds
+
+
+def test_what_has_no_slope_but_an_effect_is_said_to_be_flat():
+    graph = bind(build("causal", "phimoe"))
+    (proof,) = (
+        p for p in graph.report.proofs if (p.location, p.invariant) == (ROUTER_LOGITS[1], "edit = gradient")
+    )
+    assert proof.holds
+    assert "no slope" in proof.note
