@@ -10,11 +10,18 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from hookgraph.errors import InputError
 from hookgraph.graph.abstract import OfExamples, Prepared
+from hookgraph.graph.pictures import packed_in, rearranged
 
 
 def count_examples(inputs: Prepared) -> int | None:
-    """How many examples there are, by the first tensor; None where there is none."""
-    return next((len(v) for v in tensors_in(inputs) if v.ndim), None)
+    """How many examples there are, by the first tensor; None where there is none.
+
+    Of pictures that lie packed, the table tells, if there is nothing beside them.
+    """
+    packed = packed_in(inputs)
+    apart = {name: v for name, v in inputs.items() if name not in packed}
+    pictures = (len(x.pictures) for x in packed.values())
+    return next((len(v) for v in tensors_in(apart) if v.ndim), next(pictures, None))
 
 
 def batch_size(inputs: Prepared) -> int:
@@ -40,7 +47,7 @@ def changed_rows(
     change: Callable[[Tensor, int], Tensor],
     divides: Callable[[OfExamples], object],
 ) -> dict[str, object]:
-    """Inputs of which everything is changed that has a row for each of `count` examples.
+    """Inputs of which everything is changed that has a row for each of `count` examples, or several.
 
     Args:
         inputs: prepared inputs.
@@ -48,10 +55,15 @@ def changed_rows(
         change: a tensor and the axis of its examples -> another tensor.
         divides: what divides itself -> what takes its place.
     """
-    return {
-        name: tree_map(partial(_changed_rows, name, count, change, divides), v, is_leaf=_is_leaf)
-        for name, v in inputs.items()
-    }
+    packed = packed_in(inputs) if count else {}
+    result: dict[str, object] = {}
+    for name, value in inputs.items():
+        if count and name in packed and isinstance(value, Tensor):
+            result[name] = rearranged(packed[name], value, count, change)
+        else:
+            rows = partial(_changed_rows, name, count, change, divides)
+            result[name] = tree_map(rows, value, is_leaf=_is_leaf)
+    return result
 
 
 def _changed_rows(
@@ -104,7 +116,8 @@ def tensors_in(inputs: Prepared) -> Iterator[Tensor]:
 def has_features(inputs: Prepared) -> bool:
     """Whether pictures or sounds are given, which a stack beside that of the tokens reads."""
     given = (v for name, v in inputs.items() if not name.endswith(("mask", "embeds")))
-    return any(isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 for v in given)
+    shaped = any(isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 for v in given)
+    return shaped or bool(packed_in(inputs))
 
 
 def named_tensors(inputs: Prepared) -> dict[str, Tensor]:

@@ -133,8 +133,8 @@ class Findings:
     """Modules that are given a stream which is then changed in place, and where among what they are given."""
     batch: int = 0
     """How many examples the traced pass had."""
-    counted: str = ""
-    """The argument that has a row per example, where examples lie one after another on one axis."""
+    packed: list[str] = field(default_factory=list[str])
+    """The stacks whose positions are patches of pictures that lie one after another on one axis."""
 
     rewritten: str = ""
     """Where a layer writes into a stream in place, so that the path found may not be what it computes."""

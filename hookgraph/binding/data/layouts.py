@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hookgraph.binding.tracing.trace import Trace
 from hookgraph.binding.tracing.values import Value
+from hookgraph.graph.examples import count_examples
 
 Layout: TypeAlias = Literal[
     "",
@@ -40,6 +41,9 @@ _MOVES: Final[dict[Layout, tuple[int, int]]] = {
     "streams first": (0, 2),
 }
 """Which axis goes where, to lie as in locations."""
+
+_TOKENS: Final = ("input_ids", "decoder_input_ids")
+"""Arguments that hold tokens."""
 
 _JOINED: Final[dict[Layout, int]] = {"rows and columns": 3, "frames": 2}
 """How many axes a model has where locations have batch and positions."""
@@ -182,17 +186,17 @@ def _has_features_first(trace: Trace, entering: Value) -> bool:
 
 
 def _examples(trace: Trace) -> int:
-    """How many examples a model was given: of its first argument, or of the table of what lies packed."""
-    first = next(iter(trace.root.inputs.values()), None)
-    given = trace.root.inputs.get(trace.counted, first)
-    return given.tensor.shape[0] if given is not None and given.tensor.ndim else 0
+    """How many examples a model was given."""
+    return count_examples(trace.inputs) or 0
 
 
 def _tokens(trace: Trace) -> tuple[int, int]:
     """(batch, positions) of the tokens that a model was given; zeros if it was given none."""
-    integers = [
-        v.tensor.shape
-        for v in trace.root.inputs.values()
+    integers = {
+        str(name): v.tensor.shape
+        for name, v in trace.root.inputs.items()
         if v.tensor.ndim == 2 and not v.tensor.is_floating_point() and v.tensor.dtype is not torch.bool
-    ]
-    return (integers[0][0], integers[0][1]) if integers else (0, 0)
+    }
+    # Sizes of pictures may lie before them.
+    names = sorted(integers, key=lambda name: name not in _TOKENS)
+    return (integers[names[0]][0], integers[names[0]][1]) if names else (0, 0)

@@ -20,8 +20,8 @@ from hookgraph.binding.data.views import Columns, Span
 from hookgraph.binding.proving.equations import Identity, Sides, Unapplied, Values, agrees
 from hookgraph.binding.proving.scores import of_scores
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
-from hookgraph.binding.running.mechanisms import PassState
 from hookgraph.binding.running.normalising import affine_of, normalised
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.running.weights import affine_map, has_table
 from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.errors import UnknownLocationError
@@ -89,7 +89,7 @@ def watching(binding: HuggingFaceBinding) -> Generator[Seen]:
     layers = binding.findings.experts.values()
     paths |= {p for e in layers if e.experts not in repeated for p in (e.experts, e.whole) if p}
 
-    state = PassState(binding.findings.counted)
+    state = PassState(packed=bool(binding.findings.packed))
 
     def keep(path: str) -> Callable[..., None]:
         layout: Layout = layouts.get(path, "")

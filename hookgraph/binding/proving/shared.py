@@ -10,8 +10,8 @@ from torch import Tensor
 from hookgraph.binding.proving.edits import unmasked
 from hookgraph.binding.running.attention import sharing
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
-from hookgraph.binding.running.mechanisms import PassState
 from hookgraph.binding.running.outputs import read_output
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.running.recalling import recalled
 from hookgraph.binding.running.sharing import SHARED, TOGETHER, SharedPast, attending
 from hookgraph.graph.conformance import Gap, Proof

@@ -12,8 +12,8 @@ from hookgraph.binding.data.anchors import Anchor, Role
 from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.resolving.examples import one_row
 from hookgraph.binding.running.attention import Interior
-from hookgraph.binding.running.mechanisms import PassState
 from hookgraph.binding.running.own_code import OwnCode
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.tracing.trace import evaluating
 from hookgraph.hooks.handles import Handle, installed
 from hookgraph.ontology.dimensions import Dimension

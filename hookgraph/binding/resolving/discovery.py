@@ -53,7 +53,7 @@ def _discover(trace: Trace) -> Findings:
             f"layers feeds one layer's output into the next along a residual stream: {why_unbound(trace)}"
         )
     main = main_chain(trace, chains)
-    found = Findings(batch=main[0].grid.batch, counted=trace.counted)
+    found = Findings(batch=main[0].grid.batch)
     others = [blocks for blocks in chains if blocks is not main]
     sources = [blocks[-1].leaving for blocks in others]
     outside = values_from(trace, sources, main[0].call.first)
@@ -81,6 +81,8 @@ def _bind_stack(
         found.overtaken.update(_overtaken(trace, block))
         found.rewritten = found.rewritten or written_into(trace, block.call, block.entering)
         crossed.append("cross-attention" in roles)
+    if trace.packed & {*blocks[0].entering.tensor.shape[:2]}:
+        found.packed.append(stack.RESID_PRE.stack)
     layers = found.layers[stack.RESID_PRE.stack]
     if not any(layer.shared for layer in layers):
         after = resumptions(trace, blocks)

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from hookgraph.binding.resolving.blocks import Block
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.tracing.trace import Trace
-from hookgraph.binding.tracing.values import Value
+from hookgraph.binding.tracing.values import Slot, Value
 from hookgraph.ontology.transformer import ENCODER, STEM, VISION, TransformerStack
 
-_PICTURE_AXES = 4
+_PICTURE_AXES: Final = 4
 """Batch, channel, height, width; films have one more."""
+
+_PIXELS: Final = "pixel"
+"""How the names of arguments begin that hold the patches of pictures."""
 
 
 def joined(chains: Mapping[str, list[Block]]) -> list[list[Block]]:
@@ -87,5 +91,11 @@ def _tokens_behind(trace: Trace, blocks: list[Block]) -> bool:
 
 
 def _pictures_behind(trace: Trace, blocks: list[Block]) -> bool:
-    given = {v for v in trace.root.inputs.values() if v.tensor.ndim >= _PICTURE_AXES}
+    given = {v for name, v in trace.root.inputs.items() if _is_picture(name, v)}
     return bool(given & values_behind(blocks[0].entering))
+
+
+def _is_picture(slot: Slot, value: Value) -> bool:
+    """Whether an argument holds pictures: by its axes; of patches side by side only its name tells."""
+    patches = value.tensor.is_floating_point() and str(slot).startswith(_PIXELS)
+    return value.tensor.ndim >= _PICTURE_AXES or patches

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from hookgraph.binding.data.anchors import Anchor, Role
 from hookgraph.binding.running.caching import Edited, NewStates
-from hookgraph.binding.running.mechanisms import PassState
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.running.sharing import MASKED, Attention, SharedPast
 from hookgraph.errors import BindingError
 from hookgraph.hooks.masking import masked_cells, masked_score

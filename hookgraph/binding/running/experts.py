@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from hookgraph.binding.running.attention import TapsByCall, Turn, copied
-from hookgraph.binding.running.mechanisms import PassState
+from hookgraph.binding.running.passes import PassState
 from hookgraph.hooks.taps import Tap
 
 NAME: Final = "hookgraph"

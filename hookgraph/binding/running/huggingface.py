@@ -20,18 +20,13 @@ from hookgraph.binding.running.draws import drawn_by
 from hookgraph.binding.running.experts import ExpertsInterior
 from hookgraph.binding.running.identity import fingerprint, identity
 from hookgraph.binding.running.inputs import Accepted, device_of, embedding_of, prepare, vocabulary_size
-from hookgraph.binding.running.mechanisms import (
-    PassState,
-    give_copies,
-    install,
-    needs_state,
-    notice_recomputing,
-)
+from hookgraph.binding.running.mechanisms import give_copies, install, needs_state, notice_recomputing
 from hookgraph.binding.running.modules import Modules
 from hookgraph.binding.running.narrowing import NARROWED, is_one_each, last_mlp, modules_behind, narrowing
 from hookgraph.binding.running.others import is_hooked
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.running.own_code import OwnCode
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.running.positions import Following, spans_of
 from hookgraph.binding.running.products import OwnProduct
 from hookgraph.binding.running.reading import reading
@@ -138,7 +133,6 @@ class HuggingFaceBinding(AbstractBinding):
             vocabulary=vocabulary_size(self.model, self._embedding),
             device=self._device,
             copies=copies,
-            counted=self.findings.counted,
         )
 
     def token_texts(self, tokens: Sequence[int]) -> Mapping[int, str]:
@@ -207,7 +201,8 @@ class HuggingFaceBinding(AbstractBinding):
         """What to install, the last location first: each new hook goes before those on its module."""
         # What runs again in a backward pass belongs to the pass before.
         looks = torch.is_grad_enabled()
-        self._state = PassState(self.findings.counted, batch=self._state.batch, looks=looks)
+        packed = any(x.type.stack in self.findings.packed for x in taps if x.site is None)
+        self._state = PassState(packed=packed, batch=self._state.last_batch, looks=looks)
         installers = [*self._keeping_apart()]
         if looks and start is not None:
             layers = self.findings.layers[start.stack]
@@ -234,7 +229,8 @@ class HuggingFaceBinding(AbstractBinding):
                 several = any(anchor.calls > 1 for anchor in reached[kind, path].values())
                 installers.append(self._noticing(path, shared=edited and several))
             installers.append(self._interior(kind, path, inside, reached[kind, path], state))
-        if any(needs_state(self.findings.anchors[location]) for location in native):
+        if packed or any(needs_state(self.findings.anchors[location]) for location in native):
+            installers.append(lambda: self.model.register_forward_hook(state.leave))
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
             )
@@ -335,6 +331,7 @@ class HuggingFaceBinding(AbstractBinding):
             raise InputError(f"{type(self.model).__name__} does not generate: use run")
         model: Any = self.model
         given = {k: v for k, v in recalled(inputs, lasting=True).items() if k != "use_cache"}
+        self._state.begin(given)
         output = model.generate(**{**given, **options})
         return output if isinstance(output, Tensor) else output.sequences
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from hookgraph.binding.running.recalling import Lent, Remembered, Retained, lent
-from hookgraph.binding.tracing.packing import repeated
 from hookgraph.errors import InputError, nearest
 from hookgraph.graph.abstract import Inputs, OfExamples
 from hookgraph.graph.examples import changed, changed_rows, count_examples, rows_axis
@@ -95,7 +94,6 @@ def prepare(
     vocabulary: int,
     device: torch.device,
     copies: int,
-    counted: str = "",
 ) -> dict[str, Any]:
     """Keyword arguments of a model, on a device, the whole batch repeated `copies` times.
 
@@ -109,7 +107,6 @@ def prepare(
         vocabulary: how many tokens the model embeds.
         device: where the model is.
         copies: how often the batch is repeated.
-        counted: the argument that has a row per example, where examples lie one after another on one axis.
 
     Raises:
         InputError: the inputs cannot be run, with the reason.
@@ -138,9 +135,7 @@ def prepare(
         arguments["position_ids"] = numbers if ids is None else numbers[:, -ids.shape[1] :]  # behind a cache
     if "use_cache" in accepted.names:  # some ignore the cache that they are given, unless they may add to it
         arguments.setdefault("use_cache", any(isinstance(v, OfExamples) for v in arguments.values()))
-    if copies == 1:
-        return arguments
-    return repeated(arguments, counted, copies) if counted in arguments else _repeated(arguments, copies)
+    return arguments if copies == 1 else _repeated(arguments, copies)
 
 
 def _moved(device: torch.device, value: object) -> object:

@@ -5,7 +5,7 @@ What hooks know is bound to functions by `partial`: nothing is defined anew for 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias
 
 import torch
 from einops import einsum
@@ -16,47 +16,14 @@ from hookgraph.binding.data.layouts import arranged, restored
 from hookgraph.binding.data.views import Columns
 from hookgraph.binding.running.checkpointing import is_checkpointed
 from hookgraph.binding.running.normalising import scale_of
-from hookgraph.binding.running.sharing import SharedPast
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.running.weights import affine_map
-from hookgraph.binding.tracing.packing import examples_in
-from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.binding.tracing.values import Slot
 from hookgraph.errors import InputError, ShapeMismatchError
 from hookgraph.hooks.handles import Handle
 from hookgraph.hooks.taps import Tap
 
 _Change: TypeAlias = Callable[[Tensor], Tensor]
-
-
-@final
-class PassState:
-    """What hooks must know of the pass they are in. `enter` is the pre-hook of the whole model."""
-
-    def __init__(self, counted: str = "", *, batch: int = 0, looks: bool = False) -> None:
-        self.number = 0
-        self.batch = batch
-        self._counted = counted
-        self.counts = False
-        """Whether some module is called several times in a pass."""
-        self.watches = False
-        """Whether the operations of some module are watched."""
-        self.aside = False
-        """Whether a hook computes something, which is none of the model's own operations."""
-        self.past: SharedPast | None = None
-        """What gives copies of a batch their past, if they have one between them."""
-        self.looks = looks
-        """Whether it matters that a backward pass runs parts of the model again."""
-        self.recomputed = False
-        """Whether some hook is in such a part."""
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A new pass begins."""
-        self.number += 1
-        if self._counted in kwargs:
-            self.batch = examples_in(kwargs, self._counted)
-            return
-        first = next(tensors_in((args, kwargs)), None)
-        self.batch = 0 if first is None else first.shape[0]
 
 
 def notice_recomputing(state: PassState, shared: str, *args: Any) -> None:
@@ -164,7 +131,7 @@ def _on_one_call(hook: Callable[..., Any], anchor: Anchor, state: PassState) -> 
 
 def _shaped(anchor: Anchor, state: PassState, raw: Tensor) -> Tensor:
     """The tensor with batch and position as axes of their own."""
-    return arranged(anchor.layout, raw, state.batch)
+    return arranged(anchor.layout, raw, state.batch if needs_state(anchor) else 0)
 
 
 def element(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Tensor:

@@ -31,7 +31,9 @@ def last_mlp(findings: Findings) -> Location | None:
     """What the last MLP reads, where nothing but it joins the stream after that; None where it is not so."""
     layers = findings.layers.get(MAIN_STACK, [])
     place, added = Location(MLP_IN, len(layers) - 1), Location(MLP_OUT, len(layers) - 1)
-    if not layers or layers[-1].shared or not is_plain(findings.anchors.get(place)) or findings.counted:
+    if not layers or layers[-1].shared or not is_plain(findings.anchors.get(place)):
+        return None
+    if MAIN_STACK in findings.packed:
         return None
     if any(x.layer == place.layer and x.type.name.startswith("moe.") for x in findings.anchors):
         return None  # routers may count the tokens that an expert has

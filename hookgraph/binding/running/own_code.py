@@ -18,8 +18,9 @@ from hookgraph.binding.data.layouts import arranged, restored
 from hookgraph.binding.data.views import Axes, View
 from hookgraph.binding.running.attention import TapsByCall, Turn, kept_masked, tap_heads
 from hookgraph.binding.running.caching import NewStates
-from hookgraph.binding.running.mechanisms import PassState, aside
+from hookgraph.binding.running.mechanisms import aside, needs_state
 from hookgraph.binding.running.modes import WhileRunning
+from hookgraph.binding.running.passes import PassState
 from hookgraph.binding.tracing.operations import RESULT, SEEN_THROUGH, Kind, Operand, form_of, fused_arguments
 from hookgraph.errors import BindingError
 from hookgraph.hooks.masking import masked_score
@@ -102,7 +103,7 @@ class OwnCode:
         # What is masked must be known after an edit in place too; what the model overwrites is kept from it.
         before = raw.clone() if masks or anchor.overwritten else raw
         shaped = before if view is None else view.get(before)
-        value = arranged(anchor.layout, shaped, self._state.batch)
+        value = arranged(anchor.layout, shaped, self._state.batch if needs_state(anchor) else 0)
         new = tap(value)
         if new is value and not tap.tracks_gradient:
             return raw

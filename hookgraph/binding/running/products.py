@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookgraph.binding.running.attention import TapsByCall, Turn
-from hookgraph.binding.running.mechanisms import PassState
 from hookgraph.binding.running.modes import WhileRunning
+from hookgraph.binding.running.passes import PassState
 from hookgraph.hooks.taps import Tap
 
 _PRODUCTS: Final = frozenset(

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from hookgraph.binding.tracing.operations import Form, Noticing
-from hookgraph.binding.tracing.packing import counted_by
 from hookgraph.binding.tracing.sums import taken_apart
 from hookgraph.binding.tracing.values import ALIASES, Slot, Value
+from hookgraph.graph.pictures import are_packed, packed_rows
 
 _interface_lock = threading.Lock()
 
@@ -130,9 +130,9 @@ class Trace:
         self._alive: list[Tensor] = []
         self._names = {id(p): name for name, p in (*model.named_parameters(), *model.named_buffers())}
         self._nth: dict[str, int] = {}
-        self.counted = counted_by(inputs)
-        """The argument that has a row per example, where batch and positions are one axis."""
-        self._axes = 2 if self.counted else 3
+        self.packed = packed_rows(inputs)
+        """How many patches there are, of pictures that lie packed: there batch and positions are one axis."""
+        self._axes = 2 if are_packed(inputs) else 3
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             self._watch_modules(model, stack)
@@ -162,7 +162,8 @@ class Trace:
 
     def add(self, op: str, inputs: tuple[Value, ...], tensor: Tensor, **details: Any) -> Value:
         """Record that `op` computed `tensor`."""
-        value = Value(len(self.values), op, inputs, tensor, axes=self._axes, **details)
+        axes = 2 if tensor.ndim and len(tensor) in self.packed else self._axes
+        value = Value(len(self.values), op, inputs, tensor, axes=axes, **details)
         self.values.append(value)
         self._current[id(tensor)] = value
         self._alive.append(tensor)
