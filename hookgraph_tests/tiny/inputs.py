@@ -30,6 +30,35 @@ def _with_picture_tokens(token: int, count: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def _tiled(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text after a picture that is given whole and in two tiles, and where its lines end."""
+    sizes = {"image_sizes": torch.tensor([[32, 32]] * _BATCH)}
+    return {"pixel_values": _picture(3), **sizes, **_with_picture_tokens(config.image_token_index, 36)}
+
+
+def _one_each(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text after a picture on an axis of its own, which takes one place."""
+    there = torch.ones(_BATCH, 1, dtype=torch.bool)
+    return {
+        "pixel_values": _picture(1),
+        "pixel_attention_mask": there,
+        **_with_picture_tokens(config.image_token_id, 1),
+    }
+
+
+def _placed_and_told(config: PreTrainedConfig) -> dict[str, Any]:
+    """Text after the patches of a picture, of which nine become one place."""
+    text = _with_picture_tokens(config.image_token_id, 4)
+    seen = _placed_patches(config.vision_config)
+    kinds = {"mm_token_type_ids": (text["input_ids"] == config.image_token_id).long()}
+    return {
+        "pixel_values": seen["pixel_values"],
+        "image_position_ids": seen["pixel_position_ids"],
+        **text,
+        **kinds,
+    }
+
+
 def _queried(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "pixel_values": _picture(),
@@ -252,6 +281,9 @@ EXAMPLES: Final[Mapping[str, Callable[[PreTrainedConfig], dict[str, Any]]]] = {
     "lxmert": _regions,
     "mask2former": _large_picture,
     "maskformer": _large_picture,
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _tiled),
+    "granite_docling": _one_each,
+    "gemma4": _placed_and_told,
     "minicpm_ocr_vision": _rectified,
     "minicpmv4_7_vision": _rectified,
     "muse_glimmer_assistant": _drafted,

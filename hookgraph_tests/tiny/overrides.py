@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from hookgraph_tests.tiny.detectors import DETECTORS
 from hookgraph_tests.tiny.rules import EXPERTS, HEAD_WIDTH, HEADS, NEURONS, PICTURE, VOCABULARY, WIDTH
+from hookgraph_tests.tiny.seeing import SEEING
 from hookgraph_tests.tiny.towers import TOWERS
 
 UNSET: Final = object()
@@ -51,6 +52,7 @@ _SECTIONED: Final = (
 
 OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     **DETECTORS,
+    **SEEING,
     **TOWERS,
     # Layers of several kinds
     "bailing_hybrid": {"layer_group_size": 2, "layer_types": _MIXED},
@@ -79,7 +81,11 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     # Mixers
     "mamba2": {"num_heads": HEADS, "head_dim": 16, "expand": 2, "n_groups": 2},
-    "qwen2_5_omni_thinker": {"vision_start_token_id": 90, "vision_end_token_id": 91},
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": 90,
+        "vision_end_token_id": 91,
+        "vision_config": {"window_size": PICTURE},
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 90, "vision_end_token_id": 91},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -228,6 +234,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
         "deepstack_layer_map": [[0, 0]],
         "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "1/2",
+        "image_grid_pinpoints": [[PICTURE, 2 * PICTURE]],
     },
     "granite_speech5_encoder": {
         "context_size": 8,
@@ -277,9 +284,6 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "nemotron_h_omni": {"audio_config": None, "vision_hidden_size": WIDTH, "projector_hidden_size": NEURONS},
-    "blip-2": {"image_token_index": 100},
-    "instructblip": {"image_token_index": 100},
-    "instructblipvideo": {"video_token_index": 100},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     **dict.fromkeys(("donut-swin", "maskformer-swin", "swin", "swin2sr", "swinv2"), _WINDOWED),
     **{
