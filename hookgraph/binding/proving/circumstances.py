@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hookgraph.binding.proving.precision import tolerated
 from hookgraph.binding.proving.twins import quietly
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.inputs import Accepted, embedding_of, vocabulary_size
@@ -115,7 +116,7 @@ def _check(name: str, compared: Compared, subject: Subject, locations: Sequence[
 
 def _tolerance(subject: Subject) -> float:
     dtype = next(p.dtype for p in subject.binding.model.parameters() if p.is_floating_point())
-    return _TOLERANCE.get(dtype, _TOLERANCE[torch.float32])
+    return tolerated(dtype, _TOLERANCE)
 
 
 def _nothing(name: str, locations: Sequence[Location], reason: str) -> Verdict:

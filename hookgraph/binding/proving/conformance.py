@@ -22,6 +22,7 @@ from hookgraph.binding.proving.equations import Identity, Unapplied
 from hookgraph.binding.proving.identities import identities, watching
 from hookgraph.binding.proving.mixtures import mixture_identities, rerouted
 from hookgraph.binding.proving.narrowed import check_narrowed
+from hookgraph.binding.proving.precision import rounding, tolerated
 from hookgraph.binding.proving.replays import check_replays
 from hookgraph.binding.proving.screening import check_screened
 from hookgraph.binding.proving.shared import check_shared
@@ -255,7 +256,7 @@ def _check_transparent(
     proofs: list[Proof] = []
     outside = [x for x in locations if not inside_kernel(x)]
     inside = [x for x in locations if inside_kernel(x)]
-    for group, tolerance in ((outside, 0.0), (inside, 1e-5)):
+    for group, tolerance in ((outside, 0.0), (inside, max(1e-5, rounding(plain.dtype)))):
         error = _change(graph, example, group, plain)
         if error <= tolerance:
             proofs += [Proof(x, "transparent", True, error, tolerance) for x in group]
@@ -292,7 +293,7 @@ def _check_conserved(
         graph.run(example)
     with watching(binding) as seen, torch.no_grad():
         edited = hooked.run(rows_of(graph, example, len(locations)), save=locations, metric=_sum)
-    tolerance = _TOLERANCE.get(clean.logits.dtype, _TOLERANCE[torch.float32])
+    tolerance = tolerated(clean.logits.dtype, _TOLERANCE)
     proofs, gaps = list[Proof](), list[Gap]()
     row_of = {location: row for row, location in enumerate(locations)}
     algebra = (*identities(binding, clean, plain, seen), *mixture_identities(binding, clean, seen))

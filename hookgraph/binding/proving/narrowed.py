@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hookgraph.binding.data.anchors import Anchor
 from hookgraph.binding.proving.edits import unmasked
+from hookgraph.binding.proving.precision import tolerated
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.mechanisms import element, replaced
 from hookgraph.binding.running.narrowing import NARROWED, is_plain, last_mlp, narrowing
@@ -58,7 +59,7 @@ def check_narrowed(
         logits = binding.forward(binding.prepare(dict(example)))
     if last is not None and FINAL_LN_OUT in locations:
         errors[FINAL_LN_OUT] = _error_of_logits(binding, example, last, logits)
-    tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE[torch.float32])
+    tolerance = tolerated(logits.dtype, _TOLERANCE)
     fine = [Proof(x, NARROWED, True, e, tolerance) for x, e in errors.items() if e <= tolerance]
     reason = "one position by itself gives something else, so passes compute all of them"
     return fine, [Gap(x, NARROWED, reason) for x, error in errors.items() if not error <= tolerance]

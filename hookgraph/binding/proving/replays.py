@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from hookgraph.binding.proving.edits import replace_rows, rows_of, unmasked
+from hookgraph.binding.proving.precision import tolerated
 from hookgraph.graph.conformance import Gap, Proof
 from hookgraph.graph.hook_graph import HookGraph
 from hookgraph.graph.replay import block_after, can_start
@@ -47,7 +48,7 @@ def check_replays(
             reason = graph.binding.why_closed(location.type.stack, block, location)
             found.gaps.append(Gap(location, REPLAYED, reason))
             continue
-        tolerance = _TOLERANCE.get(clean[location].dtype, _TOLERANCE[torch.float32])
+        tolerance = tolerated(clean[location].dtype, _TOLERANCE)
         try:
             error = _error(graph, example, clean, location, generator)
             note = "" if error <= tolerance else f"a pass that begins here is off by {error:.1g}"

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hookgraph.binding.proving.edits import unmasked
+from hookgraph.binding.proving.precision import tolerated
 from hookgraph.binding.running.attention import sharing
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.binding.running.outputs import read_output
@@ -57,7 +58,7 @@ def check_shared(
             with sharing(dict(binding.model.named_modules()), anchors, past, PassState()):
                 found = unmasked(read_output(binding.model(**recalled(inputs, past))))
             error = max(error, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)))
-            tolerance = _TOLERANCE.get(found.dtype, _TOLERANCE[torch.float32])
+            tolerance = tolerated(found.dtype, _TOLERANCE)
     except Exception:  # whatever an attention raises that sees several copies
         error = float("inf")
     if error <= tolerance:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hookgraph.binding.proving.edits import inside_kernel, live, replace_rows, rows_of, unmasked
+from hookgraph.binding.proving.precision import rounding
 from hookgraph.binding.proving.watching import Watch
 from hookgraph.binding.running.outputs import per_example
 from hookgraph.errors import MetricError
@@ -28,10 +29,8 @@ _FINE: Final = (1e-7, 1e-6)
 _COARSE: Final = (4e-3, 1e-2, 2e-2, 4e-2, 8e-2)
 """What is tried in lower precision, along another direction, where the rounding of a pass hides a slope."""
 
-_SINGLE: Final = 1.2e-6
-"""The relative error of a pass in single precision: ten roundings."""
-
 DEAD: Final = "on this example the logits do not depend on it"
+_HIDDEN: Final = "in half precision a pass rounds by more than an edit changes"
 _FLAT: Final = "within rounding the logits have no slope along it; larger edits change them"
 CHOSEN_ANEW: Final = "where a choice changes"
 _CUT: Final = (
@@ -98,6 +97,7 @@ class _Passes(NamedTuple):
     example: Mapping[str, Any]
     metric: Metric
     size: float
+    dtype: torch.dtype
     generator: torch.Generator
     together: Sequence[Location] = ()
 
@@ -122,7 +122,8 @@ def check_gradients(graph: HookGraph, example: Mapping[str, Any], clean: Run) ->
     def metric(logits: Tensor) -> Tensor:
         return terms(logits).sum(1)
 
-    passes = _Passes(graph, example, metric, float(terms(clean.logits).double().norm()), generator)
+    size = float(terms(clean.logits).double().norm())
+    passes = _Passes(graph, example, metric, size, clean.logits.dtype, generator)
     proofs, gaps = list[Proof](), list[Gap]()
     for inside in (False, True):
         group = {x: clean[x] for x in locations if inside_kernel(x) == inside}
@@ -159,6 +160,8 @@ def _check_group(passes: _Passes, values: Mapping[Location, Tensor]) -> Slopes:
     for location, found in measured.items():
         if location in cut:
             gaps.append(Gap(location, "edit = gradient", _CUT_OFF))
+        elif location in dead and rounding(passes.dtype) > rounding(torch.float32):
+            gaps.append(Gap(location, "edit = gradient", _HIDDEN))
         elif location in dead:
             proofs.append(Proof(location, "edit = gradient", False, 1.0, 0.0, DEAD))
         else:
@@ -219,7 +222,7 @@ def _measure(
     whole: bool = False,
 ) -> tuple[_Precision, dict[Location, _Measured]]:
     """The slopes at all locations, in one pass backwards, `whole` or not, and one over all edits."""
-    graph, example, metric, size, generator, together = passes
+    graph, example, metric, size, _, generator, together = passes
     with Watch(whole=whole) as plain:
         gradients = graph.run(example, save=[x.grad for x in together], metric=metric)
     per_location = 2 * len(steps)
@@ -240,12 +243,12 @@ def _measure(
     # The logits may have several rows per example, as one per codebook.
     outcome = outcome.view(len(values), len(steps), 2, -1).sum(-1).cpu()
     precision = _precision(next(iter(values.values())).dtype, plain.narrowed)
-    rounding = precision.rounding * max(size, float(outcome.abs().max()))
+    lost_at_one = precision.rounding * max(size, float(outcome.abs().max()))
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
         distances = torch.tensor(steps, dtype=torch.float64) * sizes[location]
         found, slope = _slopes(outcome[number], distances), slopes[location]
-        lost = rounding / float(distances[-1])  # slopes below this are lost in rounding
+        lost = lost_at_one / float(distances[-1])  # slopes below this are lost in rounding
         off = float((found - slope).abs().min()) / max(abs(slope), lost / precision.tolerance, 1e-12)
         flat = max(abs(slope), float(found[len(steps) - 1].abs())) <= lost
         measured[location] = _Measured(found, slope, off, flat, bool(anew[number]))
@@ -261,10 +264,12 @@ def _slopes(outcome: Float[Tensor, "step 2"], steps: Float[Tensor, " step"]) -> 
 
 def _precision(dtype: torch.dtype, narrowed: int) -> _Precision:
     if dtype != torch.float64:
-        return _Precision(5e-2, _SINGLE, f"measured in {str(dtype).removeprefix('torch.')}")
+        return _Precision(5e-2, rounding(dtype), f"measured in {str(dtype).removeprefix('torch.')}")
     if narrowed:
-        return _Precision(2e-3, _SINGLE, f"the model goes through lower precision in {narrowed} operations")
-    return _Precision(1e-5, 2e-15)
+        return _Precision(
+            2e-3, rounding(torch.float32), f"the model goes through lower precision in {narrowed} operations"
+        )
+    return _Precision(1e-5, rounding(dtype))
 
 
 def _without_gradient(
@@ -284,19 +289,21 @@ def _without_gradient(
 
 
 def _effective(passes: _Passes, locations: Sequence[Location]) -> set[Location]:
-    """The locations at which an edit changes the metric by more than single precision rounds.
+    """The locations at which an edit changes the metric by more than a pass in single precision, or a lower
+    one, rounds.
 
     The plain pass is hooked there as well: what is inside a fused kernel makes a model leave it.
     """
     graph, example, metric = passes.graph, passes.example, passes.metric
     generator = torch.Generator().manual_seed(3)
+    coarse = max(rounding(dtype) for dtype in (passes.dtype, torch.float32))
 
     def outcome(location: Location, hook: Callable[[Tensor], Tensor]) -> Tensor:
         return metric(graph.hook(location, hook).run(example).logits).double()
 
     def changed(location: Location) -> bool:
         plain = outcome(location, torch.clone)
-        lost = _SINGLE * max(passes.size, float(plain.abs().max()))
+        lost = coarse * max(passes.size, float(plain.abs().max()))
         movers = (_mover(location, generator, part) for part in _PARTS)
         return any(not float((outcome(location, x) - plain).abs().max()) <= lost for x in movers)
 
