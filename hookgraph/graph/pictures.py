@@ -76,8 +76,8 @@ def are_packed(inputs: Prepared) -> bool:
 
 
 def rearranged(
-    packed: Packed, value: Shaped[Tensor, "row ..."], count: int, change: Callable[[Tensor, int], Tensor]
-) -> Shaped[Tensor, "rows ..."]:
+    packed: Packed, value: Shaped[Tensor, "..."], count: int, change: Callable[[Tensor, int], Tensor]
+) -> Shaped[Tensor, "..."]:
     """An argument that lies packed, changed as `change` would the examples if they had an axis.
 
     Raises:

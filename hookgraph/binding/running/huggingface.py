@@ -230,7 +230,7 @@ class HuggingFaceBinding(AbstractBinding):
                 installers.append(self._noticing(path, shared=edited and several))
             installers.append(self._interior(kind, path, inside, reached[kind, path], state))
         if packed or any(needs_state(self.findings.anchors[location]) for location in native):
-            installers.append(lambda: self.model.register_forward_hook(state.leave))
+            installers.append(lambda: self.model.register_forward_hook(state.leave, always_call=True))
             installers.append(
                 lambda: self.model.register_forward_pre_hook(state.enter, with_kwargs=True, prepend=True)
             )

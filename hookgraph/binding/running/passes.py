@@ -5,6 +5,7 @@ from typing import Any, final
 
 from torch import nn
 
+from hookgraph.binding.running.checkpointing import is_checkpointed
 from hookgraph.binding.running.sharing import SharedPast
 from hookgraph.binding.tracing.trace import tensors_in
 from hookgraph.errors import InputError
@@ -18,7 +19,7 @@ class PassState:
 
     def __init__(self, *, packed: bool = False, batch: int = 0, looks: bool = False) -> None:
         self.number = 0
-        self._batch = batch
+        self._batch, self._last = 0, batch
         self._packed = packed
         self.counts = False
         """Whether some module is called several times in a pass."""
@@ -57,7 +58,7 @@ class PassState:
 
     def leave(self, *_: Any) -> None:
         """A pass is over, and what runs before the next one is no part of it."""
-        self._batch = 0 if not self.looks else self._batch
+        self._batch, self._last = 0, self._batch
 
     @property
     def batch(self) -> int:
@@ -66,14 +67,15 @@ class PassState:
         Raises:
             InputError: there is no pass: a stack was run by itself.
         """
-        if not self._batch:
+        found = self._batch or (self._last if self.looks and is_checkpointed() else 0)
+        if not found:
             raise InputError(
                 "a stack was run outside of a pass of the whole model, as generate() does with pictures: how "
                 "many examples there are is not known; use graph.generate(inputs, ...) or graph.run(inputs)"
             )
-        return self._batch
+        return found
 
     @property
     def last_batch(self) -> int:
         """How many examples the last pass had that a backward pass may run again; 0 if there is none."""
-        return self._batch
+        return self._batch or self._last

@@ -443,3 +443,20 @@ def test_a_report_of_failures_lists_each():
     lines = repr(report).splitlines()
     assert " fail" in lines[0]
     assert any(line.startswith("  resid.mid[1]: conserved off by ") for line in lines)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_checked_in_it(family: str, dtype: torch.dtype):
+    report = check(bind(build(family, dtype)))
+    assert report.ok, report
+    assert {p.tolerance for p in report.proofs if p.invariant == "conserved"} == {10 * torch.finfo(dtype).eps}
+
+
+def test_in_half_precision_a_wrong_location_is_still_wrong():
+    graph = bind(build("gpt2", torch.bfloat16))
+    assert isinstance(graph.binding, HuggingFaceBinding)
+    anchors = graph.binding.findings.anchors
+    anchors[RESID_MID[1]] = replace(anchors[RESID_POST[1]], location=RESID_MID[1])
+    wrong = {p.location for p in check(graph).proofs if not p.holds}
+    assert RESID_MID[1] in wrong
