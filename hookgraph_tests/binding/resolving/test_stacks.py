@@ -88,7 +88,9 @@ def test_text_that_a_model_shortens_is_made_longer():
 
 
 def test_a_stack_that_the_example_does_not_reach_is_told_with_what_would_reach_it():
-    graph = bind(build("image-text", "llava"), check=False)
+    model = build("image-text", "llava")
+    model.config.vision_config.image_size = 8 * 30  # so many patches that bind makes up text alone
+    graph = bind(model, check=False)
     remedy = "bound on attention_mask and input_ids alone, and takes pixel_values too: bind"
     with pytest.raises(UnknownLocationError, match=remedy):
         graph.check(VISION.RESID_POST[0])
