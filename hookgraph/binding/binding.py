@@ -44,7 +44,7 @@ def bind(
         tokenizer: with it, strings and lists of strings are accepted wherever inputs are.
         check: whether to prove what was resolved; `graph.report` tells the outcome.
         example: keyword arguments for one forward pass of a batch of two, for a model that cannot be run on
-            made-up tokens, a picture or a sound.
+            made-up tokens, a picture or a sound, or that is to be bound with large pictures beside its text.
         family: a record of what cannot be discovered; what it says is proven like anything else.
         cached: whether a model like this one that was proven before is not proven again; the environment
             variable HOOKGRAPH_CACHE names the folder of such proofs, or is `off`.

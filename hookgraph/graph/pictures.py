@@ -19,6 +19,8 @@ _TABLE: Final = "grid"
 """What the names of tables have in them."""
 _SIZES: Final = (2, 3)
 """How many sizes of a picture a table may tell."""
+_AXES: Final = 2
+"""How many axes a table has, and what lies packed at least."""
 
 
 @final
@@ -54,7 +56,7 @@ def packed_in(inputs: Prepared) -> dict[str, Packed]:
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim}
     found: dict[str, Packed] = {}
     for name, table in tensors.items():
-        if _TABLE not in name or table.ndim != len(_SIZES) or table.shape[1] not in _SIZES:
+        if _TABLE not in name or table.ndim != _AXES or table.shape[1] not in _SIZES:
             continue
         patches = tuple(int(x) for x in table.prod(-1))
         rows = {k: x for k, x in tensors.items() if x.is_floating_point() and len(x) == sum(patches)}
@@ -72,7 +74,7 @@ def are_packed(inputs: Prepared) -> bool:
     """Whether there is nothing but pictures that lie packed, as vision towers by themselves take them."""
     packed = packed_in(inputs)
     others = (x for name, x in inputs.items() if name not in packed and isinstance(x, Tensor))
-    return bool(packed) and all(x.ndim < len(_SIZES) for x in others)
+    return bool(packed) and all(x.ndim < _AXES for x in others)
 
 
 def rearranged(

@@ -243,12 +243,12 @@ def _measure(
     # The logits may have several rows per example, as one per codebook.
     outcome = outcome.view(len(values), len(steps), 2, -1).sum(-1).cpu()
     precision = _precision(next(iter(values.values())).dtype, plain.narrowed)
-    lost_at_one = precision.rounding * max(size, float(outcome.abs().max()))
+    rounded = precision.rounding * max(size, float(outcome.abs().max()))
     measured: dict[Location, _Measured] = {}
     for number, location in enumerate(values):
         distances = torch.tensor(steps, dtype=torch.float64) * sizes[location]
         found, slope = _slopes(outcome[number], distances), slopes[location]
-        lost = lost_at_one / float(distances[-1])  # slopes below this are lost in rounding
+        lost = rounded / float(distances[-1])  # slopes below this are lost in rounding
         off = float((found - slope).abs().min()) / max(abs(slope), lost / precision.tolerance, 1e-12)
         flat = max(abs(slope), float(found[len(steps) - 1].abs())) <= lost
         measured[location] = _Measured(found, slope, off, flat, bool(anew[number]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hookgraph.binding.resolving.making import Arguments, packed, pictures, stated, token_ids
+from hookgraph.binding.resolving.making import BATCH, Arguments, packed, pictures, stated, token_ids
 from hookgraph.binding.running.inputs import device_of
 from hookgraph.binding.running.outputs import read_output
 from hookgraph.binding.tracing.trace import evaluating
@@ -84,7 +84,7 @@ def _places(look: Callable[..., Any], shown: Mapping[str, Tensor]) -> int:
         count = sum(x.numel() // width for x in vectors)
     except Exception:  # whatever a model raises that is shown what it was not made for
         return 0
-    return count // 2
+    return count // BATCH
 
 
 def _stand_alone(model: PreTrainedModel, example: Arguments) -> bool:
@@ -93,7 +93,7 @@ def _stand_alone(model: PreTrainedModel, example: Arguments) -> bool:
     inputs = {k: v.to(device) for k, v in example.items()}
     try:
         straight, turned = (
-            read_output(model(**rows_of(inputs, torch.tensor(order), 2))) for order in ([0, 1], [1, 0])
+            read_output(model(**rows_of(inputs, torch.tensor(order), BATCH))) for order in ([0, 1], [1, 0])
         )
     except Exception:  # as above; or it reads more than this
         return True

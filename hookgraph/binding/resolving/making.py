@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from hookgraph.binding.running.inputs import embedding_of, vocabulary_size
 
 _TOKENS: Final = 7
-_BATCH: Final = 2
+BATCH: Final = 2
+"""How many examples there are."""
 _FRAMES: Final = 4
 _SAMPLES: Final = 2000
 _PATCHES: Final = 4
@@ -39,7 +40,7 @@ def token_ids(model: PreTrainedModel) -> Tensor:
     known = vocabulary_size(model, embedding_of(model))
     generator = torch.Generator().manual_seed(0)
     length = _TOKENS * _config(model, "downsampling_rate", default=1)
-    ids = torch.randint(min(8, known - 1), max(9, known - 8), (_BATCH, length), generator=generator)
+    ids = torch.randint(min(8, known - 1), max(9, known - 8), (BATCH, length), generator=generator)
     end, padding = (_config(model, f"{x}_token_id", default=-1) for x in ("eos", "pad"))
     if 0 <= end < known and end != padding:
         ids[:, -1] = end
@@ -53,8 +54,8 @@ def pictures(model: PreTrainedModel) -> list[Arguments]:
     patch = _config(model, "patch_size", default=16)
     patches = {
         "pixel_values": _noise(model, _PATCHES, channels * patch**2),
-        "pixel_attention_mask": torch.ones(_BATCH, _PATCHES, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[2, _PATCHES // 2]] * _BATCH),
+        "pixel_attention_mask": torch.ones(BATCH, _PATCHES, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[2, _PATCHES // 2]] * BATCH),
     }
     frames = _config(model, "num_frames", default=_FRAMES)
     shapes = [(channels, height, width), (frames, channels, height, width)]
@@ -66,8 +67,8 @@ def packed(model: PreTrainedModel) -> list[Arguments]:
     channels = _config(model, "num_channels", "in_channels", "in_chans", default=3)
     patch = _config(model, "patch_size", default=16)
     depth = _config(model, "temporal_patch_size", default=1)
-    sizes = torch.tensor([[1, *_GRID]] * _BATCH)
-    merged = torch.full((_BATCH,), _GRID[0] // 2)
+    sizes = torch.tensor([[1, *_GRID]] * BATCH)
+    merged = torch.full((BATCH,), _GRID[0] // 2)
     several = {
         "grid_thw": sizes,
         "image_grid_thw": sizes,
@@ -94,7 +95,7 @@ def _features(model: PreTrainedModel) -> list[Arguments]:
     """A spectrogram, with its frames on the last axis or on the one before, as long as a model may want."""
     stated = _config(model, *_BINS, default=80)
     longest = 2 * _config(model, "max_source_positions", default=50)
-    mask = torch.ones(_BATCH, longest, dtype=torch.long)
+    mask = torch.ones(BATCH, longest, dtype=torch.long)
     made: list[Arguments] = []
     for shape in ((stated, longest), (longest, stated), (longest, 128)):
         made.append({"input_features": _noise(model, *shape)})
@@ -151,5 +152,5 @@ def stated(model: PreTrainedModel, *names: str) -> Iterator[Any]:
 
 
 def _noise(model: PreTrainedModel, *shape: int) -> Tensor:
-    drawn = torch.randn(_BATCH, *shape, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0))
     return drawn.to(model.dtype)
