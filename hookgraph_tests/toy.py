@@ -159,7 +159,7 @@ class ToyBinding(AbstractBinding):
                 weight.requires_grad_(True)
 
     def closed_form(
-        self, ids: Int[Tensor, "batch pos"], readout: Float[Tensor, "vocab"]
+        self, ids: Int[Tensor, "batch pos"], readout: Float[Tensor, " vocab"]
     ) -> Mapping[Location, Float[Tensor, "..."]]:
         """Every activation and every gradient of Σ_pos logits · readout, without taps or autograd.
 

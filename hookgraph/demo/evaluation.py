@@ -62,9 +62,9 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Figur
 class AnswerLogits:
     """Logits after each clean, then each corrupt prompt."""
 
-    right: Float[Tensor, "batch"]
-    wrong: Float[Tensor, "batch"]
-    best: Float[Tensor, "batch"]
+    right: Float[Tensor, " batch"]
+    wrong: Float[Tensor, " batch"]
+    best: Float[Tensor, " batch"]
     """The largest of the vocabulary."""
 
 

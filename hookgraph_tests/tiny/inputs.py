@@ -32,13 +32,13 @@ def _with_picture_tokens(token: int, count: int) -> dict[str, Tensor]:
 
 def _tiled(config: PreTrainedConfig) -> dict[str, Any]:
     """Text after a picture that is given whole and in two tiles, and where its lines end."""
-    sizes = {"image_sizes": torch.tensor([[32, 32]] * _BATCH)}
+    sizes = {"image_sizes": torch.tensor([[32, 32]] * BATCH)}
     return {"pixel_values": _picture(3), **sizes, **_with_picture_tokens(config.image_token_index, 36)}
 
 
 def _one_each(config: PreTrainedConfig) -> dict[str, Any]:
     """Text after a picture on an axis of its own, which takes one place."""
-    there = torch.ones(_BATCH, 1, dtype=torch.bool)
+    there = torch.ones(BATCH, 1, dtype=torch.bool)
     return {
         "pixel_values": _picture(1),
         "pixel_attention_mask": there,

@@ -244,6 +244,7 @@ OVERRIDES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "bros": {"hidden_size": 2 * WIDTH},
     "mimi": {"num_filters": 4, "num_quantizers": 4, "codebook_size": 16},
+    "moshi": {"num_codebooks": 4},
     "pocket_tts_audio_tokenizer": {"num_filters": 4},
     "levit": {
         "image_size": 128,
