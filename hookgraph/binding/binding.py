@@ -12,6 +12,7 @@ from hookgraph.binding.data.family import Family, apply
 from hookgraph.binding.data.findings import Findings
 from hookgraph.binding.proving import conformance, proving
 from hookgraph.binding.resolving.cache_use import see_cache
+from hookgraph.binding.resolving.captions import stands_alone
 from hookgraph.binding.resolving.discovery import discover
 from hookgraph.binding.resolving.examples import candidates, one_row, unrunnable
 from hookgraph.binding.running.compiled import as_written
@@ -21,7 +22,9 @@ from hookgraph.binding.running.others import is_changed, is_held
 from hookgraph.binding.tracing.trace import Trace, evaluating
 from hookgraph.errors import AlreadyAttachedError, BindingError, InputError
 from hookgraph.graph.conformance import ConformanceReport
+from hookgraph.graph.examples import count_examples
 from hookgraph.graph.hook_graph import HookGraph
+from hookgraph.graph.pictures import refuse_uneven
 
 
 def bind(
@@ -73,8 +76,10 @@ def bind(
         )
     check_kernels(model, configurations(model))
     _check_free(model)
-    examples = list(candidates(model)) if example is None else [dict(example)]
+    if example is not None:
+        refuse_uneven(example, count_examples(example) or 1)
     with as_written(model.modules()):
+        examples = list(candidates(model)) if example is None else [dict(example)]
         return HookGraph(_bound(model, tokenizer, examples, family, check=check, keeping=check and cached))
 
 
@@ -193,12 +198,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return inside()
 
 
-def _traced(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Trace]:
-    """The first example that the model can be run on, and the trace of that run."""
+def _traced(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Trace]:
+    """The first example that the model can be run on, and the trace of that run.
+
+    Of several, one with pictures that the model counts through a batch is passed over.
+    """
     first: Exception | None = None
     for example in examples:
         try:
-            return example, Trace(model, example)
+            trace = Trace(model, example)
+            if len(examples) == 1 or stands_alone(model, example):
+                return example, trace
         except Exception as error:  # whatever a model raises that is given what it was not made for
             first = first or error
     raise unrunnable(model, first) from first

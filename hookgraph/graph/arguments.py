@@ -11,6 +11,8 @@ from hookgraph.ontology.dimensions import Dimension
 from hookgraph.ontology.locations import Location, LocationType
 from hookgraph.ontology.weights import WeightType
 
+_NEVER: Final = (sys.maxsize, sys.maxsize)
+"""How many arguments a function needs and takes by position that needs some by name."""
 _TAKES_MORE: Final = 0x04
 """Python's flag of functions with *args."""
 
@@ -67,6 +69,7 @@ def a_hook(location: Location, fn: Hook) -> Hook:
     count = _arguments_of(fn)
     if count is not None and not count[0] <= 1 <= count[1]:
         takes = f"takes {count[1]}" if count[1] < 1 else f"needs {count[0]}"
+        takes = "needs named" if count == _NEVER else takes
         raise HookGraphError(
             f"the hook at {location} {takes} arguments: it is called with one, the tensor that is there"
         )
@@ -84,5 +87,6 @@ def _arguments_of(fn: object) -> tuple[int, int] | None:
     named = set(function.__kwdefaults__ or ())
     count = code.co_argcount
     only_named = set(code.co_varnames[count : count + code.co_kwonlyargcount]) - named
-    needed = max(count - defaults - bound, 0) + len(only_named)
-    return needed, sys.maxsize if code.co_flags & _TAKES_MORE else count - bound
+    if only_named:
+        return _NEVER
+    return max(count - defaults - bound, 0), sys.maxsize if code.co_flags & _TAKES_MORE else count - bound

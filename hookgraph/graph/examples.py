@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Final, cast
 
 from jaxtyping import Int, Shaped
 from torch import Tensor
@@ -10,14 +10,20 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from hookgraph.errors import InputError
 from hookgraph.graph.abstract import OfExamples, Prepared
-from hookgraph.graph.pictures import packed_in, rearranged
+from hookgraph.graph.pictures import beside_pictures, packed_in, rearranged
+
+_TOKENS: Final = ("input_ids", "inputs_embeds")
+"""Arguments with a row per example, whatever stands before them."""
 
 
 def count_examples(inputs: Prepared) -> int | None:
-    """How many examples there are, by the first tensor; None where there is none.
+    """How many examples there are, by the tokens or else the first tensor; None where there is none.
 
     Of pictures that lie packed, the table tells, if there is nothing beside them.
     """
+    tokens = next((v for k in _TOKENS if isinstance(v := inputs.get(k), Tensor) and v.ndim), None)
+    if tokens is not None:
+        return len(tokens)
     packed = packed_in(inputs)
     apart = {name: v for name, v in inputs.items() if name not in packed}
     pictures = (len(x.pictures) for x in packed.values())
@@ -55,7 +61,7 @@ def changed_rows(
         change: a tensor and the axis of its examples -> another tensor.
         divides: what divides itself -> what takes its place.
     """
-    packed = packed_in(inputs) if count else {}
+    packed = beside_pictures(packed_in(inputs), inputs, count) if count else {}
     result: dict[str, object] = {}
     for name, value in inputs.items():
         if count and name in packed and isinstance(value, Tensor):

@@ -4,7 +4,7 @@ A table beside them has a row per picture: how many patches it has in time, heig
 kin are given pictures so, beside tokens that have a row per example.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -17,6 +17,8 @@ from hookgraph.graph.abstract import Prepared
 
 _TABLE: Final = "grid"
 """What the names of tables have in them."""
+_FILM: Final = "video"
+"""What the names of arguments have in them that hold films."""
 _SIZES: Final = (2, 3)
 """How many sizes of a picture a table may tell."""
 _AXES: Final = 2
@@ -52,17 +54,50 @@ class Packed:
 
 
 def packed_in(inputs: Prepared) -> dict[str, Packed]:
-    """The arguments that lie packed, each table among them, by name."""
+    """The arguments that lie packed, each table among them, by name.
+
+    Raises:
+        InputError: several tables tell of as many patches, and their names do not say of which.
+    """
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim}
+    tables = {name: x for name, x in tensors.items() if _is_table(name, x)}
+    if not tables:
+        return {}
+    pictures = {name: tuple(map(int, x.prod(-1).cpu())) for name, x in tables.items()}
     found: dict[str, Packed] = {}
-    for name, table in tensors.items():
-        if _TABLE not in name or table.ndim != _AXES or table.shape[1] not in _SIZES:
-            continue
-        patches = tuple(int(x) for x in table.prod(-1))
-        rows = {k: x for k, x in tensors.items() if x.is_floating_point() and len(x) == sum(patches)}
-        if rows:
-            found |= {k: Packed(name, patches) for k in rows} | {name: Packed(name, (1,) * len(patches))}
+    for name, rows in tensors.items():
+        counting = [t for t, sizes in pictures.items() if sum(sizes) == len(rows)]
+        if rows.is_floating_point() and counting:
+            table = _own_table(name, counting)
+            found |= {name: Packed(table, pictures[table]), table: Packed(table, (1,) * len(pictures[table]))}
     return found
+
+
+def _is_table(name: str, value: Tensor) -> bool:
+    return (
+        _TABLE in name and value.ndim == _AXES and value.shape[1] in _SIZES and not value.is_floating_point()
+    )
+
+
+def _own_table(name: str, tables: Sequence[str]) -> str:
+    """The table of an argument: of several that fit the one that tells of films, or does not, as it does."""
+    fitting = [x for x in tables if len(tables) == 1 or (_FILM in x) == (_FILM in name)]
+    if len(fitting) != 1:
+        raise InputError(
+            f"{', '.join(tables)} fit {name} alike, so which of its patches are whose is not known"
+        )
+    return fitting[0]
+
+
+def beside_pictures(packed: Mapping[str, Packed], inputs: Prepared, count: int | None) -> dict[str, Packed]:
+    """What lies packed, and what else has a row per picture where these are not as many as the examples."""
+    rows = {len(x.pictures): x.table for x in packed.values() if len(x.pictures) != count}
+    others = {
+        name: Packed(rows[len(x)], (1,) * len(x))
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.ndim and len(x) in rows and name not in packed
+    }
+    return {**packed, **others}
 
 
 def packed_rows(inputs: Prepared) -> set[int]:

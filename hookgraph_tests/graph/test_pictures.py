@@ -65,3 +65,28 @@ def test_other_numbers_of_patches_are_refused():
     table = torch.tensor([[1, 4, 4], [1, 4, 8]])
     with pytest.raises(InputError, match=r"16, 32 patches, by grid_thw.*as many patches"):
         refuse_uneven({"hidden_states": torch.zeros(48, 3), "grid_thw": table}, 2)
+
+
+def test_films_are_told_by_their_own_table():
+    films = torch.arange(32 * 5.0).view(32, 5).flip(0)
+    table = torch.tensor([[1, 2, 4], [1, 4, 6]])
+    inputs = {**TEXT, **PACKED, "pixel_values_videos": films, "video_grid_thw": table}
+    packed = packed_in(inputs)
+    assert packed["pixel_values"].pictures == (16, 16)
+    assert packed["pixel_values_videos"].pictures == (8, 24)
+    turned = rows_of(inputs, torch.tensor([1, 0]), 2)
+    assert turned["pixel_values"].equal(torch.cat([PATCHES[16:], PATCHES[:16]]))
+    assert turned["pixel_values_videos"].equal(torch.cat([films[8:], films[:8]]))
+    with pytest.raises(InputError, match="image_grid_thw, patch_grid_thw fit pixel_values alike"):
+        packed_in({**PACKED, "patch_grid_thw": SIZES})
+
+
+def test_what_has_a_row_per_picture_goes_with_its_picture():
+    table = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 2], [1, 2, 3]])
+    inputs = {**TEXT, "pixel_values": PATCHES[:26], "image_grid_thw": table, "merge_sizes": torch.arange(4)}
+    assert rows_of(inputs, torch.tensor([1, 0]), 2)["merge_sizes"].tolist() == [2, 3, 0, 1]
+
+
+def test_tokens_tell_the_examples_whatever_stands_before_them():
+    positions = torch.zeros(3, 2, 7).long()
+    assert count_examples({"position_ids": positions, **TEXT}) == 2

@@ -4,7 +4,7 @@ Equations with a projection hold of whatever module was taken for it. If another
 the same, as an adapter may, what attention adds changes although z does not.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, final
 
@@ -17,8 +17,8 @@ from hookgraph.binding.proving.equations import Values
 from hookgraph.binding.running.huggingface import HuggingFaceBinding
 from hookgraph.graph.conformance import Proof
 from hookgraph.graph.hook_graph import HookGraph
-from hookgraph.ontology.locations import Location
-from hookgraph.ontology.transformer import TRANSFORMER_STACKS, TransformerStack
+from hookgraph.ontology.locations import Location, LocationType
+from hookgraph.ontology.transformer import TRANSFORMER_STACKS, AttentionTypes, TransformerStack
 
 
 @final
@@ -93,29 +93,30 @@ def _layers(clean: Values) -> list[int]:
 
 
 def _of_z(stack: TransformerStack, layer: int, clean: Values) -> Iterator[_Screen]:
-    """z of each attention, and the neurons of the MLP. Values may be added beside z, as memory is; queries
-    only weigh.
-    """
-    stream = (stack.RESID_MID[layer], stack.RESID_POST[layer])
-    for types in (stack.attention, stack.cross_attention):
-        sources = [kind[layer] for kind in (types.q, types.k, types.v)]
-        yield from _screen(sources, types.z[layer], (types.out[layer], *stream), clean)
+    """z of each attention, and the neurons of the MLP."""
+    yield from _of_attention(stack, layer, clean, lambda types: types.z)
     ends = (stack.MLP_OUT[layer], stack.RESID_POST[layer])
-    yield from _screen([stack.MLP_PRE[layer]], stack.MLP_POST[layer], ends, clean)
+    yield from _screen(stack.MLP_PRE[layer], stack.MLP_POST[layer], ends, clean)
 
 
 def _of_result(stack: TransformerStack, layer: int, clean: Values) -> Iterator[_Screen]:
     """What the heads of each attention write."""
+    yield from _of_attention(stack, layer, clean, lambda types: types.result)
+
+
+def _of_attention(
+    stack: TransformerStack, layer: int, clean: Values, kind: Callable[[AttentionTypes], LocationType]
+) -> Iterator[_Screen]:
+    """Behind queries, which only weigh: values may be added beside z, as memory is."""
     stream = (stack.RESID_MID[layer], stack.RESID_POST[layer])
     for types in (stack.attention, stack.cross_attention):
-        sources = [kind[layer] for kind in (types.q, types.k, types.v)]
-        yield from _screen(sources, types.result[layer], (types.out[layer], *stream), clean)
+        yield from _screen(types.q[layer], kind(types)[layer], (types.out[layer], *stream), clean)
 
 
 def _screen(
-    before: Sequence[Location], location: Location, after: Sequence[Location], clean: Values
+    before: Location, location: Location, after: Sequence[Location], clean: Values
 ) -> Iterator[_Screen]:
-    """A screen between the first of these locations that there are."""
-    sources, ends = ([x for x in some if x in clean] for some in (before, after))
-    if location in clean and sources and ends:
-        yield _Screen(sources[0], location, ends[0])
+    """A screen between a location and the first of those after it that there are."""
+    ends = [x for x in after if x in clean]
+    if before in clean and location in clean and ends:
+        yield _Screen(before, location, ends[0])

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Final
 
 import torch
@@ -22,11 +22,18 @@ _MOST: Final = 300
 """Up to this many patches a picture may have, and places in the text: with more, a large model takes long."""
 
 _MATRIX: Final = 2
+"""How many axes patches that lie packed have."""
 _BATCHED: Final = 4
-"""How many axes patches that lie packed have, and pictures with an axis for the batch."""
+"""How many axes pictures with an axis for the batch have."""
 
 _ROUNDINGS: Final = 100
 """By how many roundings what is made of an example may differ by its place in a batch."""
+
+_NAMED: Final = (
+    *("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id"),
+    *("vision_start_token_id", "vision_end_token_id", "image_start_token_id", "image_end_token_id"),
+)
+"""Fields for tokens that stand for parts of pictures, films and sounds, or around them; pictures first."""
 
 _KINDS: Final = ("mm_token_type_ids", "token_type_ids")
 """Arguments that mark the places of pictures by 1."""
@@ -35,10 +42,10 @@ _KINDS: Final = ("mm_token_type_ids", "token_type_ids")
 def captioned(model: PreTrainedModel) -> Iterator[Arguments]:
     """Text with as many places for a picture as the model's `get_image_features` returns vectors, and it.
 
-    Nothing, if the configuration names no token that stands for a part of a picture; if pictures have more
-    patches than are cheap; or if what a model makes of an example depends on its place in the batch.
+    Nothing, if the configuration names no token that stands for a part of a picture, or if pictures have
+    more patches than are cheap.
     """
-    token = next(stated(model, "image_token_id", "image_token_index"), None)
+    token = next(stated(model, *_NAMED[:2]), None)
     look = getattr(model, "get_image_features", None)
     if not isinstance(token, int) or look is None:
         return
@@ -52,10 +59,8 @@ def captioned(model: PreTrainedModel) -> Iterator[Arguments]:
             continue
         with evaluating(model), torch.no_grad():
             places = _places(look, shown)
-            example = {**_text(model, token, places, accepted), **shown}
-            fits = 0 < places <= _MOST and _stand_alone(model, example)
-        if fits:
-            yield example
+        if 0 < places <= _MOST:
+            yield {**_text(model, token, places, accepted), **shown}
 
 
 def _pictures(model: PreTrainedModel) -> Iterator[Arguments]:
@@ -81,28 +86,30 @@ def _places(look: Callable[..., Any], shown: Mapping[str, Tensor]) -> int:
         found = next((x for x in outputs if x is not None), found)
         vectors = [found] if isinstance(found, Tensor) else list(found)
         width = vectors[0].shape[-1]
-        count = sum(x.numel() // width for x in vectors)
+        total = sum(x.numel() // width for x in vectors)
     except Exception:  # whatever a model raises that is shown what it was not made for
         return 0
-    return count // BATCH
+    return total // BATCH
 
 
-def _stand_alone(model: PreTrainedModel, example: Arguments) -> bool:
-    """Whether the model reads an example alike wherever it lies in a batch; not so if it counts pictures."""
-    device = device_of(model)
-    inputs = {k: v.to(device) for k, v in example.items()}
-    try:
-        straight, turned = (
-            read_output(model(**rows_of(inputs, torch.tensor(order), BATCH))) for order in ([0, 1], [1, 0])
-        )
-    except Exception:  # as above; or it reads more than this
+def stands_alone(model: PreTrainedModel, example: Mapping[str, Any]) -> bool:
+    """Whether an example with pictures is read alike wherever it lies in a batch: not if they are counted."""
+    token, ids = next(stated(model, *_NAMED[:2]), None), example.get("input_ids")
+    if not isinstance(token, int) or ids is None or not bool((ids == token).any()):
         return True
+    with evaluating(model), torch.no_grad():
+        straight, turned = (
+            read_output(model(**rows_of(example, torch.tensor(order), BATCH))) for order in ([0, 1], [1, 0])
+        )
     rounding = _ROUNDINGS * torch.finfo(straight.dtype).eps * float(straight.abs().max())
     return bool(((straight - turned.flip(0)).abs() <= rounding).all())
 
 
 def _text(model: PreTrainedModel, token: int, places: int, accepted: Any) -> Arguments:
     ids = token_ids(model)
+    named = [x for x in stated(model, *_NAMED) if isinstance(x, int)]
+    ordinary = next(x for x in count(_BEFORE) if x not in named)
+    ids = torch.where(torch.isin(ids, torch.tensor(named)), ordinary, ids)
     ids = torch.cat([ids[:, :_BEFORE], torch.full((len(ids), places), token), ids[:, _BEFORE:]], 1)
     kinds = {k: (ids == token).long() for k in _KINDS if k in accepted}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kinds}

@@ -81,7 +81,8 @@ def _bind_stack(
         found.overtaken.update(_overtaken(trace, block))
         found.rewritten = found.rewritten or written_into(trace, block.call, block.entering)
         crossed.append("cross-attention" in roles)
-    if trace.packed & {*blocks[0].entering.tensor.shape[:2]}:
+    joined_axes = blocks[0].grid.layout in ("flat", "one row")
+    if joined_axes and trace.packed & {*blocks[0].entering.tensor.shape[:2]}:
         found.packed.append(stack.RESID_PRE.stack)
     layers = found.layers[stack.RESID_PRE.stack]
     if not any(layer.shared for layer in layers):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hookgraph.binding.resolving.captions import captioned
+from hookgraph.binding.resolving.captions import captioned, stands_alone
 from hookgraph.binding.resolving.making import MAKERS, Arguments, packed, token_ids
 from hookgraph.binding.running.inputs import device_of
 from hookgraph.errors import BindingError
+from hookgraph.graph.pictures import packed_in
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
         try:
             with torch.no_grad():
                 model(**candidate)
-            return candidate
+                if stands_alone(model, candidate):
+                    return candidate
         except Exception as error:  # whatever a model raises that is given what it was not made for
             first = first or error
     raise unrunnable(model, first) from first
@@ -92,8 +94,11 @@ def _completed(model: PreTrainedModel, arguments: Arguments, accepted: frozenset
 
 
 def one_row(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """The first of `batch` examples. An example may take several rows, as one per codebook."""
-    return {
-        k: v[: max(1, v.shape[0] // max(1, batch))] if isinstance(v, Tensor) and v.ndim else v
+    """The first of `batch` examples. An example may take several rows, as one per codebook or patch."""
+    packed = packed_in(inputs)
+    rows = {
+        k: packed[k].examples(max(1, batch))[0] if k in packed else max(1, v.shape[0] // max(1, batch))
         for k, v in inputs.items()
+        if isinstance(v, Tensor) and v.ndim
     }
+    return {k: v[: rows[k]] if k in rows else v for k, v in inputs.items()}

@@ -65,7 +65,7 @@ def _reshaping(lists: Lists) -> str | None:
     """Which module of a list returns another shape than it is given, where others keep it."""
     for calls in sorted(lists.values(), key=len, reverse=True):
         kept = [_keeps_shape([call]) for call in calls]
-        if 2 * sum(kept) >= len(kept):
+        if False in kept and 2 * sum(kept) >= len(kept):
             call = calls[kept.index(False)]
             given, returned = (
                 next((tuple(v.tensor.shape) for v in values.values() if v.is_activation), None)

@@ -1,6 +1,7 @@
 """What hooks must know of the pass they are in, such as how many examples it has."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, final
 
 from torch import nn
@@ -44,7 +45,7 @@ class PassState:
         first = next(tensors_in((args, kwargs)), None)
         self._batch = 0 if first is None else first.shape[0]
         if self._packed:
-            self.begin(kwargs)
+            self.begin({**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs})
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """What comes belongs to these inputs, also before a pass: `generate` looks at pictures first.

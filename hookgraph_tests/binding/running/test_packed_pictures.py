@@ -25,6 +25,7 @@ from hookgraph.ontology.transformer import (
     VISION,
 )
 from hookgraph.ontology.weights import W_O
+from hookgraph_tests.families import binding_of
 from hookgraph_tests.tiny import build
 
 
@@ -189,3 +190,33 @@ def test_pictures_that_generate_looks_at_before_its_passes_belong_to_its_example
         qwen.binding.model(**one)  # its one example is not that of what comes next
         with pytest.raises(InputError, match=r"outside of a pass.*use graph.generate"):
             qwen.binding.model.generate(**inputs, **options)
+
+
+def test_arguments_by_position_are_counted_by_their_names(tower: HookGraph, qwen: HookGraph):
+    seen: list[tuple[int, ...]] = []
+    example = tower.binding.example
+    with tower.hook(RESID_POST[0], lambda x: seen.append(tuple(x.shape))).attached(), torch.no_grad():
+        tower.binding.model(example["hidden_states"], example["grid_thw"])
+    both = dict(qwen.binding.example)
+    with qwen.hook(VISION.RESID_POST[0], lambda x: seen.append(tuple(x.shape))).attached(), torch.no_grad():
+        qwen.binding.model(both.pop("input_ids"), **both)
+    assert seen == [(2, 16, 32)] * 2
+
+
+def test_an_example_whose_pictures_have_other_sizes_is_refused(qwen: HookGraph):
+    example = with_sizes(dict(qwen.binding.example), [[1, 4, 4], [1, 4, 8]])
+    with pytest.raises(InputError, match="16, 32 patches, by image_grid_thw"):
+        bind(qwen.binding.model, example=example)
+
+
+def test_a_text_as_long_as_there_are_patches_is_not_packed(qwen: HookGraph):
+    example = dict(qwen.binding.example)
+    filling = torch.full((2, 32 - example["input_ids"].shape[1]), 20)
+    text = {
+        "input_ids": filling,
+        "attention_mask": torch.ones_like(filling),
+        "mm_token_type_ids": 0 * filling,
+    }
+    example |= {k: torch.cat([example[k], more], 1) for k, more in text.items()}
+    graph = bind(qwen.binding.model, example=example, check=False)
+    assert binding_of(graph).findings.packed == ["vision"]
