@@ -110,13 +110,13 @@ def _shell(module: nn.Module, layer: Layer) -> nn.Module:
 
 
 def _made_precise(twin: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    cast(twin.eval(), dtype)
+    to_precision(twin.eval(), dtype)
     _use_plain_experts(twin)
     _roughen(twin)
     return twin
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
+def to_precision(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring a model to some precision, with what its modules keep undeclared, as a table once computed."""
     nn.Module.to(model, dtype)
     for module in model.modules():

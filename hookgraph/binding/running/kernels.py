@@ -1,4 +1,6 @@
-"""The attention functions that a model can be given: its own eager one, and the fused one of torch."""
+"""The attention functions that a model can be given: its own eager one, the fused one of torch, and one that
+is not looked into.
+"""
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -10,9 +12,8 @@ from hookgraph.errors import BindingError
 
 _NAME: Final = "_attn_implementation_internal"
 _OTHER: Final = {"sdpa": "eager", "eager": "sdpa"}
-
-
 _UNSEEN: Final = "flex_attention"
+"""It compiles itself around its inputs: hooks see none of its operations."""
 
 
 class InapplicableError(Exception):

@@ -72,6 +72,8 @@ def _returned(module: nn.Module, rows: Tensor) -> Tensor | None:
     """What a module returns; None where it takes no rows so wide."""
     try:
         return module.forward(rows)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return None
 

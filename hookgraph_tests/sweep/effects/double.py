@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hookgraph.binding.proving.twins import cast
+from hookgraph.binding.proving.twins import to_precision
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def in_double(value: Any) -> Any:
 
 def make_double(model: nn.Module) -> None:
     """Double precision, without the fused kernels for mixtures of experts, which know none."""
-    cast(model, torch.float64)
+    to_precision(model, torch.float64)
     for module in model.modules():
         config = getattr(module, "config", None)
         if "_experts_implementation_internal" in getattr(config, "__dict__", {}):
