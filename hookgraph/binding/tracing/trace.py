@@ -132,7 +132,7 @@ class Trace:
         self._nth: dict[str, int] = {}
         self.packed = packed_rows(inputs)
         """How many patches there are, of pictures that lie packed: there batch and positions are one axis."""
-        self._axes = 2 if are_packed(inputs) else 3
+        self._axes = 2 if are_packed(inputs) or _is_masked_sound(inputs) else 3
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             self._watch_modules(model, stack)
@@ -309,6 +309,15 @@ def _removing(handle: Any) -> Generator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _is_masked_sound(inputs: Mapping[str, Any]) -> bool:
+    """Whether there is nothing but numbers and masks of them: a model may go on with what is not masked, on
+    one axis for batch and positions.
+    """
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim > 1}
+    masks = [name for name in tensors if "mask" in name]
+    return bool(masks) and all(x.is_floating_point() for name, x in tensors.items() if name not in masks)
 
 
 @contextmanager
