@@ -306,7 +306,8 @@ HOOKS: dict[str, tuple[Any, str]] = {
         r"the hook at resid.post\[1\] takes 0 arguments: it is called with one, the tensor",
     ),
     "two": (lambda value, other: None, r"resid.post\[1\] needs 2 arguments"),
-    "named": (lambda value, *, scale: None, "needs 2 arguments"),
+    "named": (lambda value, *, scale: None, "needs named arguments"),
+    "named alone": (lambda *values, scale: None, "needs named arguments"),
     "method": (Hooking().two, "needs 2 arguments"),
 }
 
