@@ -25,13 +25,13 @@ def hooked_places(
     something is set, the rest need not be computed: it is enough to reach its site.
     """
     given = {x.scope for x, hook in registrations if isinstance(hook, SetTo)}
-    places: dict[Location, tuple[Location, ...]] = {}
+    places: dict[Location, list[Location]] = {}
     for location, _ in registrations:
         if after is None or not location.root.precedes(after):
             inside = location.site is not None and location.scope in given
             whole, part = (location.root, location.root) if inside else (location.whole, location)
-            places[whole] = (*places.get(whole, ()), part)
-    return places
+            places.setdefault(whole, []).append(part)
+    return {whole: tuple(parts) for whole, parts in places.items()}
 
 
 def check_reached(unreached: Iterable[Location], where: str) -> None:
